@@ -1,0 +1,38 @@
+"""PLDR-LLMs: language models whose attention learns a tensor operator, G_LM.
+
+Public names are imported on first use, so that ``import pldr`` and ``pldr --help`` start without torch. Using any name
+that touches the model also registers ``model_type`` "pldrllm" with the transformers Auto classes.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0.dev0"
+
+_PUBLIC = {
+    "PldrConfig": "configuration_pldr",
+    "PldrForCausalLM": "modeling_pldr",
+    "PldrModel": "modeling_pldr",
+    "ConstantOperator": "operator",
+    "DeductiveOutputs": "operator",
+    "LearnedOperator": "operator",
+    "freeze": "operator",
+    "make_cache": "cache",
+    "dag_loss": "deductive",
+    "deductive_outputs": "deductive",
+    "convert_checkpoint": "convert",
+    "load_model": "convert",
+    "load_predefined_G": "convert",
+    "load_tokenizer": "tokenizer",
+    "train": "train",
+}
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'pldr' has no attribute {name!r}")
+    return getattr(import_module(f"pldr.{_PUBLIC[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,168 @@
+"""PldrConfig: the shape of a PLDR-LLM, and the presets of the published models."""
+
+from difflib import get_close_matches
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from pldr.layouts import hub_fields_to_ours
+
+# The cache layer that keeps K, V and the operator's state together: see cache.py.
+PLGA_LAYER_TYPE = "power_law_graph_attention"
+
+OPERATORS = ("learned", "constant")
+OPERATOR_INITS = ("identity", "random", "external")
+ROPE_PAIRINGS = ("adjacent", "halves")
+
+_V51_110M = {"num_hidden_layers": 5, "num_attention_heads": 14, "hidden_size": 896, "intermediate_size": 2389}
+_V51_104M = {"num_hidden_layers": 7, "num_attention_heads": 12, "hidden_size": 768, "intermediate_size": 2048}
+# Which predefined G each v51G model was trained with travels in its weights ("external"), as in its hub folder.
+_V51G_106M = _V51_110M | {"operator": "constant", "operator_init": "external"}
+
+# Shapes of the published checkpoints; what they do not name is PldrConfig's default. 104M's shape is inferred from the
+# size of its published file. The v51-110M models differ in how they were trained, not in shape.
+PRESETS: dict[str, dict[str, Any]] = {
+    "v51-104M": _V51_104M,
+    **{f"v51-110M-{i}": _V51_110M for i in range(1, 6)},
+    "v51-DAG-110M": _V51_110M,
+    **{f"v51G-106M-{i}": _V51G_106M for i in range(1, 4)},
+    "v52-110M-1": _V51_110M | {"rope_pairing": "halves"},
+}
+
+
+@strict
+class PldrConfig(PreTrainedConfig):
+    """Configuration of a PLDR-LLM; the defaults are the published 110M shape.
+
+    Args:
+        vocab_size: number of tokens, V.
+        hidden_size: model width, M = heads · head_dim.
+        intermediate_size: width F of the feed-forward GLU; ``None`` means ``floor(8/3 · hidden_size)``, as published.
+        num_hidden_layers: number of decoder layers, L.
+        num_attention_heads: number of heads, H.
+        max_position_embeddings: context length in tokens; longer input is refused.
+        hidden_act: activation of every GLU; only "silu", as published.
+        layer_norm_eps: epsilon of every LayerNorm.
+        rope_theta: base of the rotary embedding.
+        rope_pairing: which dimensions of a head rotate together: "adjacent" pairs (v51, GPT-J) or the two "halves"
+            (v52, GPT-NeoX).
+        attention_dropout: dropout on attention weights during training.
+        operator: what produces G_LM: "learned" (a metric learner, from the queries) or "constant" (a stored tensor).
+        operator_init: where a constant operator's tensor comes from: "identity" (exactly scaled dot-product
+            attention), "random" (standard normal) or "external" (it comes with the weights, or from `freeze`).
+        operator_trainable: whether a constant operator's tensor is a trainable parameter.
+        metric_learner_units: residual units R of the metric learner.
+        metric_learner_glus: GLUs N in one residual unit.
+        metric_learner_width: width F_A of those GLUs.
+        use_cache: whether a forward keeps keys, values and G_LM for the next one.
+        pad_token_id, bos_token_id, eos_token_id: token ids; the published tokenizer has 0 [PAD], 2 [START], 3 [END].
+
+    The fields of the published hub layout (`A_dff`, `num_reslayerA`, `num_denseA`, `custom_G_type`, `reference_rope`,
+    …) are understood and translated, so that `from_pretrained` reads a published config.json as it is.
+
+    Raises:
+        ValueError: a field that does not exist, or a value that the model does not support.
+    """
+
+    model_type = "pldrllm"
+    keys_to_ignore_at_inference = ["past_key_values", "deductive_outputs"]
+
+    vocab_size: int = 32000
+    hidden_size: int = 896
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 5
+    num_attention_heads: int = 14
+    max_position_embeddings: int = 1024
+    hidden_act: str = "silu"
+    layer_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_pairing: str = "adjacent"
+    attention_dropout: float = 0.0
+    operator: str = "learned"
+    operator_init: str = "identity"
+    operator_trainable: bool = False
+    metric_learner_units: int = 8
+    metric_learner_glus: int = 2
+    metric_learner_width: int = 170
+    use_cache: bool = True
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 2
+    eos_token_id: int | list[int] | None = 3
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        translated, kwargs = hub_fields_to_ours(kwargs)
+        for name, value in translated.items():
+            setattr(self, name, value)
+        if self.intermediate_size is None:
+            self.intermediate_size = self.hidden_size * 8 // 3
+        if kwargs.pop("head_dim", self.head_dim) != self.head_dim:
+            raise ValueError("PldrConfig: head_dim must be hidden_size / num_attention_heads")
+        kwargs.pop("auto_map", None)  # points at a hub folder's own code, which is never run
+        before = set(vars(self))
+        super().__post_init__(**kwargs)
+        # The base class turns any keyword into an attribute; a misspelt field would then be ignored without a word.
+        unknown = sorted((set(vars(self)) - before) & set(kwargs))
+        unknown = [name for name in unknown if not name.startswith("_") and name not in _HUGGING_FACE_EXTRAS]
+        if unknown:
+            close = get_close_matches(unknown[0], [name for name in before if not name.startswith("_")], n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"PldrConfig: unknown field(s) {', '.join(unknown)}{hint}")
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> "PldrConfig":
+        """The configuration of a published model, by its published name.
+
+        Args:
+            name: one of `PRESETS`, for example "v51-110M-1".
+            overrides: fields to change.
+
+        Raises:
+            ValueError: there is no such preset.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"preset: {name!r} is not a published model; choose one of {', '.join(PRESETS)}")
+        return cls(**(PRESETS[name] | overrides))
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def layer_types(self) -> list[str]:
+        """The kind of cache each layer needs, in transformers' terms: only a learned operator keeps a state."""
+        kind = PLGA_LAYER_TYPE if self.operator == "learned" else "full_attention"
+        return [kind] * self.num_hidden_layers
+
+    def validate_layer_type(self) -> None:
+        """`layer_types` follows from `operator`; the library's list of types does not know ours."""
+
+    def validate_architecture(self) -> None:
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                     "max_position_embeddings", "metric_learner_units", "metric_learner_glus",
+                     "metric_learner_width"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"PldrConfig: {name} must be at least 1, got {getattr(self, name)}")
+        if self.hidden_size % (2 * self.num_attention_heads):
+            raise ValueError(
+                f"PldrConfig: hidden_size ({self.hidden_size}) must be num_attention_heads "
+                f"({self.num_attention_heads}) times an even head dimension"
+            )
+        for name, allowed in (("operator", OPERATORS), ("operator_init", OPERATOR_INITS),
+                              ("rope_pairing", ROPE_PAIRINGS), ("hidden_act", ("silu",)),
+                              ("tie_word_embeddings", (False,))):  # fmt: skip
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"PldrConfig: {name} must be one of {allowed}, got {getattr(self, name)!r}")
+        if self.operator_trainable and self.operator == "learned":
+            raise ValueError("PldrConfig: operator_trainable applies to operator='constant' only")
+        if not 0.0 <= self.attention_dropout < 1.0:
+            raise ValueError(f"PldrConfig: attention_dropout must be in [0, 1), got {self.attention_dropout}")
+        for name in ("layer_norm_eps", "rope_theta"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"PldrConfig: {name} must be positive, got {getattr(self, name)}")
+
+
+# Keys that transformers itself writes into config.json or passes along, beyond PreTrainedConfig's declared fields.
+_HUGGING_FACE_EXTRAS = frozenset({"model_type", "transformers_version", "quantization_config", "torch_dtype",
+                                  "finetuning_task", "task_specific_params", "is_causal"})  # fmt: skip

@@ -1,0 +1,480 @@
+"""PLDR-LLM, tokens to logits. Importing this module registers `model_type` "pldrllm" with the Auto classes.
+
+Shapes: B batch, T tokens of this forward, S tokens seen by attention, H heads, D head dimension, M = H·D model width,
+V vocabulary, L layers.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
+from transformers.masking_utils import create_causal_mask, create_recurrent_attention_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from pldr import layouts
+from pldr.cache import make_cache, operator_state_layers, set_g_cache
+from pldr.configuration_pldr import PldrConfig
+from pldr.operator import ConstantOperator, DeductiveOutputs, GatedLinearUnit, LearnedOperator, make_operator
+from pldr.ops import reference
+
+
+@dataclass
+class PldrModelOutput(BaseModelOutputWithPast):
+    """What `PldrModel` returns.
+
+    Attributes:
+        last_hidden_state: [B, T, M].
+        deductive_outputs: with `output_deductive_outputs=True`, one `DeductiveOutputs` a layer.
+    """
+
+    deductive_outputs: tuple[DeductiveOutputs, ...] | None = None
+
+
+@dataclass
+class PldrCausalLMOutput(CausalLMOutputWithPast):
+    """What `PldrForCausalLM` returns.
+
+    Attributes:
+        loss: mean cross-entropy in nats a target, where labels were given.
+        logits: [B, T, V].
+        deductive_outputs: with `output_deductive_outputs=True`, one `DeductiveOutputs` a layer.
+    """
+
+    deductive_outputs: tuple[DeductiveOutputs, ...] | None = None
+
+
+class PldrAttention(nn.Module):
+    """Power law graph attention: softmax((q G_LM) kᵀ / sqrt(D) + causal mask) v."""
+
+    def __init__(self, config: PldrConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.rope_pairing = config.rope_pairing
+        # What transformers' attention functions read from the module.
+        self.is_causal = True
+        self.scaling = config.head_dim**-0.5
+        self.num_key_value_groups = 1
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.operator = make_operator(config)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,  # [B, T, M]
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        padding_mask: torch.Tensor | None,
+        past_key_values: Cache | None = None,
+        operator_state: Any = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, DeductiveOutputs]:
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(shape).transpose(1, 2)  # [B, H, T, D]
+        key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+
+        cos, sin = position_embeddings
+        query = reference.apply_rotary(query, cos, sin, self.rope_pairing)
+        key = reference.apply_rotary(key, cos, sin, self.rope_pairing)
+        query, key, deductive = self.operator(query, key, padding_mask, operator_state)
+
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)  # [B, H, S, D]
+
+        attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention
+        )
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        output = self.o_proj(output.flatten(-2))  # [B, T, H, D] → [B, T, M]
+        return output, weights, deductive
+
+
+def eager_attention(
+    module: nn.Module,
+    query: torch.Tensor,  # [B, H, T, D]
+    key: torch.Tensor,  # [B, H, S, D]
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,  # additive, [B or 1, 1, T, S]
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention as written in the paper, with its weights; the other implementations are transformers' own."""
+    scores = query @ key.transpose(-1, -2) * scaling  # [B, H, T, S]
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class PldrDecoderLayer(GradientCheckpointingLayer):
+    """h = LayerNorm(attention(h) + h); h = LayerNorm(GLU(h) + h)."""
+
+    def __init__(self, config: PldrConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = PldrAttention(config, layer_idx)
+        self.mlp = GatedLinearUnit(config.hidden_size, config.intermediate_size)
+        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_feedforward_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        attended, _, _ = self.self_attn(hidden_states, **kwargs)
+        hidden_states = self.post_attention_layernorm(attended + hidden_states)
+        return self.post_feedforward_layernorm(self.mlp(hidden_states) + hidden_states)
+
+
+class RotaryEmbedding(nn.Module):
+    """cos and sin of position · base^(-2i/D), float32."""
+
+    inverse_frequencies: torch.Tensor
+
+    def __init__(self, config: PldrConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("inverse_frequencies", self.compute(), persistent=False)
+
+    def compute(self) -> torch.Tensor:
+        """[D/2], on the CPU unless a device context says otherwise."""
+        steps = torch.arange(0, self.config.head_dim, 2, dtype=torch.float32) / self.config.head_dim
+        return 1.0 / self.config.rope_theta**steps
+
+    @torch.no_grad()
+    def forward(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B or 1, T] → cos and sin, [B or 1, 1, T, D/2]."""
+        angles = position_ids[:, None, :, None].float() * self.inverse_frequencies.float()
+        return angles.cos(), angles.sin()
+
+
+class PldrPreTrainedModel(PreTrainedModel):
+    """What every PLDR-LLM class shares: initialisation, and how it is loaded and saved."""
+
+    config: PldrConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["PldrDecoderLayer"]  # noqa: RUF012 (transformers' own form)
+    _skip_keys_device_placement = ["past_key_values", "operator_state"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": PldrDecoderLayer,
+        "attentions": OutputRecorder(PldrAttention, index=1),
+        "deductive_outputs": OutputRecorder(PldrAttention, index=2),
+    }
+    # The hub layout marks which layers of its predefined G_LM are set; a folder that is published has all of them.
+    _keys_to_ignore_on_load_unexpected = [r"past_G_values_status"]  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """The published training code's initialisation.
+
+        Linears Xavier-uniform with zero bias, except the value projection, which that code leaves at PyTorch's
+        default; W, p and a Xavier-normal on the 3-D tensor; b and b_a zero; the embedding N(0, 1).
+
+        Raises:
+            ValueError: the configuration says that G_LM comes with the weights, and it did not.
+        """
+        if isinstance(module, nn.Linear):
+            init.xavier_uniform_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, LearnedOperator):
+            for weight in (module.metric_weight, module.exponent, module.energy_weight):
+                init.xavier_normal_(weight)
+            for bias in (module.metric_bias, module.energy_bias):
+                init.zeros_(bias)
+        elif isinstance(module, ConstantOperator):
+            self._init_constant_operator(module.G_LM)
+        elif isinstance(module, RotaryEmbedding):
+            init.copy_(module.inverse_frequencies, module.compute())
+        elif isinstance(module, PldrAttention):
+            bound = 1.0 / math.sqrt(self.config.hidden_size)  # nn.Linear's default, for weight and bias alike
+            init.uniform_(module.v_proj.weight, -bound, bound)
+            init.uniform_(module.v_proj.bias, -bound, bound)
+
+    def _init_constant_operator(self, G_LM: torch.Tensor) -> None:
+        if getattr(G_LM, "_is_hf_initialized", False):
+            return
+        if self.config.operator_init == "identity":
+            init.copy_(G_LM, torch.eye(self.config.head_dim, device=G_LM.device))
+        elif self.config.operator_init == "random":
+            init.normal_(G_LM)
+        else:
+            raise ValueError(
+                "operator_init='external': G_LM must come with the weights, and they hold none; build the model with "
+                "operator_init='identity' and hand the tensor to pldr.freeze(model, G_LM=…)"
+            )
+
+    def save_pretrained(self, *args: Any, save_original_format: bool = False, **kwargs: Any) -> None:
+        """Save in this library's layout, also after loading a published one (`pldr convert --to hub` writes that)."""
+        super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
+
+
+class PldrModel(PldrPreTrainedModel):
+    """The decoder stack: token ids to hidden states."""
+
+    def __init__(self, config: PldrConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.rotary_embedding = RotaryEmbedding(config)
+        self.layers = nn.ModuleList(PldrDecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor | None] | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        use_g_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> PldrModelOutput:
+        """
+        Args:
+            input_ids: [B, T].
+            attention_mask: [B, S], zero at padding. A prepared mask is taken as it is: [B, 1, T, S] (then no token
+                counts as padding for G_LM), or the dict that `create_masks_for_generate` makes.
+            position_ids: [B, T]; by default counted over the tokens that are not padding. Unlike in ordinary attention
+                they matter absolutely, not only through differences: G_LM sits between the two rotations.
+            past_key_values: cache of earlier tokens; see `pldr.make_cache`.
+            inputs_embeds: [B, T, M], in place of `input_ids`, before the scaling by sqrt(M).
+            use_cache: make a cache where none is given.
+            use_g_cache: whether that cache keeps G_LM; the same as `use_cache` by default.
+            output_deductive_outputs, output_hidden_states, output_attentions: what else to return.
+
+        Raises:
+            ValueError: not exactly one of `input_ids` and `inputs_embeds`; more positions than the context length; a
+                cache without a place for G_LM.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+
+        if past_key_values is None and (use_cache or use_g_cache):
+            past_key_values = make_cache(self.config, kv=bool(use_cache), g=use_g_cache is not False)
+        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        tokens = inputs_embeds.shape[1]
+        if isinstance(past_length, int) and past_length + tokens > self.config.max_position_embeddings:
+            raise ValueError(
+                f"input of {past_length + tokens} tokens is longer than the context length "
+                f"max_position_embeddings={self.config.max_position_embeddings}"
+            )
+        if position_ids is None:
+            position_ids = self._default_positions(attention_mask, past_length, tokens, inputs_embeds.device)
+        masks = attention_mask
+        if not isinstance(masks, dict):
+            masks = create_masks(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
+        learned = self.config.operator == "learned"
+        states = operator_state_layers(past_key_values if learned else None, len(self.layers))
+
+        # Under autocast the square root stays a Python number, so that the embedding keeps its dtype.
+        hidden_states = self.embed_norm(inputs_embeds * math.sqrt(self.config.hidden_size))
+        position_embeddings = self.rotary_embedding(position_ids)
+        for layer, state in zip(self.layers, states, strict=True):
+            hidden_states = layer(
+                hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=masks["attention"],
+                padding_mask=masks["padding"],
+                past_key_values=past_key_values,
+                operator_state=state,
+                position_ids=position_ids,
+                **kwargs,
+            )
+        return PldrModelOutput(last_hidden_state=hidden_states, past_key_values=past_key_values)
+
+    @staticmethod
+    def _default_positions(
+        attention_mask: Any, past_length: int | torch.Tensor, tokens: int, device: torch.device
+    ) -> torch.Tensor:
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+            return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
+        return torch.arange(tokens, device=device)[None] + past_length
+
+
+class PldrForCausalLM(PldrPreTrainedModel, GenerationMixin):
+    """PLDR-LLM with its language-model head.
+
+    `generate` takes `use_cache` (keys and values) and `use_g_cache` (G_LM; the same as `use_cache` by default), which
+    together give the published implementation's four modes.
+    """
+
+    def __init__(self, config: PldrConfig) -> None:
+        super().__init__(config)
+        self.model = PldrModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor | None] | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        use_g_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> PldrCausalLMOutput:
+        """
+        Args:
+            labels: [B, T], the same ids as `input_ids` (the shift by one happens here); -100 is left out of the mean.
+            logits_to_keep: number of last positions to compute logits for, or their indices; 0 means all.
+            the others: see `PldrModel.forward`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            use_g_cache=use_g_cache,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return PldrCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            deductive_outputs=outputs.deductive_outputs,
+        )
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: PldrConfig,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        position_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, torch.Tensor | None]:
+        """Called by `generate` once a step for static caches, outside the compiled forward."""
+        return create_masks(config, inputs_embeds, attention_mask, past_key_values, position_ids)
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        kv = generation_config.use_cache is not False
+        use_g_cache = model_kwargs.pop("use_g_cache", None)
+        g = kv if use_g_cache is None else use_g_cache
+        if self.config.operator == "learned" and generation_config.prefill_chunk_size is not None:
+            raise ValueError(
+                "prefill_chunk_size: a learned G_LM needs the whole prompt at once; freeze the model first "
+                "(pldr.freeze), or leave the setting out"
+            )
+        if model_kwargs.get("past_key_values") is not None:
+            if use_g_cache is not None:
+                raise ValueError("use_g_cache: the given past_key_values decides; choose with pldr.make_cache(g=…)")
+        elif not kv:
+            model_kwargs["past_key_values"] = make_cache(self.config, kv=False, g=g)
+            return
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if use_g_cache is not None:
+            set_g_cache(model_kwargs["past_key_values"], g)
+
+
+def create_masks(
+    config: PldrConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    past_key_values: Cache | None,
+    position_ids: torch.Tensor | None,
+) -> dict[str, torch.Tensor | None]:
+    """The two masks of a forward: "attention" (None where causality alone is needed) and "padding" for G_LM ([B, T])."""
+    arguments = {
+        "config": config,
+        "inputs_embeds": inputs_embeds,
+        "attention_mask": attention_mask,
+        "past_key_values": past_key_values,
+        "position_ids": position_ids,
+    }
+    learned = config.operator == "learned"
+    return {
+        "attention": create_causal_mask(**arguments),
+        "padding": create_recurrent_attention_mask(**arguments) if learned else None,
+    }
+
+
+# --- registration ---------------------------------------------------------------------------------------------------
+
+
+class _PublishedNames(WeightRenaming):
+    """The table of published tensor names, in the form that transformers' loader asks for."""
+
+    __slots__ = ()
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        renamed = layouts.published_to_ours([source_key]).get(source_key)
+        self._was_used = self._was_used or renamed is not None
+        return renamed or source_key, None
+
+
+class _UnpackPredefinedG(ConversionOps):
+    """The hub layout's `decoder.past_G_values` [L, 3, 1, H, D, D] into one G_LM a layer; only read, never written."""
+
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        (packed,) = (value[0] if isinstance(value, list) else value for value in input_dict.values())
+        return {layouts.OUR_G.format(i): layer[layouts.HUB_G_SLOT, 0].clone() for i, layer in enumerate(packed)}
+
+
+register_checkpoint_conversion_mapping(
+    "pldrllm",
+    [
+        # The patterns only say which keys may match; the table decides.
+        _PublishedNames(r"^(decoder|final_layer)\.", "model."),
+        WeightConverter(layouts.HUB_G, layouts.OUR_G.format(0), operations=[_UnpackPredefinedG()]),
+    ],
+)
+AutoConfig.register("pldrllm", PldrConfig)
+AutoModel.register(PldrConfig, PldrModel)
+AutoModelForCausalLM.register(PldrConfig, PldrForCausalLM)

@@ -1,0 +1,263 @@
+"""The operator of power law graph attention: whatever turns queries and keys into those of ordinary attention.
+
+    scores = (q G_LM) kᵀ
+
+An operator is called with rotated queries and keys and returns the ones to attend with, so that attention itself never
+knows where G_LM came from. Ordinary attention is G_LM = identity.
+
+Shapes: B batch, H heads, T tokens, D head dimension, L layers.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from pldr.cache import OperatorState
+from pldr.configuration_pldr import PldrConfig
+from pldr.ops import reference
+
+
+class DeductiveOutputs(NamedTuple):
+    """The deductive outputs of one layer, each [B, H, D, D] or None where the operator did not compute it.
+
+    Attributes:
+        A: output of the metric learner's residual network.
+        A_LM: metric tensor, iSwiGLU(W A + b) + 1e-9.
+        A_P: potential tensor, A_LM raised elementwise to the learned exponents.
+        G_LM: energy-curvature tensor, a A_P + b_a: the operator. A constant operator's is [1, H, D, D].
+    """
+
+    A: torch.Tensor | None
+    A_LM: torch.Tensor | None
+    A_P: torch.Tensor | None
+    G_LM: torch.Tensor
+
+
+class GatedLinearUnit(nn.Module):
+    """(silu(z W1 + b1) ∘ (z W2 + b2)) W3 + b3, the feed-forward block and the metric learner's building block."""
+
+    def __init__(self, width: int, inner_width: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, inner_width)
+        self.up_proj = nn.Linear(width, inner_width)
+        self.down_proj = nn.Linear(inner_width, width)
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(z)) * self.up_proj(z))
+
+
+class ResidualUnit(nn.Module):
+    """u ← LayerNorm(GLU_N(… GLU_1(u) …) + u) on the rows of A; shared by the heads of a layer."""
+
+    def __init__(self, config: PldrConfig) -> None:
+        super().__init__()
+        self.glus = nn.ModuleList(
+            GatedLinearUnit(config.head_dim, config.metric_learner_width) for _ in range(config.metric_learner_glus)
+        )
+        self.norm = nn.LayerNorm(config.head_dim, eps=config.layer_norm_eps)
+
+    def forward(self, u: torch.Tensor) -> torch.Tensor:
+        residual = u
+        for glu in self.glus:
+            u = glu(u)
+        return self.norm(u + residual)
+
+
+class LearnedOperator(nn.Module):
+    """G_LM from the queries, by the metric learner and the power law (v51, v52, v51-DAG).
+
+    G_LM sums over every position that it is given, later ones too: a forward with a learned operator is not causal.
+    """
+
+    def __init__(self, config: PldrConfig) -> None:
+        super().__init__()
+        self.input_norm = nn.LayerNorm(config.head_dim, eps=config.layer_norm_eps)
+        self.metric_learner = nn.ModuleList(ResidualUnit(config) for _ in range(config.metric_learner_units))
+        shape = (config.num_attention_heads, config.head_dim, config.head_dim)
+        self.metric_weight = nn.Parameter(torch.empty(shape))  # W
+        self.metric_bias = nn.Parameter(torch.empty(shape))  # b
+        self.exponent = nn.Parameter(torch.empty(shape))  # p
+        self.energy_weight = nn.Parameter(torch.empty(shape))  # a
+        self.energy_bias = nn.Parameter(torch.empty(shape))  # b_a
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        padding_mask: torch.Tensor | None = None,
+        state: OperatorState | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, DeductiveOutputs]:
+        """
+        Args:
+            query, key: [B, H, T, D], rotated.
+            padding_mask: [B, T], zero at padding; None where nothing is padded.
+            state: this layer's part of the cache. Filled where it is empty, read in place of the network where not.
+
+        Returns:
+            query and key for attention, [B, H, T, D], and this layer's deductive outputs.
+        """
+        if state is None or not state.has_operator_state:
+            deductive = self.energy_curvature(self.metric(query, padding_mask))
+            if state is not None:
+                kept = deductive.G_LM if state.caches_g else deductive.A
+                assert kept is not None
+                state.fill_operator_state(kept)
+        else:
+            assert state.operator_state is not None
+            if state.caches_g:
+                deductive = DeductiveOutputs(None, None, None, state.operator_state)
+            else:
+                deductive = self.energy_curvature(state.operator_state)
+        return query @ deductive.G_LM.to(query.dtype), key, deductive
+
+    def metric(self, query: torch.Tensor, padding_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """A: the density matrix qᵀq through the residual network. [B, H, T, D] → [B, H, D, D]."""
+        A = self.input_norm(reference.density_matrix(query, padding_mask))
+        for unit in self.metric_learner:
+            A = unit(A)
+        return A
+
+    def energy_curvature(self, A: torch.Tensor) -> DeductiveOutputs:
+        """A_LM, A_P and G_LM from A, each [B, H, D, D]."""
+        A_LM, A_P, G_LM = reference.power_law(
+            A, self.metric_weight, self.metric_bias, self.exponent, self.energy_weight, self.energy_bias
+        )
+        return DeductiveOutputs(A, A_LM, A_P, G_LM)
+
+
+class ConstantOperator(nn.Module):
+    """G_LM as a stored tensor [H, D, D]: identity, random, transferred, or frozen from a learned operator.
+
+    A trainable G_LM is a parameter, any other a buffer; both are saved and loaded under the same name.
+    """
+
+    def __init__(self, config: PldrConfig) -> None:
+        super().__init__()
+        G_LM = torch.empty(config.num_attention_heads, config.head_dim, config.head_dim)
+        if config.operator_trainable:
+            self.G_LM = nn.Parameter(G_LM)
+        else:
+            self.register_buffer("G_LM", G_LM)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        padding_mask: torch.Tensor | None = None,
+        state: OperatorState | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, DeductiveOutputs]:
+        """Like `LearnedOperator.forward`; `padding_mask` and `state` have no effect on a constant."""
+        return query @ self.G_LM, key, DeductiveOutputs(None, None, None, self.G_LM[None])
+
+
+def make_operator(config: PldrConfig) -> LearnedOperator | ConstantOperator:
+    return LearnedOperator(config) if config.operator == "learned" else ConstantOperator(config)
+
+
+# --- freezing -------------------------------------------------------------------------------------------------------
+
+
+def check_operator_tensor(G_LM: torch.Tensor | Sequence[torch.Tensor], config: PldrConfig) -> torch.Tensor:
+    """A predefined G_LM as one float32 tensor [L, H, D, D], checked against a model's shape.
+
+    Args:
+        G_LM: [L, H, D, D], or [L, 1, H, D, D], or one [H, D, D] or [1, H, D, D] tensor a layer.
+        config: the model that it is meant for.
+
+    Raises:
+        ValueError: another number of layers or heads, another head dimension, or a value that is not finite.
+    """
+    layers = [layer.detach() for layer in G_LM]
+    if len(layers) != config.num_hidden_layers:
+        raise ValueError(f"G_LM: has {len(layers)} layers, the model has {config.num_hidden_layers}")
+    expected = (config.num_attention_heads, config.head_dim, config.head_dim)
+    for index, layer in enumerate(layers):
+        if layer.dim() == 4 and layer.shape[0] == 1:
+            layer = layers[index] = layer[0]
+        if tuple(layer.shape) != expected:
+            raise ValueError(
+                f"G_LM: layer {index} has shape {tuple(layer.shape)}, the model needs [heads, head_dim, head_dim] = "
+                f"{expected}"
+            )
+        if not bool(torch.isfinite(layer).all()):
+            raise ValueError(f"G_LM: layer {index} holds NaN or infinite values")
+    return torch.stack([layer.to(torch.float32) for layer in layers])
+
+
+@torch.no_grad()
+def average_operator(model: Any, prompts: Iterable[torch.Tensor]) -> torch.Tensor:
+    """G_LM of a learned operator, averaged over prompts.
+
+    Where G_LM does not depend on the input, any one prompt gives the same tensor; where it does, the mean is the
+    least-squares constant for these prompts.
+
+    Args:
+        model: a PldrForCausalLM with learned operators.
+        prompts: token ids of one prompt each, [T] or [1, T]; no padding.
+
+    Returns:
+        [L, H, D, D], float32, on the CPU.
+
+    Raises:
+        ValueError: no prompts, an empty one, or a model without a learned operator.
+    """
+    if model.config.operator != "learned":
+        raise ValueError("freeze: the model's operator is constant already; pass G_LM to exchange it")
+    total, count = None, 0
+    was_training = model.training
+    model.eval()
+    try:
+        for prompt in prompts:
+            ids = torch.as_tensor(prompt, device=model.device).reshape(1, -1)
+            if ids.shape[1] == 0:
+                raise ValueError("freeze: a prompt is empty; G_LM needs at least one token")
+            layers = model.model(ids, use_cache=False, output_deductive_outputs=True).deductive_outputs
+            G_LM = torch.stack([layer.G_LM[0] for layer in layers]).double().cpu()
+            total, count = (G_LM if total is None else total + G_LM), count + 1
+    finally:
+        model.train(was_training)
+    if total is None:
+        raise ValueError("freeze: no prompts given; pass at least one, or G_LM")
+    return (total / count).float()
+
+
+def freeze(
+    model: Any,
+    prompts: Iterable[torch.Tensor] | torch.Tensor | None = None,
+    *,
+    G_LM: torch.Tensor | Sequence[torch.Tensor] | None = None,
+    trainable: bool = False,
+) -> Any:
+    """Make the operator of `model` a constant, in place, and drop the network that computed it.
+
+    Either `prompts` (the operator that the model itself computes for them) or `G_LM` (a tensor from elsewhere: the
+    paper's v51Gi, a transferred or random operator). A constant operator can be exchanged the same way.
+
+    Args:
+        model: a PldrForCausalLM.
+        prompts: token ids, one [T] tensor a prompt, or [B, T] without padding.
+        G_LM: [L, H, D, D]; other accepted forms are those of `check_operator_tensor`.
+        trainable: make the constant a parameter, so that training goes on with it (hand-off).
+
+    Returns:
+        The same model. Saved and loaded again, it has no metric learner at all.
+
+    Raises:
+        ValueError: not exactly one of `prompts` and `G_LM`, or a tensor that does not fit. The model is then as before.
+    """
+    if (prompts is None) == (G_LM is None):
+        raise ValueError("freeze: pass either prompts or G_LM")
+    constant = average_operator(model, prompts) if prompts is not None else check_operator_tensor(G_LM, model.config)  # type: ignore[arg-type]
+    model.config.operator = "constant"
+    model.config.operator_init = "external"
+    model.config.operator_trainable = trainable
+    for layer, value in zip(model.model.layers, constant, strict=True):
+        like = next(layer.self_attn.q_proj.parameters())
+        operator = ConstantOperator(model.config).to(device=like.device, dtype=like.dtype)
+        with torch.no_grad():
+            operator.G_LM.copy_(value)
+        layer.self_attn.operator = operator.train(model.training)
+    return model

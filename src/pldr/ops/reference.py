@@ -1,0 +1,73 @@
+"""Power law graph attention in plain PyTorch: the oracle for every kernel, and the path on CPU.
+
+Shapes: B batch, H heads, T tokens, D head dimension. Equations as in arXiv 2502.13502.
+"""
+
+import torch
+from torch.nn import functional as F
+
+# Keeps A_LM strictly positive, so that its elementwise power is defined for any real exponent.
+METRIC_EPSILON = 1e-9
+
+
+def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, pairing: str) -> torch.Tensor:
+    """Rotate each pair of dimensions of `x` by its position's angle.
+
+    Args:
+        x: [B, H, T, D].
+        cos, sin: [B or 1, 1, T, D/2], float32.
+        pairing: "adjacent" rotates dimensions (2i, 2i+1) (v51), "halves" rotates (i, i + D/2) (v52).
+
+    Returns:
+        [B, H, T, D] in the dtype of `x`; the arithmetic is in float32.
+    """
+    wide = x.float()
+    if pairing == "adjacent":
+        first, second = wide.unflatten(-1, (-1, 2)).unbind(-1)
+        rotated = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
+    else:
+        first, second = wide.chunk(2, dim=-1)
+        rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return rotated.to(x.dtype)
+
+
+def density_matrix(query: torch.Tensor, padding_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """qᵀq over the tokens of each sequence, the input of the metric learner before its LayerNorm.
+
+    Args:
+        query: [B, H, T, D].
+        padding_mask: [B, T], zero or False at padding, which is left out of the sum; None where nothing is padded.
+
+    Returns:
+        [B, H, D, D].
+    """
+    if padding_mask is not None:
+        query = query.masked_fill(~padding_mask.bool()[:, None, :, None], 0.0)
+    return query.transpose(-1, -2) @ query
+
+
+def power_law(
+    A: torch.Tensor,
+    metric_weight: torch.Tensor,
+    metric_bias: torch.Tensor,
+    exponent: torch.Tensor,
+    energy_weight: torch.Tensor,
+    energy_bias: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """From the metric learner's output to the operator: A_LM = iSwiGLU(W A + b) + ε, A_P = A_LM^p, G_LM = a A_P + b_a.
+
+    The elementwise part runs in float32 whatever the dtype of A: ε is no fp16 number, and a power law in bf16 would
+    keep two decimal digits of its base.
+
+    Args:
+        A: [B, H, D, D].
+        metric_weight, metric_bias, exponent, energy_weight, energy_bias: W, b, p, a, b_a, each [H, D, D].
+
+    Returns:
+        A_LM and A_P (float32), G_LM (dtype of the matrix product), each [B, H, D, D].
+    """
+    z = (metric_weight @ A + metric_bias).float()
+    A_LM = z * F.silu(z) + METRIC_EPSILON
+    A_P = A_LM.pow(exponent.float())
+    G_LM = energy_weight @ A_P.to(energy_weight.dtype) + energy_bias
+    return A_LM, A_P, G_LM
