@@ -4,9 +4,12 @@ Shapes: B batch, T tokens of this forward, S tokens seen by attention, H heads, 
 V vocabulary, L layers.
 """
 
+import hashlib
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +32,8 @@ from pldr.cache import make_cache, operator_state_layers, set_g_cache
 from pldr.configuration_pldr import PldrConfig
 from pldr.operator import ConstantOperator, DeductiveOutputs, GatedLinearUnit, LearnedOperator, make_operator
 from pldr.ops import reference
+
+CHECKSUMS = "SHA256SUMS"
 
 
 @dataclass
@@ -237,9 +242,24 @@ class PldrPreTrainedModel(PreTrainedModel):
                 "operator_init='identity' and hand the tensor to pldr.freeze(model, G_LM=…)"
             )
 
-    def save_pretrained(self, *args: Any, save_original_format: bool = False, **kwargs: Any) -> None:
-        """Save in this library's layout, also after loading a published one (`pldr convert --to hub` writes that)."""
-        super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *args: Any, save_original_format: bool = False, **kwargs: Any
+    ) -> None:
+        """Save in this library's layout, also after loading a published one, with the SHA-256 of each weight file.
+
+        The sums let `pldr.load_model` tell a damaged file; ``sha256sum -c SHA256SUMS`` reads them too.
+        """
+        super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+        if kwargs.get("is_main_process", True):
+            write_checksums(Path(save_directory))
+
+
+def write_checksums(folder: Path) -> None:
+    lines = []
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            lines.append(f"{hashlib.file_digest(stream, 'sha256').hexdigest()}  {file.name}\n")
+    (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
 
 
 class PldrModel(PldrPreTrainedModel):

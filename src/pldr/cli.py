@@ -1,0 +1,263 @@
+"""The `pldr` command: one function a verb. Heavy imports happen inside the verbs, so that help starts at once."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Train, run and study PLDR-LLMs.",
+)
+
+Model = Annotated[Path, typer.Argument(help="Model folder (this library's, hub or reference layout) or .pth file.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output folder that is not empty.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Tokenizer = Annotated[
+    Path | None, typer.Option(help="Tokenizer folder or SentencePiece file, if not in the model folder.")
+]
+Rope = Annotated[
+    str | None, typer.Option("--rope", help="RoPE of a reference checkpoint: adjacent (v51, default) or halves (v52).")
+]
+OperatorFile = Annotated[
+    Path | None, typer.Option("--g-lm", help="File with a predefined G_LM (.safetensors, or a pickle of tensors).")
+]
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from pldr import __version__
+
+        typer.echo(f"pldr {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from standard input.")],
+    max_new_tokens: Annotated[int | None, typer.Option(help="Most tokens to add; 64 by default.")] = None,
+    cache: Annotated[str, typer.Option(help="What to keep between tokens: kv+g, kv, g or none.")] = "kv+g",
+    temperature: Annotated[float | None, typer.Option(help="Sampling temperature; greedy if no sampling is set.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample among the k most probable tokens; 0 means all.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample among tokens of this total probability.")] = None,
+    beams: Annotated[int, typer.Option(help="Beam-search width.")] = 1,
+    seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Print the text as it is generated.")] = False,
+    as_json: AsJson = False,
+    tokenizer: Tokenizer = None,
+    device: Annotated[str, typer.Option(help="Where to run, for example cpu or cuda.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+) -> None:
+    """Continue a text."""
+    if stream and as_json:
+        raise ValueError("--stream and --json: choose one")
+    if prompt == "-":
+        prompt = sys.stdin.read()
+    from pldr.generation import generate_text
+
+    loaded, text_tokenizer = _load(model, tokenizer, device=device, dtype=dtype)
+    result = generate_text(
+        loaded, text_tokenizer, prompt, max_new_tokens=max_new_tokens, cache=cache, temperature=temperature,
+        top_k=top_k, top_p=top_p, beams=beams, seed=seed,
+        on_text=(lambda piece: typer.echo(piece, nl=False)) if stream else None,
+    )  # fmt: skip
+    if as_json:
+        fields = {"prompt": prompt, "cache": cache, "operator": loaded.config.operator} | vars(result)
+        _print_json(fields | {"tokens_per_second": result.tokens_per_second})
+    else:
+        typer.echo("" if stream else result.text)
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of one that comes with the package.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value pairs, e.g. optimization.steps=100.")] = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a model from a recipe."""
+    from pldr.recipe import load_recipe
+
+    parsed = load_recipe(recipe, overrides)
+    _quiet()
+    _require("train", "accelerate", "datasets")
+    from pldr.train import train as run
+
+    summary = run(parsed, overwrite=overwrite)
+    if as_json:
+        _print_json({"output": parsed.output} | summary)
+    else:
+        for name, value in summary.items():
+            typer.echo(f"{name:>18}  {value:,.4f}" if isinstance(value, float) else f"{name:>18}  {value:,}")
+        typer.echo(f"{'saved in':>18}  {parsed.output}")
+
+
+@app.command()
+def convert(
+    source: Model,
+    destination: Annotated[Path, typer.Argument(help="Folder to write.")],
+    to: Annotated[str, typer.Option(help="Layout to write: pldr, hub or reference.")] = "pldr",
+    rope: Rope = None,
+    g_lm: OperatorFile = None,
+    tokenizer: Tokenizer = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Rewrite a checkpoint in another layout, bit for bit."""
+    _quiet()
+    from pldr.convert import convert_checkpoint
+
+    model = convert_checkpoint(
+        source, destination, to=to, rope_pairing=rope, G_LM=g_lm, tokenizer=tokenizer, overwrite=overwrite
+    )
+    typer.echo(f"{destination}: {model.num_parameters():,} parameters, {model.config.operator} operator, {to} layout")
+
+
+@app.command()
+def freeze(
+    model: Model,
+    destination: Annotated[Path, typer.Argument(help="Folder to write.")],
+    prompt: Annotated[list[str] | None, typer.Option(help="Text to compute G_LM from; may be repeated.")] = None,
+    prompts_file: Annotated[Path | None, typer.Option(help="File of such texts, one a line.")] = None,
+    g_lm: OperatorFile = None,
+    trainable: Annotated[bool, typer.Option("--trainable", help="Make G_LM a parameter, to train on with.")] = False,
+    tokenizer: Tokenizer = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Make the operator a constant, from prompts or from a file, and drop the network that computed it."""
+    from pldr.saving import check_output, whole_folder
+
+    check_output(destination, overwrite=overwrite)
+    texts = list(prompt or [])
+    if prompts_file is not None:
+        try:
+            texts += [line for line in prompts_file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{prompts_file}: not valid UTF-8 at byte {error.start}") from None
+    if bool(texts) == (g_lm is not None):
+        raise ValueError("pass either --prompt / --prompts-file (with some text) or --g-lm")
+    import torch
+
+    from pldr.convert import load_predefined_G
+    from pldr.generation import encode_prompt
+    from pldr.operator import freeze as make_constant
+
+    loaded, text_tokenizer = _load(model, tokenizer, needs_tokenizer=bool(texts))
+    before = loaded.num_parameters()
+    if texts:
+        prompts = [torch.tensor(encode_prompt(text_tokenizer, text)) for text in texts]
+        make_constant(loaded, prompts, trainable=trainable)
+    else:
+        make_constant(loaded, G_LM=load_predefined_G(g_lm), trainable=trainable)  # type: ignore[arg-type]
+    with whole_folder(destination, overwrite=overwrite) as folder:
+        loaded.save_pretrained(folder)
+        if text_tokenizer is not None:
+            text_tokenizer.save_pretrained(folder)
+    typer.echo(f"{destination}: constant operator, {loaded.num_parameters():,} parameters (before: {before:,})")
+
+
+@app.command()
+def info(model: Model, rope: Rope = None, g_lm: OperatorFile = None, as_json: AsJson = False) -> None:
+    """Show a model's shape, parameters, operators and cache sizes."""
+    _quiet()
+    from pldr.convert import load_model
+    from pldr.report import model_facts, print_facts
+
+    facts = model_facts(load_model(model, rope_pairing=rope, G_LM=g_lm))
+    if as_json:
+        _print_json(facts)
+    else:
+        print_facts(facts)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for the model, the picture and the table.")] = Path("demo-output"),
+    recipe: Annotated[str, typer.Option(help="Recipe to train.")] = "demo-cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Train a small model on real text, then cache and freeze its operator, and compare."""
+    _quiet()
+    _require("train", "accelerate", "datasets", "matplotlib")
+    from pldr.demo import print_demo, run_demo
+
+    result = run_demo(output, recipe)
+    if as_json:
+        _print_json(result)
+    else:
+        print_demo(result)
+
+
+def main() -> NoReturn:
+    """Run the command line; a user's mistake is one line on standard error and exit code 1, not a traceback."""
+    try:
+        app()
+    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
+        if os.environ.get("PLDR_TRACEBACK"):
+            raise
+        print("pldr:", _one_line(error), file=sys.stderr)  # noqa: T201
+        sys.exit(1)
+    sys.exit(0)
+
+
+def _one_line(error: Exception) -> str:
+    message = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(message.split()) or type(error).__name__
+
+
+def _load(
+    model: Path, tokenizer: Path | None, *, device: str = "cpu", dtype: str = "auto", needs_tokenizer: bool = True
+) -> tuple[Any, Any]:
+    _quiet()
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise ValueError(f"--dtype: must be auto, float32 or bfloat16, got {dtype!r}")
+    import torch
+
+    from pldr.convert import load_model
+    from pldr.tokenizer import check_vocabulary, load_tokenizer
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device: {device} can not be used here ({' '.join(str(error).split())[:120]})") from None
+    loaded = load_model(model, dtype=dtype, device=device)
+    try:
+        text_tokenizer = load_tokenizer(tokenizer or (model if model.is_dir() else model.parent))
+    except FileNotFoundError:
+        if needs_tokenizer or tokenizer is not None:
+            raise
+        return loaded, None
+    check_vocabulary(text_tokenizer, loaded.config.vocab_size)
+    return loaded, text_tokenizer
+
+
+def _quiet() -> None:
+    """Keep the libraries' own bars and notes out of the output; errors stay."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def _require(extra: str, *packages: str) -> None:
+    from importlib.util import find_spec
+
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        raise ModuleNotFoundError(f"needs {', '.join(missing)}: pip install 'pldr[{extra}]'")
+
+
+def _print_json(fields: dict[str, Any]) -> None:
+    typer.echo(json.dumps(fields, ensure_ascii=False))

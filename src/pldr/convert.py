@@ -1,0 +1,437 @@
+"""Reading and writing checkpoints: this library's layout and the two published ones.
+
+Files from elsewhere are data. Weights are read from safetensors, or from a ``.pth`` through torch's weights-only loader;
+hyperparameter files are parsed, never run; predefined operators are unpickled by a reader that knows tensors alone.
+"""
+
+import ast
+import hashlib
+import io
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from pldr import layouts
+from pldr.configuration_pldr import PldrConfig
+from pldr.modeling_pldr import CHECKSUMS, PldrForCausalLM
+from pldr.operator import ConstantOperator, check_operator_tensor
+from pldr.saving import check_output, whole_folder
+from pldr.tokenizer import check_vocabulary, load_tokenizer
+
+LAYOUTS = ("pldr", "hub", "reference")
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_REFERENCE_WEIGHTS, _REFERENCE_G = "model-checkpoint.pth", "predefined_G_LM.pkl"
+# The spellings of the one activation that published hyperparameter files name.
+_SILU = ("F.silu", "torch.nn.functional.silu", "nn.functional.silu")
+
+
+def load_model(
+    path: str | os.PathLike[str],
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+    rope_pairing: str | None = None,
+    G_LM: str | os.PathLike[str] | None = None,
+) -> PldrForCausalLM:
+    """A model in evaluation mode from a folder in any of the three layouts, or not at all.
+
+    Unlike `from_pretrained`, which warns and goes on with random weights, every problem is an error here.
+
+    Args:
+        path: a folder in this library's or the hub's layout, a folder in the reference layout, or a ``.pth`` file with
+            its ``*hyperparameters.py`` beside it.
+        dtype: of the weights; "auto" keeps the stored one.
+        device: where to put the model.
+        rope_pairing: for a reference checkpoint of a v52 model, "halves"; that layout does not say. Others say so
+            themselves.
+        G_LM: for a reference v51G checkpoint, the file of its predefined operator, where it is not
+            ``predefined_G_LM.pkl`` in the same folder.
+
+    Raises:
+        FileNotFoundError: the folder or a file in it is missing.
+        ValueError: damaged files; unknown, missing or mis-shaped tensors, listed; values that are not finite.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such model folder")
+    if path.is_dir() and (path / "config.json").is_file():
+        if rope_pairing is not None or G_LM is not None:
+            raise ValueError("rope_pairing and G_LM apply to the reference layout only; this folder's config.json decides")
+        config = _read_config(path)
+        _check_tensors(_read_shapes(path), config, str(path))
+        _check_sums(path)
+        model = PldrForCausalLM.from_pretrained(path, config=config, dtype=dtype, use_safetensors=True)
+    elif path.suffix == ".pth" or (path.is_dir() and any(path.glob("*.pth"))):
+        model = _load_reference(path, dtype, rope_pairing, G_LM)
+    else:
+        raise FileNotFoundError(f"{path}: neither config.json nor a .pth file; this is not a model folder")
+    for name, tensor in model.state_dict().items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{path}: tensor {name} holds NaN or infinite values; the file is damaged")
+    return model.to(device).eval()
+
+
+def convert_checkpoint(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    to: str = "pldr",
+    rope_pairing: str | None = None,
+    G_LM: str | os.PathLike[str] | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+) -> PldrForCausalLM:
+    """Rewrite a checkpoint of any layout in another one. Tensors are copied bit for bit.
+
+    Args:
+        source, rope_pairing, G_LM: see `load_model`.
+        destination: folder to write; it appears only when whole.
+        to: "pldr" (this library), "hub" (the published Hugging Face layout) or "reference" (the published framework's).
+        tokenizer: tokenizer to put beside the weights; by default the source folder's, where it has one.
+        overwrite: replace a destination that is not empty.
+
+    Returns:
+        The model that was written.
+
+    Raises:
+        ValueError, OSError: see `load_model`; then nothing is written.
+    """
+    if to not in LAYOUTS:
+        raise ValueError(f"--to: must be one of {', '.join(LAYOUTS)}, got {to!r}")
+    check_output(destination, overwrite=overwrite)
+    model = load_model(source, rope_pairing=rope_pairing, G_LM=G_LM)
+    found = _find_tokenizer(Path(source), tokenizer)
+    if found is not None:
+        check_vocabulary(found[0], model.config.vocab_size)
+    with whole_folder(destination, overwrite=overwrite) as folder:
+        {"pldr": model.save_pretrained, "hub": _WriteHub(model), "reference": _WriteReference(model)}[to](folder)
+        if found is not None:
+            loaded, sentencepiece_file = found
+            loaded.save_pretrained(folder)
+            if sentencepiece_file is not None:
+                shutil.copyfile(sentencepiece_file, folder / "tokenizer.model")
+    return model
+
+
+def load_predefined_G(path: str | os.PathLike[str]) -> torch.Tensor:
+    """A predefined operator from a file: safetensors, or the published pickle of tensors (made on any device).
+
+    Args:
+        path: ``.safetensors`` with one tensor or one called "G_LM"; else a pickle of one tensor a layer, or one
+            (A_LM, G_LM) pair a layer.
+
+    Returns:
+        [L, H, D, D], on the CPU.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: anything but tensors in the file, or tensors of other dimensions. Nothing in it is ever executed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    if path.suffix == ".safetensors":
+        try:
+            tensors = load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path}: damaged safetensors file ({error})") from None
+        if "G_LM" not in tensors and len(tensors) != 1:
+            raise ValueError(f"{path}: holds no tensor G_LM, but {', '.join(tensors)}")
+        layers: Any = tensors.get("G_LM", next(iter(tensors.values())))
+    else:
+        try:
+            layers = _TensorUnpickler(io.BytesIO(path.read_bytes())).load()
+        except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, TypeError, KeyError, IndexError,
+                AttributeError, ImportError) as error:  # fmt: skip
+            raise ValueError(f"{path}: not a pickle of tensors alone ({_one_line(error)})") from None
+    picked = [layer[-1] if isinstance(layer, (tuple, list)) else layer for layer in layers]
+    if not picked or not all(isinstance(layer, torch.Tensor) for layer in picked):
+        raise ValueError(f"{path}: not one tensor a layer")
+    squeezed = [layer[0] if layer.dim() == 4 and layer.shape[0] == 1 else layer for layer in picked]
+    if any(layer.dim() != 3 or layer.shape != squeezed[0].shape for layer in squeezed):
+        raise ValueError(f"{path}: G_LM must be [layers, heads, head_dim, head_dim]")
+    return torch.stack(squeezed)
+
+
+# --- this library's and the hub's layout ----------------------------------------------------------------------------
+
+
+def _read_config(folder: Path) -> PldrConfig:
+    try:
+        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{folder / 'config.json'}: not valid JSON ({_one_line(error)})") from None
+    if not isinstance(fields, dict) or fields.get("model_type") != "pldrllm":
+        raise ValueError(f"{folder / 'config.json'}: model_type must be 'pldrllm'")
+    return PldrConfig.from_dict(fields)
+
+
+def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every stored tensor, from the headers alone."""
+    if (folder / _INDEX).is_file():
+        try:
+            files = sorted(set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"{folder / _INDEX}: damaged index ({_one_line(error)})") from None
+        outside = [name for name in files if Path(name).name != name]
+        if outside:
+            raise ValueError(f"{folder / _INDEX}: names a file outside the folder: {outside[0]}")
+    else:
+        files = [_WEIGHTS]
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in files:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name}: missing")
+        try:
+            with safe_open(folder / name, framework="pt") as tensors:
+                shapes |= {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{folder / name}: damaged safetensors file ({_one_line(error)})") from None
+    return shapes
+
+
+def _check_tensors(stored: Mapping[str, tuple[int, ...]], config: PldrConfig, where: str) -> None:
+    """
+    Raises:
+        ValueError: the stored tensors are not exactly those of the model, by name and shape.
+    """
+    with torch.device("meta"):
+        expected = {name: tuple(tensor.shape) for name, tensor in PldrForCausalLM(config).state_dict().items()}
+    found: dict[str, tuple[int, ...]] = {}
+    renamed = layouts.published_to_ours(stored)
+    for name, shape in stored.items():
+        if name == layouts.HUB_G_STATUS:
+            continue
+        if name == layouts.HUB_G:
+            if shape[1:3] != (3, 1):
+                raise ValueError(f"{where}: {name} must be [layers, 3, 1, heads, head_dim, head_dim], got {shape}")
+            found |= {layouts.OUR_G.format(layer): shape[3:] for layer in range(shape[0])}
+        else:
+            found[renamed.get(name, name)] = shape
+    problems = [
+        *_listed("missing", expected.keys() - found.keys()),
+        *_listed("unknown", found.keys() - expected.keys()),
+        *_listed(
+            "mis-shaped",
+            (f"{name} {found[name]} instead of {expected[name]}"
+             for name in expected.keys() & found.keys() if found[name] != expected[name]),
+        ),
+    ]  # fmt: skip
+    if problems:
+        raise ValueError(f"{where}: weights do not fit the configuration: {'; '.join(problems)}")
+
+
+def _listed(what: str, names: Iterable[str], limit: int = 8) -> list[str]:
+    names = sorted(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return [f"{len(names)} {what} ({', '.join(names[:limit])}{more})"] if names else []
+
+
+def _check_sums(folder: Path) -> None:
+    """
+    Raises:
+        ValueError: a weight file differs from what this library wrote. Published folders carry no sums to compare.
+    """
+    if not (folder / CHECKSUMS).is_file():
+        return
+    for line in (folder / CHECKSUMS).read_text(encoding="utf-8").splitlines():
+        digest, _, name = line.partition("  ")
+        if Path(name).name != name or not (folder / name).is_file():
+            raise ValueError(f"{folder / CHECKSUMS}: names {name!r}, which is not in the folder")
+        with (folder / name).open("rb") as stream:
+            if hashlib.file_digest(stream, "sha256").hexdigest() != digest:
+                raise ValueError(
+                    f"{folder / name}: does not match {CHECKSUMS}: the file is damaged or was changed; fetch it again, "
+                    f"or delete {CHECKSUMS} if the change was meant"
+                )
+
+
+class _WriteHub:
+    """The hub layout: published tensor names, config.json in the remote code's terms."""
+
+    def __init__(self, model: PldrForCausalLM) -> None:
+        self.model = model
+
+    def __call__(self, folder: Path) -> None:
+        config = self.model.config
+        state = {name: tensor.contiguous() for name, tensor in _published_state(self.model).items()}
+        if config.operator == "constant":
+            G_LM = _constant_operator(self.model)
+            packed = G_LM.new_zeros(len(G_LM), 3, 1, *G_LM.shape[1:])
+            packed[:, layouts.HUB_G_SLOT, 0] = G_LM
+            state |= {layouts.HUB_G: packed, layouts.HUB_G_STATUS: torch.ones(len(G_LM), dtype=torch.bool)}
+        save_file(state, folder / _WEIGHTS, metadata={"format": "pt"})
+        fields = layouts.ours_to_hub_fields(config) | {"dtype": str(self.model.dtype).removeprefix("torch.")}
+        (folder / "config.json").write_text(json.dumps(fields, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _published_state(model: PldrForCausalLM) -> dict[str, torch.Tensor]:
+    state = model.state_dict()
+    return {theirs: state[ours].detach().cpu() for ours, theirs in layouts.ours_to_published(state).items()}
+
+
+def _constant_operator(model: PldrForCausalLM) -> torch.Tensor:
+    operators = [layer.self_attn.operator for layer in model.model.layers]
+    assert all(isinstance(operator, ConstantOperator) for operator in operators)
+    return torch.stack([operator.G_LM.detach().cpu() for operator in operators])
+
+
+# --- the reference layout -------------------------------------------------------------------------------------------
+
+
+class _WriteReference:
+    """The reference layout: a .pth, its hyperparameters as a Python file, and a predefined operator as a pickle."""
+
+    def __init__(self, model: PldrForCausalLM) -> None:
+        self.model = model
+
+    def __call__(self, folder: Path) -> None:
+        # The published loader looks these two up; what they were at the end of training is not known here.
+        unknown = {"loss": float("nan"), "accuracy": float("nan")}
+        torch.save({"model_state_dict": _published_state(self.model), **unknown}, folder / _REFERENCE_WEIGHTS)
+        fields = layouts.ours_to_hyperparameters(self.model.config)
+        literals = "".join(f"{name!r}: {value!r}, " for name, value in fields.items())
+        text = f"import torch.nn.functional as F\n\nhpdict={{{literals}'activation': F.silu}}\n"
+        (folder / "hyperparameters.py").write_text(text, encoding="utf-8")
+        if self.model.config.operator == "constant":
+            with (folder / _REFERENCE_G).open("wb") as stream:
+                pickle.dump([layer[None].clone() for layer in _constant_operator(self.model)], stream)
+
+
+def _load_reference(
+    path: Path, dtype: str | torch.dtype, rope_pairing: str | None, G_LM: str | os.PathLike[str] | None
+) -> PldrForCausalLM:
+    weights, hyperparameters = _find_reference_files(path)
+    fields = layouts.hyperparameters_to_ours(_read_hyperparameters(hyperparameters))
+    if rope_pairing is not None:
+        fields["rope_pairing"] = rope_pairing
+    try:
+        config = PldrConfig(**fields)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{hyperparameters}: {_one_line(error)}") from None
+    published = _read_pth(weights)
+    renamed = layouts.published_to_ours(published)
+    state = {renamed.get(name, name): tensor for name, tensor in published.items()}
+    if config.operator == "constant":
+        file = Path(G_LM) if G_LM is not None else weights.with_name(_REFERENCE_G)
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: a v51G checkpoint needs its predefined operator; name its file with --g-lm")
+        stored = next(iter(state.values())).dtype
+        for index, layer in enumerate(check_operator_tensor(load_predefined_G(file), config)):
+            state[layouts.OUR_G.format(index)] = layer.to(stored)
+    elif G_LM is not None:
+        raise ValueError("G_LM: this checkpoint has a learned operator; convert it first, then use pldr freeze --g-lm")
+    _check_tensors({name: tuple(tensor.shape) for name, tensor in state.items()}, config, str(weights))
+    if dtype == "auto":
+        dtype = next(iter(state.values())).dtype
+    return PldrForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+
+
+def _find_reference_files(path: Path) -> tuple[Path, Path]:
+    if path.is_dir():
+        candidates = sorted(path.glob("*.pth"))
+        if len(candidates) != 1:
+            raise ValueError(f"{path}: {len(candidates)} .pth files; name the one to read")
+        path = candidates[0]
+    beside = sorted(path.parent.glob("*hyperparameters.py"))
+    if len(beside) > 1:  # several checkpoints in one folder: the file that shares the longest beginning of the name
+        beside.sort(key=lambda file: len(os.path.commonprefix([file.name, path.name])), reverse=True)
+    if not beside:
+        raise FileNotFoundError(f"{path.parent}: no *hyperparameters.py beside {path.name}")
+    return path, beside[0]
+
+
+def _read_hyperparameters(path: Path) -> dict[str, Any]:
+    """The ``hpdict`` of a published hyperparameter file, parsed as literals; the file is never run.
+
+    Raises:
+        ValueError: no such dictionary, or anything in it but numbers, strings, lists and the activation's name.
+    """
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"{path}: not a Python file ({_one_line(error)})") from None
+    for statement in tree.body:
+        named = isinstance(statement, ast.Assign) and [getattr(target, "id", None) for target in statement.targets]
+        if named != ["hpdict"]:
+            continue
+        assert isinstance(statement, ast.Assign)
+        if not isinstance(statement.value, ast.Dict):
+            break
+        result = {}
+        for key, value in zip(statement.value.keys, statement.value.values, strict=True):
+            try:
+                name = ast.literal_eval(key) if key is not None else None
+                if not isinstance(name, str):
+                    raise ValueError
+                result[name] = "silu" if ast.unparse(value) in _SILU else ast.literal_eval(value)
+            except ValueError:
+                shown = ast.unparse(key) if key is not None else "**"
+                raise ValueError(
+                    f"{path}: line {value.lineno}: {shown}: {ast.unparse(value)} is not a literal; the file is read as "
+                    "data, write the value itself"
+                ) from None
+        return result
+    raise ValueError(f"{path}: no dictionary 'hpdict = {{...}}' in it")
+
+
+def _read_pth(path: Path) -> dict[str, torch.Tensor]:
+    """
+    Raises:
+        ValueError: damaged, or holding anything but tensors and plain values. Nothing in it is ever executed.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path}: damaged, or not a checkpoint of tensors alone ({_one_line(error)})") from None
+    state = content.get("model_state_dict") if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise ValueError(f"{path}: no model_state_dict of tensors in it")
+    return state
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    """Reads pickled tensors and lists of them; any other class or function is refused before it is looked up."""
+
+    @staticmethod
+    def _storage_from_bytes(data: bytes) -> Any:
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+    def find_class(self, module: str, name: str) -> Any:
+        allowed = {
+            ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,  # type: ignore[attr-defined]
+            # The original unpickles without restriction.
+            ("torch.storage", "_load_from_bytes"): self._storage_from_bytes,
+            ("collections", "OrderedDict"): dict,
+        }
+        if (module, name) not in allowed:
+            raise pickle.UnpicklingError(f"refused to load {module}.{name}")
+        return allowed[module, name]
+
+    def persistent_load(self, pid: Any) -> Any:
+        raise pickle.UnpicklingError("refused a persistent id")
+
+
+# --- helpers --------------------------------------------------------------------------------------------------------
+
+
+def _find_tokenizer(source: Path, tokenizer: str | os.PathLike[str] | None) -> tuple[Any, Path | None] | None:
+    """The tokenizer to put beside the weights and its SentencePiece file, where there is one."""
+    place = Path(tokenizer) if tokenizer is not None else source if source.is_dir() else source.parent
+    models = [place] if place.is_file() else sorted(place.glob("*.model"))
+    if tokenizer is None and not models and not (place / "tokenizer.json").is_file():
+        return None
+    return load_tokenizer(place), models[0] if len(models) == 1 else None
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:199] + "…"

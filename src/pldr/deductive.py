@@ -1,0 +1,105 @@
+"""The deductive outputs of a PLDR-LLM, their statistics, and the DAG loss.
+
+Shapes: L layers, B passages, H heads, D head dimension.
+"""
+
+import math
+from typing import Any
+
+import torch
+
+from pldr.operator import DeductiveOutputs
+
+
+@torch.no_grad()
+def deductive_outputs(
+    model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+) -> DeductiveOutputs:
+    """A, A_LM, A_P and G_LM of every layer, for each sequence, in evaluation mode.
+
+    Args:
+        model: a PldrForCausalLM.
+        input_ids: [B, T].
+        attention_mask: [B, T], zero at padding.
+
+    Returns:
+        A, A_LM, A_P, G_LM, each [L, B, H, D, D]. With a constant operator the first three are None and G_LM is
+        [L, 1, H, D, D].
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        layers = model.model(
+            input_ids, attention_mask=attention_mask, use_cache=False, output_deductive_outputs=True
+        ).deductive_outputs
+    finally:
+        model.train(was_training)
+    A, A_LM, A_P, G_LM = (None if kind[0] is None else torch.stack(kind) for kind in zip(*layers, strict=True))
+    assert G_LM is not None
+    return DeductiveOutputs(A, A_LM, A_P, G_LM)
+
+
+def dag_loss(X: torch.Tensor) -> torch.Tensor:
+    """|log(trace(expm(X ∘ X)) / D)|, averaged over every leading dimension: zero exactly where X is acyclic.
+
+    Args:
+        X: [..., D, D], for example A_LM of one layer, [B, H, D, D], or of all, [L, B, H, D, D].
+
+    Returns:
+        A scalar in the dtype of X (at least float32), differentiable. The exponential is taken in float64, whose range
+        holds entries of X up to about 26; beyond it the loss is infinite.
+    """
+    trace = torch.linalg.matrix_exp(X.double().square()).diagonal(dim1=-2, dim2=-1).sum(-1)
+    loss = (trace.log() - math.log(X.shape[-1])).abs().mean()
+    return loss.to(torch.promote_types(X.dtype, torch.float32))
+
+
+def variation(X: torch.Tensor) -> torch.Tensor:
+    """How far a deductive output varies over passages, layer by layer: RMS of (X - mean over B) / RMS of that mean.
+
+    Args:
+        X: [L, B, H, D, D] with B ≥ 2.
+
+    Returns:
+        [L], float64; 0 where the output does not depend on the input at all.
+
+    Raises:
+        ValueError: fewer than two passages, or values that are not finite.
+    """
+    if X.shape[1] < 2:
+        raise ValueError("variation: needs at least two passages")
+    X = _finite(X, "variation")
+    mean = X.mean(1, keepdim=True)
+    return _rms(X - mean) / _rms(mean)
+
+
+def log_determinant(X: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sign and log10 of the magnitude of the determinants of X [..., D, D], in float64, each [...].
+
+    The logarithm of the magnitude keeps determinants such as 1e-400, which no floating-point number can hold.
+
+    Raises:
+        ValueError: values that are not finite.
+    """
+    sign, log = torch.linalg.slogdet(_finite(X, "log_determinant"))
+    return sign, log / math.log(10.0)
+
+
+def numerical_rank(X: torch.Tensor, tolerance: float = 1e-2) -> torch.Tensor:
+    """How many singular values of X [..., D, D] exceed `tolerance` times the largest, [...] (int64).
+
+    Raises:
+        ValueError: values that are not finite.
+    """
+    singular_values = torch.linalg.svdvals(_finite(X, "numerical_rank"))
+    return (singular_values > tolerance * singular_values[..., :1]).sum(-1)
+
+
+def _finite(X: torch.Tensor, name: str) -> torch.Tensor:
+    if not bool(torch.isfinite(X).all()):
+        raise ValueError(f"{name}: the tensor holds NaN or infinite values")
+    return X.double()
+
+
+def _rms(X: torch.Tensor) -> torch.Tensor:
+    return X.square().flatten(1).mean(1).sqrt()

@@ -1,0 +1,188 @@
+"""The paper's main claim on two CPU cores: train a PLDR-LLM, then cache and freeze the operator it learned."""
+
+import copy
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from pldr.cache import make_cache
+from pldr.convert import load_model
+from pldr.data import pack, read_documents
+from pldr.deductive import deductive_outputs, log_determinant, numerical_rank, variation
+from pldr.generation import generate_text
+from pldr.operator import freeze
+from pldr.recipe import load_recipe
+from pldr.report import plot_operators
+from pldr.tokenizer import load_tokenizer
+from pldr.train import build_model, train
+
+PROMPT = "The list of names is a comma-separated list of expressions. An expression"
+# Tokens of each held-out passage that G_LM is cached from; losses are taken over the rest, in every mode alike.
+PREFIX = 64
+PASSAGES = 32
+NEW_TOKENS = 96
+REPEATS = 3
+
+
+def run_demo(output: Path, recipe_name: str = "demo-cpu") -> dict[str, Any]:
+    """Train the recipe's model into ``output/model`` and measure what caching and freezing its operator changes.
+
+    Args:
+        output: folder; an earlier demo in it is replaced.
+        recipe_name: see `pldr.recipe.find_recipe`.
+
+    Returns:
+        The numbers of the table, as `print_demo` shows them and ``output/demo.json`` holds them.
+    """
+    start = time.perf_counter()
+    folder = output / "model"
+    recipe = load_recipe(recipe_name, [f"output={folder}"])
+    training = train(recipe, overwrite=True)
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+
+    length = recipe.data.sequence_length
+    passages = _sequences(recipe.data.validation, tokenizer, length)[:PASSAGES]
+    calibration = _sequences(recipe.data.train, tokenizer, length)[:1]
+    frozen = freeze(copy.deepcopy(model), calibration)
+    frozen.save_pretrained(output / "frozen")
+    tokenizer.save_pretrained(output / "frozen")
+
+    torch.manual_seed(recipe.seed)
+    untrained = deductive_outputs(build_model(recipe, tokenizer), passages).G_LM
+    G_LM = deductive_outputs(model, passages).G_LM
+    plot_operators(
+        {"untrained": untrained[:, 0], "trained": G_LM[:, 0], "trained, other text": G_LM[:, 1]},
+        output / "G_LM.png",
+        title="G_LM before and after training, on two held-out passages",
+    )
+    result = {
+        "training": training,
+        "losses": losses(model, frozen, passages),
+        "operator": [
+            {
+                "layer": layer,
+                "variation": float(variation(G_LM)[layer]),
+                "untrained_variation": float(variation(untrained)[layer]),
+                "log10_determinant": float(log_determinant(G_LM[layer])[1].mean()),
+                "rank": float(numerical_rank(G_LM[layer]).double().mean()),
+            }
+            for layer in range(len(G_LM))
+        ],
+        "head_dim": model.config.head_dim,
+        "generation": generations(model, frozen, tokenizer),
+        "folder": str(output),
+    }
+    result["seconds"] = time.perf_counter() - start
+    (output / "demo.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return result
+
+
+def _sequences(sources: list[str], tokenizer: Any, length: int) -> torch.Tensor:
+    return torch.tensor(pack(read_documents(sources), tokenizer, length)[0]["input_ids"][:])
+
+
+@torch.no_grad()
+def losses(model: Any, frozen: Any, passages: torch.Tensor, prefix: int = PREFIX) -> dict[str, float]:
+    """Mean cross-entropy (nats a token) of everything after the first `prefix` tokens, by where G_LM comes from.
+
+    Args:
+        model: with a learned operator.
+        frozen: the same model with a constant one.
+        passages: [B, T].
+
+    Returns:
+        "full": from the whole passage, later tokens included; "cached": from the prefix alone; "frozen": the constant.
+    """
+    targets = passages[:, prefix:]
+
+    def loss(logits: torch.Tensor) -> float:
+        return float(F.cross_entropy(logits[:, :-1].double().flatten(0, 1), targets[:, 1:].flatten()))
+
+    cache = make_cache(model.config)
+    model(passages[:, :prefix], past_key_values=cache)
+    return {
+        "full": loss(model(passages, use_cache=False).logits[:, prefix:]),
+        "cached": loss(model(targets, past_key_values=cache).logits),
+        "frozen": loss(frozen(passages, use_cache=False).logits[:, prefix:]),
+    }
+
+
+def generations(model: Any, frozen: Any, tokenizer: Any) -> list[dict[str, Any]]:
+    """The same greedy continuation in each mode: tokens a second (median of repeats, after a warm-up) and the text."""
+    modes = [("no cache", model, "none"), ("KV", model, "kv"), ("KV+G", model, "kv+g"), ("frozen G", frozen, "kv")]
+    rows = []
+    for name, running, cache in modes:
+        settings = {"cache": cache, "max_new_tokens": NEW_TOKENS, "ignore_end": True}
+        generate_text(running, tokenizer, PROMPT, **(settings | {"max_new_tokens": 4}))
+        runs = [generate_text(running, tokenizer, PROMPT, **settings) for _ in range(REPEATS)]
+        rows.append(
+            {
+                "mode": name,
+                "tokens_per_second": statistics.median(run.tokens_per_second for run in runs),
+                "same_text": runs[0].token_ids == rows[0]["token_ids"] if rows else True,
+                "token_ids": runs[0].token_ids,
+                "text": runs[0].text,
+            }
+        )
+    return rows
+
+
+def print_demo(result: dict[str, Any]) -> None:
+    """The demo's table and what to try next."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    training, loss, rows = result["training"], result["losses"], result["generation"]
+    console.print(
+        f"\nTrained for {training['steps']} steps ({training['tokens']:,} tokens) in {training['seconds']:.0f} s; "
+        f"loss {training['train_loss']:.3f}, held out {training['validation_loss']:.3f} nats a token.\n"
+    )
+    table = Table(title="Where G_LM comes from", title_justify="left")
+    for column in ("G_LM", "held-out loss", "difference", "generation", "tokens/s", "speed-up", "same text"):
+        table.add_column(column, justify="left" if column in ("G_LM", "generation") else "right")
+    sources = [("full sequence", "full"), ("full sequence", "full"), ("cached from the prompt", "cached"),
+               ("frozen, a constant", "frozen")]  # fmt: skip
+    for (label, key), row in zip(sources, rows, strict=True):
+        if row["mode"] == "KV":  # with a KV-cache, A and so G_LM come from the prompt too
+            label, key = "from the prompt", "cached"
+        table.add_row(
+            label, f"{loss[key]:.6f}", f"{loss[key] - loss['full']:+.1e}", row["mode"],
+            f"{row['tokens_per_second']:,.0f}", f"{row['tokens_per_second'] / rows[0]['tokens_per_second']:.1f}×",
+            "yes" if row["same_text"] else "no",
+        )  # fmt: skip
+    console.print(table)
+    table = Table(title="How far G_LM depends on the text", title_justify="left")
+    for column in ("layer", "variation over passages", "untrained", "log10 |det|", "numerical rank"):
+        table.add_column(column, justify="right")
+    for layer in result["operator"]:
+        table.add_row(
+            str(layer["layer"]), f"{layer['variation']:.1e}", f"{layer['untrained_variation']:.1e}",
+            f"{layer['log10_determinant']:.1f}", f"{layer['rank']:.1f} of {result['head_dim']}",
+        )  # fmt: skip
+    console.print(table)
+    worst = max(abs(loss[key] - loss["full"]) for key in ("cached", "frozen"))
+    if worst <= 1e-5 and all(row["same_text"] for row in rows):
+        verdict = "[green]G_LM does not depend on the text: cached or constant, it changes neither loss nor output."
+    else:
+        verdict = (
+            f"[yellow]This run's G_LM still depends on the text: caching or freezing moves the loss by up to {worst:.1e} "
+            "nats. Whether training gets there depends on learning rate and warm-up (README, “Is G constant?”)."
+        )
+    console.print(verdict)
+    console.print(f"\n[bold]{PROMPT}[/bold]{rows[-1]['text']}\n", highlight=False)
+    folder = result["folder"]
+    console.print(
+        f"Picture of G_LM: {folder}/G_LM.png    numbers: {folder}/demo.json    total: {result['seconds']:.0f} s\n\n"
+        "Try next:\n"
+        f'  pldr generate {folder}/model "A class definition" --stream --temperature 0.8\n'
+        f'  pldr generate {folder}/frozen "A class definition" --json\n'
+        f"  pldr info {folder}/frozen\n"
+        f'  pldr freeze {folder}/model my-frozen-model --prompt "Any text will do."\n',
+        highlight=False,
+    )

@@ -1,0 +1,162 @@
+"""Text in, text out: one function for the command line and for scripts, with the input checked before any work."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.generation.streamers import BaseStreamer
+
+from pldr.tokenizer import check_text, check_vocabulary
+
+# The published implementation's cache modes as (keys and values, G_LM).
+CACHE_MODES = {"kv+g": (True, True), "kv": (True, False), "g": (False, True), "none": (False, False)}
+
+
+@dataclass
+class Generation:
+    """Result of `generate_text`.
+
+    Attributes:
+        text: the continuation, without the prompt and without special tokens.
+        token_ids: ids of the continuation, with [END] where it was reached.
+        prompt_tokens: length of the prompt in tokens.
+        seconds: wall-clock time of the call to `generate`, prompt included.
+    """
+
+    text: str
+    token_ids: list[int]
+    prompt_tokens: int
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return len(self.token_ids) / self.seconds
+
+
+def generate_text(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    max_new_tokens: int | None = None,
+    cache: str = "kv+g",
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    beams: int = 1,
+    seed: int | None = None,
+    ignore_end: bool = False,
+    on_text: Callable[[str], None] | None = None,
+) -> Generation:
+    """Continue a prompt. Greedy unless one of `temperature`, `top_k` and `top_p` is given.
+
+    Args:
+        model, tokenizer: of one checkpoint.
+        prompt: the text to continue; no special token is put before it, as in training.
+        max_new_tokens: most tokens to add; 64, or as many as the context holds, by default.
+        cache: "kv+g", "kv", "g" or "none".
+        temperature: softmax temperature, positive.
+        top_k: sample among the k most probable tokens; 0 means all.
+        top_p: sample among the most probable tokens whose mass reaches this, in (0, 1].
+        beams: beam-search width; 1 means no beam search.
+        seed: of the sampling.
+        ignore_end: go on past [END], for measurements of equal length.
+        on_text: called with each new piece of text as it is generated.
+
+    Raises:
+        ValueError: an empty prompt, one longer than the context, or a setting outside its range.
+    """
+    check_vocabulary(tokenizer, model.config.vocab_size)
+    ids = encode_prompt(tokenizer, prompt)
+    room = model.config.max_position_embeddings - len(ids)
+    if room < 1:
+        raise ValueError(
+            f"prompt: {len(ids)} tokens leave no room in the context of {model.config.max_position_embeddings}"
+        )
+    if max_new_tokens is None:
+        max_new_tokens = min(64, room)
+    if not 1 <= max_new_tokens <= room:
+        raise ValueError(f"max_new_tokens: must be between 1 and {room} after this prompt, got {max_new_tokens}")
+    if cache not in CACHE_MODES:
+        raise ValueError(f"cache: must be one of {', '.join(CACHE_MODES)}, got {cache!r}")
+    sampling = _sampling(temperature, top_k, top_p, beams)
+    if on_text is not None and beams > 1:
+        raise ValueError("stream: beam search knows its text only at the end; use beams=1")
+    if seed is not None:
+        torch.manual_seed(seed)
+    kv, g = CACHE_MODES[cache]
+    inputs = torch.tensor([ids], device=model.device)
+    start = time.perf_counter()
+    output = model.generate(
+        inputs,
+        attention_mask=torch.ones_like(inputs),
+        max_new_tokens=max_new_tokens,
+        use_cache=kv,
+        use_g_cache=g,
+        eos_token_id=None if ignore_end else model.config.eos_token_id,
+        pad_token_id=model.config.pad_token_id,
+        streamer=_TextStreamer(tokenizer, on_text) if on_text is not None else None,
+        **sampling,
+    )
+    seconds = time.perf_counter() - start
+    new = output[0, len(ids) :].tolist()
+    return Generation(tokenizer.decode(new, skip_special_tokens=True), new, len(ids), seconds)
+
+
+def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
+    """
+    Raises:
+        ValueError: the prompt is empty or not valid UTF-8.
+    """
+    ids = tokenizer(check_text(prompt, "prompt"), add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise ValueError("prompt: is empty; G_LM needs at least one token")
+    return ids
+
+
+def _sampling(temperature: float | None, top_k: int | None, top_p: float | None, beams: int) -> dict[str, Any]:
+    if temperature is not None and not temperature > 0:
+        raise ValueError(f"temperature: must be positive, got {temperature}; leave it out for greedy decoding")
+    if top_k is not None and top_k < 0:
+        raise ValueError(f"top_k: must be 0 (all tokens) or more, got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p: must be in (0, 1], got {top_p}")
+    if beams < 1:
+        raise ValueError(f"beams: must be at least 1, got {beams}")
+    if temperature is None and top_k is None and top_p is None:
+        return {"do_sample": False, "num_beams": beams}
+    return {
+        "do_sample": True,
+        "num_beams": beams,
+        "temperature": 1.0 if temperature is None else temperature,
+        "top_k": top_k or 0,
+        "top_p": 1.0 if top_p is None else top_p,
+    }
+
+
+class _TextStreamer(BaseStreamer):
+    """Hands out text as soon as it can not change any more: when its last character is whole."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+        self.tokenizer = tokenizer
+        self.on_text = on_text
+        self.ids: list[int] = []
+        self.shown = 0
+        self.prompt_seen = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self.prompt_seen:  # generate puts the prompt first
+            self.prompt_seen = True
+            return
+        self.ids += value.flatten().tolist()
+        self._show(self.tokenizer.decode(self.ids, skip_special_tokens=True).rstrip("�"))
+
+    def end(self) -> None:
+        self._show(self.tokenizer.decode(self.ids, skip_special_tokens=True))
+
+    def _show(self, text: str) -> None:
+        if len(text) > self.shown:
+            self.on_text(text[self.shown :])
+            self.shown = len(text)

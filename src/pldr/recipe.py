@@ -1,0 +1,219 @@
+"""Training recipes: YAML, parsed into typed dataclasses. Every key is checked; a wrong one is named with its place."""
+
+import dataclasses
+import os
+import types
+import typing
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class ModelRecipe:
+    """What to train.
+
+    Attributes:
+        preset: a published model's name; its shape is the starting point.
+        config: fields of PldrConfig that differ from the preset or the defaults.
+        G_LM: file with a predefined operator (.safetensors or .pkl) for operator="constant".
+    """
+
+    preset: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    G_LM: str | None = None
+
+
+@dataclass
+class DataRecipe:
+    """What to train on.
+
+    Attributes:
+        train, validation: text files or glob patterns, one document a file; or "pydoc-topics:train" and
+            "pydoc-topics:validation", the language reference that every Python carries.
+        tokenizer: a model folder or SentencePiece file; None trains one on the training text.
+        vocab_size: pieces of a newly trained tokenizer.
+        sequence_length: tokens of one packed training sequence.
+    """
+
+    train: list[str]
+    validation: list[str] = field(default_factory=list)
+    tokenizer: str | None = None
+    vocab_size: int = 32000
+    sequence_length: int = 1024
+
+
+@dataclass
+class OptimizationRecipe:
+    """How to train: AdamW with linear warm-up and a cosine to a floor. The defaults are the published framework's.
+
+    Attributes:
+        steps: optimiser steps.
+        batch_size: sequences a step on each process, before accumulation.
+        accumulation: batches that one step sums over.
+        learning_rate: peak rate.
+        warmup_steps: steps of linear warm-up.
+        final_rate: floor of the cosine, as a fraction of the peak.
+        weight_decay, beta1, beta2, epsilon: AdamW's; decay is applied to every parameter, as published.
+        clip_value: bound on every element of the gradient (published), or None.
+        clip_norm: bound on the gradient's norm, or None.
+        precision: "fp32" or "bf16" (autocast).
+        compile: run the model through torch.compile.
+        gradient_checkpointing: recompute activations in the backward pass, for memory.
+    """
+
+    steps: int = 250000
+    batch_size: int = 32
+    accumulation: int = 1
+    learning_rate: float = 1e-3
+    warmup_steps: int = 2000
+    final_rate: float = 0.1
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-5
+    clip_value: float | None = 1.0
+    clip_norm: float | None = None
+    precision: str = "bf16"
+    compile: bool = False
+    gradient_checkpointing: bool = False
+
+
+@dataclass
+class Recipe:
+    """A whole training run.
+
+    Attributes:
+        output: folder of the trained model.
+        seed: of initialisation and data order.
+        log_steps: steps between two log lines.
+    """
+
+    output: str
+    data: DataRecipe
+    model: ModelRecipe = field(default_factory=ModelRecipe)
+    optimization: OptimizationRecipe = field(default_factory=OptimizationRecipe)
+    seed: int = 1234
+    log_steps: int = 50
+
+    def __post_init__(self) -> None:
+        o, d = self.optimization, self.data
+        positive = {
+            "optimization.steps": o.steps, "optimization.batch_size": o.batch_size,
+            "optimization.accumulation": o.accumulation, "optimization.learning_rate": o.learning_rate,
+            "optimization.epsilon": o.epsilon, "data.sequence_length": d.sequence_length - 1,
+            "data.vocab_size": d.vocab_size, "log_steps": self.log_steps, "data.train": len(d.train),
+        }  # fmt: skip
+        for name, value in positive.items():
+            if value <= 0:
+                raise ValueError(f"recipe: {name} is too small")
+        if o.clip_value is not None and o.clip_norm is not None:
+            raise ValueError("recipe: set optimization.clip_value or optimization.clip_norm to null, not both to a bound")
+        for name, bound in (("clip_value", o.clip_value), ("clip_norm", o.clip_norm)):
+            if bound is not None and bound <= 0:
+                raise ValueError(f"recipe: optimization.{name} must be positive or null, got {bound}")
+        for name, fraction in (("final_rate", o.final_rate), ("beta1", o.beta1), ("beta2", o.beta2)):
+            if not 0 <= fraction <= 1:
+                raise ValueError(f"recipe: optimization.{name} must be between 0 and 1, got {fraction}")
+        if not 0 <= o.warmup_steps <= o.steps:
+            raise ValueError(f"recipe: optimization.warmup_steps must be between 0 and steps, got {o.warmup_steps}")
+        if o.precision not in ("fp32", "bf16"):
+            raise ValueError(f"recipe: optimization.precision must be fp32 or bf16, got {o.precision!r}")
+
+
+def find_recipe(name: str | os.PathLike[str]) -> Path:
+    """A recipe by path, or by the name of one that comes with the package ("recipes/demo-cpu.yaml" or "demo-cpu").
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    here = Path(__file__).parent
+    shipped = [folder for folder in (here / "recipes", here.parents[1] / "recipes") if folder.is_dir()]
+    for folder in shipped:
+        candidate = (folder / path.name).with_suffix(".yaml")
+        if candidate.is_file():
+            return candidate
+    known = sorted(file.stem for folder in shipped for file in folder.glob("*.yaml"))
+    raise FileNotFoundError(f"recipe: no file {path} and no recipe of that name; there are {', '.join(known)}")
+
+
+def load_recipe(name: str | os.PathLike[str], overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        name: see `find_recipe`.
+        overrides: "key=value" pairs with dotted keys, such as "optimization.steps=100"; values are YAML.
+
+    Raises:
+        ValueError: not YAML, an unknown key, a missing key or a value of the wrong type, named with its place.
+        FileNotFoundError: there is no such recipe.
+    """
+    import yaml
+
+    path = find_recipe(name)
+    try:
+        mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
+        for override in overrides or []:
+            _override(mapping, override, yaml.safe_load)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"recipe {path}: not valid YAML ({' '.join(str(error).split())})") from None
+    return _parse(Recipe, mapping, "")
+
+
+def _override(mapping: Any, override: str, parse: Any) -> None:
+    key, separator, value = override.partition("=")
+    if not separator:
+        raise ValueError(f"recipe: override {override!r} is not of the form key=value")
+    *parents, last = key.split(".")
+    for name in parents:
+        if not isinstance(mapping, dict) or not isinstance(mapping.setdefault(name, {}), dict):
+            raise ValueError(f"recipe: {key}: {name} is not a section")
+        mapping = mapping[name]
+    mapping[last] = parse(value)
+
+
+def _parse(kind: Any, value: Any, place: str) -> Any:
+    """`value` as `kind` (a dataclass, a union, a list, a dict or a scalar), or a ValueError that names `place`."""
+    where = f"recipe: {place}" if place else "recipe"
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise ValueError(f"{where}: must be a section with keys, got {value!r}")
+        fields = {f.name: f for f in dataclasses.fields(kind)}
+        hints = typing.get_type_hints(kind)
+        for key in value:
+            if key not in fields:
+                close = get_close_matches(str(key), fields, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else f"; known keys are {', '.join(fields)}"
+                raise ValueError(f"{where}: unknown key {key!r}{hint}")
+        for name, f in fields.items():
+            required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+            if required and name not in value:
+                raise ValueError(f"{where}: missing key {name!r}")
+        prefix = f"{place}." if place else ""
+        return kind(**{key: _parse(hints[key], item, prefix + key) for key, item in value.items()})  # type: ignore[operator]
+    if isinstance(kind, types.UnionType):
+        options = [option for option in typing.get_args(kind) if option is not type(None)]
+        return None if value is None else _parse(options[0], value, place)
+    if typing.get_origin(kind) is list:
+        if not isinstance(value, list):
+            raise ValueError(f"{where}: must be a list, got {value!r}")
+        (item_kind,) = typing.get_args(kind)
+        return [_parse(item_kind, item, f"{place}[{index}]") for index, item in enumerate(value)]
+    if typing.get_origin(kind) is dict:
+        if not isinstance(value, dict):
+            raise ValueError(f"{where}: must be a section with keys, got {value!r}")
+        return value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
+        try:
+            return float(value)
+        except ValueError:
+            raise ValueError(f"{where}: must be a number, got {value!r}") from None
+    if type(value) is not kind:
+        raise ValueError(f"{where}: must be of type {kind.__name__}, got {value!r}")
+    return value

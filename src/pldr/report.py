@@ -1,0 +1,110 @@
+"""What people look at: facts about a model, pictures of its operator."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def model_facts(model: Any) -> dict[str, Any]:
+    """Shape, parameter counts, operator kinds and cache sizes of a model, as plain numbers.
+
+    Args:
+        model: a PldrForCausalLM.
+
+    Returns:
+        `parameters` in all and by part; `operators`, how many layers have each kind; `kv_cache_bytes_per_token` and
+        `g_cache_bytes_per_sequence` in the model's dtype (a constant operator needs no G-cache).
+    """
+    config = model.config
+    parts = {"embedding": 0, "attention": 0, "operator": 0, "feed_forward": 0, "head": 0}
+    for name, parameter in model.named_parameters():
+        if ".operator." in name:
+            part = "operator"
+        elif ".self_attn." in name or "post_attention" in name:
+            part = "attention"
+        elif ".mlp." in name or "post_feedforward" in name:
+            part = "feed_forward"
+        else:
+            part = "head" if name.startswith("lm_head") else "embedding"
+        parts[part] += parameter.numel()
+    kinds = [type(layer.self_attn.operator).__name__.removesuffix("Operator").lower() for layer in model.model.layers]
+    size = torch.empty(0, dtype=model.dtype).element_size()
+    state = config.num_hidden_layers * config.num_attention_heads * config.head_dim**2
+    fields = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim",
+              "max_position_embeddings", "rope_pairing", "operator", "operator_init", "operator_trainable",
+              "metric_learner_units", "metric_learner_glus", "metric_learner_width")  # fmt: skip
+    learned = config.operator == "learned"
+    skipped = "operator_" if learned else "metric_learner_"
+    return {
+        "parameters": sum(parts.values()),
+        "parameters_by_part": parts,
+        "constant_operator_values": 0 if learned else state,
+        "operators": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "kv_cache_bytes_per_token": 2 * config.num_hidden_layers * config.hidden_size * size,
+        "g_cache_bytes_per_sequence": state * size if learned else 0,
+        "config": {name: getattr(config, name) for name in fields if not name.startswith(skipped)},
+    }
+
+
+def print_facts(facts: dict[str, Any]) -> None:
+    """`model_facts` as a table in the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    table.add_row("parameters", f"{facts['parameters']:,}")
+    for part, count in facts["parameters_by_part"].items():
+        table.add_row(f"  {part.replace('_', ' ')}", f"{count:,}")
+    if facts["constant_operator_values"]:
+        table.add_row("constant G_LM", f"{facts['constant_operator_values']:,} values, not counted as parameters")
+    table.add_row("operators", ", ".join(f"{count} × {kind}" for kind, count in facts["operators"].items()))
+    table.add_row("dtype", facts["dtype"])
+    table.add_row("KV-cache", f"{facts['kv_cache_bytes_per_token']:,} bytes a token")
+    table.add_row("G-cache", f"{facts['g_cache_bytes_per_sequence']:,} bytes a sequence")
+    for name, value in facts["config"].items():
+        table.add_row(name, str(value))
+    Console().print(table)
+
+
+def plot_operators(
+    rows: dict[str, torch.Tensor], path: str | os.PathLike[str], *, heads: int = 4, title: str = ""
+) -> None:
+    """Heatmaps of G_LM: one row of pictures for each entry of `rows` and layer, one column a head.
+
+    Args:
+        rows: label → [L, H, D, D]; the rows of a layer share one colour scale, symmetric around zero.
+        path: PNG file to write.
+        heads: most heads to show.
+        title: above the picture.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    layers, heads = next(iter(rows.values())).shape[0], min(heads, next(iter(rows.values())).shape[1])
+    count = layers * len(rows)
+    figure, axes = pyplot.subplots(
+        count, heads, figsize=(2.0 * heads + 1.6, 2.0 * count + 0.6), squeeze=False, layout="constrained"
+    )
+    for layer in range(layers):
+        bound = max(float(value[layer, :heads].abs().max()) for value in rows.values())
+        for row, (label, value) in enumerate(rows.items()):
+            line = axes[layer * len(rows) + row]
+            for head in range(heads):
+                image = line[head].imshow(
+                    value[layer, head].float().cpu(), cmap="RdBu_r", vmin=-bound, vmax=bound, interpolation="nearest"
+                )
+                line[head].set_xticks([])
+                line[head].set_yticks([])
+                if layer == row == 0:
+                    line[head].set_title(f"head {head}", fontsize=9)
+            line[0].set_ylabel(f"layer {layer}\n{label}", fontsize=9)
+            figure.colorbar(image, ax=line[-1], fraction=0.05)
+    figure.suptitle(title, fontsize=11)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

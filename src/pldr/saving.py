@@ -1,0 +1,57 @@
+"""Writing results so that a folder or file is there whole or not at all."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def check_output(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+    """The folder to write, checked before any work is done for it.
+
+    Raises:
+        FileExistsError: it exists and holds something, and `overwrite` is False.
+        OSError: it can not be created or written.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{path}: is a file; choose another output folder")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise FileExistsError(f"{path}: exists and is not empty; choose another folder, or pass --overwrite")
+    parent = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    if not os.access(parent, os.W_OK):
+        raise PermissionError(f"{path}: {parent} is not writable; choose another output folder")
+    return path
+
+
+@contextmanager
+def whole_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its place when the block ends well, and vanishes when it does not.
+
+    Raises:
+        FileExistsError, OSError: see `check_output`.
+    """
+    path = check_output(path, overwrite=overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
+    try:
+        yield partial
+        os.chmod(partial, 0o777 & ~_umask())
+        if path.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
+            os.replace(path, old / path.name)
+            os.replace(partial, path)
+            shutil.rmtree(old)
+        else:
+            os.replace(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _umask() -> int:
+    """The process's umask, which can only be read by setting it; mkdtemp makes folders private."""
+    value = os.umask(0)
+    os.umask(value)
+    return value

@@ -1,0 +1,157 @@
+"""Tokenizers: the SentencePiece model of the published checkpoints as a transformers fast tokenizer, and its training."""
+
+import contextlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+# Ids of the published tokenizer's control pieces.
+PAD, UNK, START, END = 0, 1, 2, 3
+CONTROL_PIECES = {"pad": "[PAD]", "unk": "[UNK]", "bos": "[START]", "eos": "[END]"}
+
+# Piece types of the SentencePiece format that can be found in text: NORMAL and USER_DEFINED.
+_FOUND_IN_TEXT = (1, 4)
+# How far below every real score the other pieces are put: farther than any spelling of their own text in real pieces.
+_UNREACHABLE = 1000.0
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Any:
+    """A transformers fast tokenizer from a model folder or a SentencePiece ``.model`` file.
+
+    Args:
+        path: a folder with ``tokenizer.json`` (preferred) or one ``*.model`` file, or such a file.
+
+    Raises:
+        FileNotFoundError: there is no tokenizer at `path`.
+        ValueError: the SentencePiece file is damaged or of an unsupported kind.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if (path / "tokenizer.json").is_file():
+            from transformers import AutoTokenizer
+
+            return AutoTokenizer.from_pretrained(path)
+        models = sorted(path.glob("*.model"))
+        if len(models) != 1:
+            found = f"{len(models)} *.model files" if models else "no *.model file"
+            raise FileNotFoundError(f"{path}: no tokenizer.json and {found}; name a tokenizer with --tokenizer")
+        path = models[0]
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such tokenizer file")
+    return from_sentencepiece(path)
+
+
+def from_sentencepiece(path: str | os.PathLike[str]) -> Any:
+    """The fast tokenizer that gives the same ids as SentencePiece does for this unigram model.
+
+    Control pieces written out in a text ("[END]") are text, as in SentencePiece; the model's own end-of-text token can
+    not be smuggled in by a prompt.
+
+    Raises:
+        ValueError: not a SentencePiece model, or not a unigram one.
+    """
+    from google.protobuf.message import DecodeError
+    from sentencepiece import sentencepiece_model_pb2
+    from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+    from tokenizers.models import Unigram
+    from transformers import PreTrainedTokenizerFast
+
+    model = sentencepiece_model_pb2.ModelProto()
+    try:
+        model.ParseFromString(Path(path).read_bytes())
+    except DecodeError as error:
+        raise ValueError(f"{path}: not a SentencePiece model ({error})") from None
+    if not model.pieces:
+        raise ValueError(f"{path}: not a SentencePiece model (it has no pieces)")
+    if model.trainer_spec.model_type != 1:
+        raise ValueError(f"{path}: only SentencePiece unigram models are supported")
+
+    lowest = min(piece.score for piece in model.pieces)
+    scores = [
+        (piece.piece, piece.score if piece.type in _FOUND_IN_TEXT else lowest - _UNREACHABLE) for piece in model.pieces
+    ]
+    tokenizer = Tokenizer(Unigram(scores, model.trainer_spec.unk_id, model.trainer_spec.byte_fallback))
+    steps: list[Any] = []
+    if model.normalizer_spec.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(model.normalizer_spec.precompiled_charsmap))
+    if model.normalizer_spec.remove_extra_whitespaces:
+        steps += [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+    if steps:
+        tokenizer.normalizer = normalizers.Sequence(steps)
+    scheme = "always" if model.normalizer_spec.add_dummy_prefix else "never"
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=True)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    spec = model.trainer_spec
+    control = {
+        f"{name}_token": model.pieces[index].piece
+        for name, index in (("pad", spec.pad_id), ("unk", spec.unk_id), ("bos", spec.bos_id), ("eos", spec.eos_id))
+        if index >= 0
+    }
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, **control, split_special_tokens=True, clean_up_tokenization_spaces=False,
+        padding_side="left",
+    )  # fmt: skip
+
+
+def check_text(text: str, name: str) -> str:
+    """`text` itself, where it can be written as UTF-8.
+
+    Raises:
+        ValueError: it cannot: it was made from bytes that are not UTF-8.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name}: not valid UTF-8 at character {error.start}") from None
+    return text
+
+
+def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
+    """
+    Raises:
+        ValueError: the tokenizer is of another vocabulary size than the model.
+    """
+    if len(tokenizer) != vocab_size:
+        raise ValueError(
+            f"tokenizer: has {len(tokenizer)} tokens, the model has vocab_size={vocab_size}; name the tokenizer that "
+            "the model was trained with (--tokenizer)"
+        )
+
+
+def train_sentencepiece(texts: Iterable[str], path: str | os.PathLike[str], vocab_size: int = 32000) -> Path:
+    """Train a unigram model with the published settings (byte fallback, single digits, ids 0 [PAD] … 3 [END]).
+
+    Args:
+        texts: training texts; long ones are cut into lines.
+        path: file to write; appears only when whole.
+        vocab_size: number of pieces.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ValueError: SentencePiece cannot make that many pieces of these texts.
+    """
+    import sentencepiece
+
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    lines = (line for text in texts for line in text.splitlines() if line.strip())
+    try:
+        with partial.open("wb") as stream:
+            sentencepiece.SentencePieceTrainer.Train(
+                sentence_iterator=lines, model_writer=stream, model_type="unigram", vocab_size=vocab_size,
+                pad_id=PAD, unk_id=UNK, bos_id=START, eos_id=END,
+                **{f"{name}_piece": piece for name, piece in CONTROL_PIECES.items()},
+                byte_fallback=True, split_digits=True, max_sentence_length=1 << 16, minloglevel=2,
+            )  # fmt: skip
+        os.replace(partial, path)
+    except RuntimeError as error:
+        raise ValueError(f"tokenizer: vocab_size={vocab_size} does not work for this text: {error}") from None
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            partial.unlink()
+    return path
