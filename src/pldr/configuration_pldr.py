@@ -109,6 +109,7 @@ class PldrConfig(PreTrainedConfig):
             close = get_close_matches(unknown[0], [name for name in before if not name.startswith("_")], n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"PldrConfig: unknown field(s) {', '.join(unknown)}{hint}")
+        self._check()
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "PldrConfig":
@@ -139,6 +140,11 @@ class PldrConfig(PreTrainedConfig):
         """`layer_types` follows from `operator`; the library's list of types does not know ours."""
 
     def validate_architecture(self) -> None:
+        """Run by the base class whenever the configuration is saved."""
+        self._check()
+
+    def _check(self) -> None:
+        # Called at construction as well, before the base class would wrap the ValueError in an error of its own.
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                      "max_position_embeddings", "metric_learner_units", "metric_learner_glus",
                      "metric_learner_width"):  # fmt: skip

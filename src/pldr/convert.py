@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
@@ -171,7 +172,10 @@ def _read_config(folder: Path) -> PldrConfig:
         raise ValueError(f"{folder / 'config.json'}: not valid JSON ({_one_line(error)})") from None
     if not isinstance(fields, dict) or fields.get("model_type") != "pldrllm":
         raise ValueError(f"{folder / 'config.json'}: model_type must be 'pldrllm'")
-    return PldrConfig.from_dict(fields)
+    try:
+        return PldrConfig.from_dict(fields)
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        raise ValueError(f"{folder / 'config.json'}: {_one_line(error)}") from None
 
 
 def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -315,7 +319,7 @@ def _load_reference(
         fields["rope_pairing"] = rope_pairing
     try:
         config = PldrConfig(**fields)
-    except (ValueError, TypeError) as error:
+    except (StrictDataclassError, ValueError, TypeError) as error:
         raise ValueError(f"{hyperparameters}: {_one_line(error)}") from None
     published = _read_pth(weights)
     renamed = layouts.published_to_ours(published)

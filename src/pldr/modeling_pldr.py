@@ -76,7 +76,7 @@ class PldrAttention(nn.Module):
         self.num_key_value_groups = 1
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = ValueProjection(config.hidden_size, config.hidden_size)
         self.operator = make_operator(config)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
@@ -118,6 +118,10 @@ class PldrAttention(nn.Module):
         )
         output = self.o_proj(output.flatten(-2))  # [B, T, H, D] → [B, T, M]
         return output, weights, deductive
+
+
+class ValueProjection(nn.Linear):
+    """A linear of its own name, because the published code initialises it in its own way."""
 
 
 def eager_attention(
@@ -207,7 +211,11 @@ class PldrPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: the configuration says that G_LM comes with the weights, and it did not.
         """
-        if isinstance(module, nn.Linear):
+        if isinstance(module, ValueProjection):
+            bound = 1.0 / math.sqrt(module.in_features)  # nn.Linear's default, for weight and bias alike
+            init.uniform_(module.weight, -bound, bound)
+            init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, nn.Linear):
             init.xavier_uniform_(module.weight)
             init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
@@ -224,10 +232,6 @@ class PldrPreTrainedModel(PreTrainedModel):
             self._init_constant_operator(module.G_LM)
         elif isinstance(module, RotaryEmbedding):
             init.copy_(module.inverse_frequencies, module.compute())
-        elif isinstance(module, PldrAttention):
-            bound = 1.0 / math.sqrt(self.config.hidden_size)  # nn.Linear's default, for weight and bias alike
-            init.uniform_(module.v_proj.weight, -bound, bound)
-            init.uniform_(module.v_proj.bias, -bound, bound)
 
     def _init_constant_operator(self, G_LM: torch.Tensor) -> None:
         if getattr(G_LM, "_is_hf_initialized", False):

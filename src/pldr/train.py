@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator, set_seed
 
 from pldr.configuration_pldr import PldrConfig
@@ -87,7 +88,10 @@ def build_model(recipe: Recipe, tokenizer: Any) -> PldrForCausalLM:
     if recipe.model.G_LM is not None:
         fields.setdefault("operator", "constant")
         fields["operator_init"] = "identity"  # replaced below
-    config = PldrConfig.preset(recipe.model.preset, **fields) if recipe.model.preset else PldrConfig(**fields)
+    try:
+        config = PldrConfig.preset(recipe.model.preset, **fields) if recipe.model.preset else PldrConfig(**fields)
+    except StrictDataclassFieldValidationError as error:
+        raise ValueError(f"recipe: model.config: {' '.join(str(error).split())}") from None
     if config.vocab_size != len(tokenizer):
         raise ValueError(f"recipe: model.config.vocab_size={config.vocab_size}, the tokenizer has {len(tokenizer)}")
     if recipe.data.sequence_length > config.max_position_embeddings:
