@@ -22,8 +22,6 @@ from pldr.tokenizer import load_tokenizer
 from pldr.train import build_model, train
 
 PROMPT = "The list of names is a comma-separated list of expressions. An expression"
-# Tokens of each held-out passage that G_LM is cached from; losses are taken over the rest, in every mode alike.
-PREFIX = 64
 PASSAGES = 32
 NEW_TOKENS = 96
 REPEATS = 3
@@ -62,7 +60,8 @@ def run_demo(output: Path, recipe_name: str = "demo-cpu") -> dict[str, Any]:
     )
     result = {
         "training": training,
-        "losses": losses(model, frozen, passages),
+        # G_LM is cached from the first half of each passage; losses are taken over the second, in every mode alike.
+        "losses": losses(model, frozen, passages, prefix=length // 2),
         "operator": [
             {
                 "layer": layer,
@@ -87,7 +86,7 @@ def _sequences(sources: list[str], tokenizer: Any, length: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def losses(model: Any, frozen: Any, passages: torch.Tensor, prefix: int = PREFIX) -> dict[str, float]:
+def losses(model: Any, frozen: Any, passages: torch.Tensor, prefix: int) -> dict[str, float]:
     """Mean cross-entropy (nats a token) of everything after the first `prefix` tokens, by where G_LM comes from.
 
     Args:

@@ -170,9 +170,9 @@ def _override(mapping: Any, override: str, parse: Any) -> None:
         raise ValueError(f"recipe: override {override!r} is not of the form key=value")
     *parents, last = key.split(".")
     for name in parents:
-        if not isinstance(mapping, dict) or not isinstance(mapping.setdefault(name, {}), dict):
+        mapping = mapping.setdefault(name, {}) if isinstance(mapping, dict) else None
+        if not isinstance(mapping, dict):
             raise ValueError(f"recipe: {key}: {name} is not a section")
-        mapping = mapping[name]
     mapping[last] = parse(value)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,6 @@ CONTROL_PIECES = {"pad": "[PAD]", "unk": "[UNK]", "bos": "[START]", "eos": "[END
 
 # Piece types of the SentencePiece format that can be found in text: NORMAL and USER_DEFINED.
 _FOUND_IN_TEXT = (1, 4)
-# How far below every real score the other pieces are put: farther than any spelling of their own text in real pieces.
-_UNREACHABLE = 1000.0
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Any:
@@ -67,10 +66,7 @@ def from_sentencepiece(path: str | os.PathLike[str]) -> Any:
     if model.trainer_spec.model_type != 1:
         raise ValueError(f"{path}: only SentencePiece unigram models are supported")
 
-    lowest = min(piece.score for piece in model.pieces)
-    scores = [
-        (piece.piece, piece.score if piece.type in _FOUND_IN_TEXT else lowest - _UNREACHABLE) for piece in model.pieces
-    ]
+    scores = [(piece.piece, piece.score) for piece in model.pieces]
     tokenizer = Tokenizer(Unigram(scores, model.trainer_spec.unk_id, model.trainer_spec.byte_fallback))
     steps: list[Any] = []
     if model.normalizer_spec.precompiled_charsmap:
@@ -80,7 +76,16 @@ def from_sentencepiece(path: str | os.PathLike[str]) -> Any:
     if steps:
         tokenizer.normalizer = normalizers.Sequence(steps)
     scheme = "always" if model.normalizer_spec.add_dummy_prefix else "never"
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=True)
+    # SentencePiece finds control and byte pieces in no text; tokenizers would. A cut behind their first character
+    # keeps them apart from a text that spells one out.
+    hidden = [piece.piece for piece in model.pieces if piece.type not in _FOUND_IN_TEXT and len(piece.piece) > 1]
+    cuts = "|".join(f"{re.escape(piece[0])}(?={re.escape(piece[1:])})" for piece in hidden)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=True),
+            pre_tokenizers.Split(Regex(cuts), "merged_with_previous"),
+        ]
+    )
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )

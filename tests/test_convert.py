@@ -1,0 +1,293 @@
+import json
+import pickle
+import shutil
+
+import pytest
+import torch
+from conftest import FIXTURES, shared
+from safetensors.torch import load_file, save_file
+
+from pldr import PldrForCausalLM, convert_checkpoint, deductive_outputs, freeze, load_model, load_predefined_G
+from pldr.deductive import numerical_rank
+
+CASES = ["v51-small", "v52-small", "v51G-identity", "v51G-random"]
+
+
+def same_state(one, other):
+    one, other = one.state_dict(), other.state_dict()
+    assert one.keys() == other.keys()
+    return all(torch.equal(tensor, other[name]) and tensor.dtype == other[name].dtype for name, tensor in one.items())
+
+
+def shape_of(model):
+    return {name: value for name, value in model.config.to_dict().items()
+            if name not in ("dtype", "architectures", "operator_init", "_name_or_path")
+            and not (model.config.operator == "constant" and name.startswith("metric_learner"))}  # fmt: skip
+
+
+@pytest.mark.parametrize("to", ["hub", "reference"])
+@pytest.mark.parametrize("name", CASES)
+def test_round_trips_are_bitwise(name, to, tmp_path):
+    source = load_model(FIXTURES / name / "hub")
+    source.save_pretrained(tmp_path / "ours")
+    convert_checkpoint(tmp_path / "ours", tmp_path / "theirs", to=to)
+    convert_checkpoint(tmp_path / "theirs", tmp_path / "back")
+    for step in ("ours", "theirs", "back"):
+        model = load_model(tmp_path / step)
+        assert same_state(model, source), step
+        assert shape_of(model) == shape_of(source), step
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_written_layouts_have_the_published_tensors(name, tmp_path):
+    """Byte for byte what the published files hold: names, shapes, dtypes, values."""
+    source = FIXTURES / name
+    convert_checkpoint(source / "hub", tmp_path / "hub", to="hub")
+    theirs, ours = (load_file(folder / "hub" / "model.safetensors") for folder in (source, tmp_path))
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[key], ours[key]) for key in theirs)
+    published = json.loads((source / "hub" / "config.json").read_text())
+    written = json.loads((tmp_path / "hub" / "config.json").read_text())
+    # Without a metric learner its width, units and GLUs mean nothing; the library's version is another.
+    unused = {"A_dff", "num_reslayerA", "num_denseA"} if published["custom_G_type"] else set()
+    for key in published.keys() - {"transformers_version"} - unused:
+        assert written[key] == published[key], key
+
+    convert_checkpoint(source / "hub", tmp_path / "reference", to="reference")
+    theirs, ours = (torch.load(folder / "model-checkpoint.pth", weights_only=True)["model_state_dict"]
+                    for folder in (source, tmp_path / "reference"))  # fmt: skip
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[key], ours[key]) for key in theirs)
+    if (source / "predefined_G_LM.pkl").exists():
+        written = load_predefined_G(tmp_path / "reference" / "predefined_G_LM.pkl")
+        assert torch.equal(written, load_predefined_G(source / "predefined_G_LM.pkl"))
+
+
+def test_hub_folder_through_from_pretrained(tmp_path):
+    """No remote code, although config.json asks for it, and nothing of it is carried into our own layout."""
+    for name in CASES:
+        model, report = PldrForCausalLM.from_pretrained(FIXTURES / name / "hub", output_loading_info=True)
+        assert not any(report.values()), name
+        model.save_pretrained(tmp_path / name)
+        saved = json.loads((tmp_path / name / "config.json").read_text())
+        assert "auto_map" not in saved
+        assert saved["architectures"] == ["PldrForCausalLM"]
+        assert all(key.startswith(("model.", "lm_head.")) for key in load_file(tmp_path / name / "model.safetensors"))
+
+
+def test_bf16_and_frozen_models_round_trip(small_model, ids, tmp_path):
+    model = freeze(small_model().to(torch.bfloat16), ids[:1])
+    model.save_pretrained(tmp_path / "ours")
+    for to in ("hub", "reference"):
+        convert_checkpoint(tmp_path / "ours", tmp_path / to, to=to)
+        assert same_state(load_model(tmp_path / to), model)
+        assert load_model(tmp_path / to, dtype=torch.float32).dtype == torch.float32
+
+
+def test_sharded_weights(tmp_path):
+    model = load_model(FIXTURES / "v51-small" / "hub")
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    assert same_state(load_model(tmp_path), model)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    index["weight_map"]["lm_head.weight"] = "../elsewhere.safetensors"
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="names a file outside the folder"):
+        load_model(tmp_path)
+
+
+class TestPredefinedG:
+    def test_published_pickle_of_cuda_tensors(self):
+        loaded = load_predefined_G(shared("data/G_LM-PLDRv51-110M-1.pkl"))
+        assert loaded.device.type == "cpu"
+        expected = load_predefined_G(shared("data/G_LM-PLDRv51-110M-1.safetensors"))
+        assert loaded.shape == (5, 14, 64, 64)
+        assert torch.equal(loaded, expected)
+        # Reported for this tensor, relative to the largest singular value.
+        assert numerical_rank(loaded, 1e-2).double().mean().item() == pytest.approx(14.84, abs=0.01)
+        assert numerical_rank(loaded, 1e-3).double().mean().item() == pytest.approx(18.47, abs=0.01)
+
+    def test_golden_pickle(self):
+        expected = load_file(FIXTURES / "v51G-random" / "expected.safetensors")["G"][:, 0]
+        assert torch.equal(load_predefined_G(FIXTURES / "v51G-random" / "predefined_G_LM.pkl"), expected)
+
+    def test_pairs_of_metric_and_operator(self, tmp_path):
+        """The published inference code takes (A_LM, G_LM) pairs."""
+        G_LM = torch.randn(2, 1, 2, 16, 16)
+        (tmp_path / "pairs.pkl").write_bytes(pickle.dumps([(torch.zeros(1, 2, 16, 16), layer) for layer in G_LM]))
+        assert torch.equal(load_predefined_G(tmp_path / "pairs.pkl"), G_LM[:, 0])
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            (pickle.dumps([1, 2]), "not one tensor a layer"),
+            (pickle.dumps([]), "not one tensor a layer"),
+            (pickle.dumps([torch.zeros(4, 4)]), "must be .layers, heads"),
+            (pickle.dumps({"a": print}), "refused to load builtins.print"),
+            (b"not a pickle", "not a pickle of tensors alone"),
+            (b"", "not a pickle of tensors alone"),
+        ],
+    )
+    def test_anything_else_is_refused(self, tmp_path, content, message):
+        (tmp_path / "bad.pkl").write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            load_predefined_G(tmp_path / "bad.pkl")
+
+
+class Payload:
+    """Unpickled, it would write a file."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return (exec, (f"open({str(self.target)!r}, 'w').close()",))
+
+
+class TestUntrustedFiles:
+    def test_payloads_do_not_run(self, tmp_path):
+        """In a .pth, in a predefined operator, and in the storage bytes inside one."""
+        target = tmp_path / "owned"
+        pickle.loads(pickle.dumps(Payload(target)))  # noqa: S301 (shows that the payload works)
+        assert target.exists()
+        target.unlink()
+
+        folder = tmp_path / "reference"
+        shutil.copytree(FIXTURES / "v51-small", folder)
+        for protocol_is_zip in (True, False):
+            torch.save({"model_state_dict": {"x": Payload(target)}}, folder / "model-checkpoint.pth",
+                       _use_new_zipfile_serialization=protocol_is_zip)  # fmt: skip
+            with pytest.raises(ValueError, match="not a checkpoint of tensors alone"):
+                load_model(folder)
+        (folder / "model-checkpoint.pth").write_bytes(pickle.dumps(Payload(target)))
+        with pytest.raises(ValueError, match="not a checkpoint of tensors alone"):
+            load_model(folder)
+
+        class Nested:
+            def __reduce__(self):
+                return (torch.storage._load_from_bytes, (pickle.dumps(Payload(target)),))
+
+        for content in ([Payload(target)], [Nested()]):
+            (tmp_path / "G.pkl").write_bytes(pickle.dumps(content))
+            with pytest.raises(ValueError, match="not a pickle of tensors alone"):
+                load_predefined_G(tmp_path / "G.pkl")
+        assert not target.exists()
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("hpdict={'num_layers': int(open('owned', 'w').write('x'))}", "num_layers.: int.* is not a literal"),
+            ("hpdict={'num_layers': __import__('os').system('touch owned')}", "is not a literal"),
+            ("hpdict={**open('owned', 'w')}", "is not a literal"),
+            ("import os\nos.mkdir('owned')\n", "no dictionary 'hpdict"),
+            ("hpdict=dict(num_layers=2)", "no dictionary 'hpdict"),
+            ("hpdict={'num_layers': 2", "not a Python file"),
+            ("hpdict={'num_layers': 2, 'd_model': 32}", "missing dff, input_vocab_size, max_seq_len, num_heads"),
+        ],
+    )
+    def test_hyperparameters_are_read_not_run(self, tmp_path, monkeypatch, text, message):
+        monkeypatch.chdir(tmp_path)
+        shutil.copytree(FIXTURES / "v51-small", tmp_path / "m")
+        (tmp_path / "m" / "hyperparameters.py").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load_model("m")
+        assert not (tmp_path / "owned").exists()
+
+    def test_other_activations_are_refused(self, tmp_path):
+        shutil.copytree(FIXTURES / "v51-small", tmp_path / "m")
+        file = tmp_path / "m" / "hyperparameters.py"
+        file.write_text(file.read_text().replace("F.silu", "'gelu'"))
+        with pytest.raises(ValueError, match="activation must be F.silu, got 'gelu'"):
+            load_model(tmp_path / "m")
+
+
+class TestDamagedFolders:
+    @pytest.fixture
+    def folder(self, tmp_path):
+        model = load_model(FIXTURES / "v51-small" / "hub")
+        model.save_pretrained(tmp_path / "model")
+        return tmp_path / "model"
+
+    def test_missing_and_empty(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="no such model folder"):
+            load_model(tmp_path / "nowhere")
+        with pytest.raises(FileNotFoundError, match="neither config.json nor a .pth"):
+            load_model(tmp_path)
+
+    def test_truncated(self, folder):
+        file = folder / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-100])
+        with pytest.raises(ValueError, match="damaged safetensors"):
+            load_model(folder)
+
+    def test_one_flipped_bit_in_header_or_data(self, folder):
+        file = folder / "model.safetensors"
+        content = file.read_bytes()
+        for position in (0, 20, len(content) // 2, len(content) - 1):
+            flipped = bytearray(content)
+            flipped[position] ^= 0x10
+            file.write_bytes(flipped)
+            with pytest.raises(ValueError, match=r"damaged|weights do not fit"):
+                load_model(folder)
+        file.write_bytes(content)
+        load_model(folder)
+
+    def test_values_that_are_not_finite(self, folder):
+        state = load_file(folder / "model.safetensors")
+        state["lm_head.bias"][3] = float("nan")
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "SHA256SUMS").unlink()
+        with pytest.raises(ValueError, match="lm_head.bias holds NaN"):
+            load_model(folder)
+
+    def test_unknown_missing_and_misshaped_tensors_are_listed(self, folder):
+        state = load_file(folder / "model.safetensors")
+        del state["model.layers.1.mlp.up_proj.bias"]
+        state["model.layers.7.extra"] = torch.zeros(2)
+        state["lm_head.weight"] = torch.zeros(5, 32)
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match="weights do not fit") as error:
+            load_model(folder)
+        assert "1 missing (model.layers.1.mlp.up_proj.bias)" in str(error.value)
+        assert "1 unknown (model.layers.7.extra)" in str(error.value)
+        assert "1 mis-shaped (lm_head.weight (5, 32) instead of (97, 32))" in str(error.value)
+
+    def test_reference_tensors_too(self, tmp_path):
+        shutil.copytree(FIXTURES / "v51-small", tmp_path / "m")
+        content = torch.load(tmp_path / "m" / "model-checkpoint.pth", weights_only=True)
+        content["model_state_dict"].pop("final_layer.bias")
+        content["model_state_dict"]["stray"] = torch.zeros(1)
+        torch.save(content, tmp_path / "m" / "model-checkpoint.pth")
+        with pytest.raises(ValueError, match=r"1 missing \(lm_head.bias\); 1 unknown \(stray\)"):
+            load_model(tmp_path / "m")
+
+    def test_configuration(self, folder):
+        file = folder / "config.json"
+        fields = json.loads(file.read_text())
+        for change, message in [
+            ({"model_type": "llama"}, "model_type must be 'pldrllm'"),
+            ({"hidden_size": "big"}, "hidden_size"),
+            ({"operator": "learnt"}, "operator must be one of"),
+        ]:
+            file.write_text(json.dumps(fields | change))
+            with pytest.raises(ValueError, match=message):
+                load_model(folder)
+        file.write_text("{")
+        with pytest.raises(ValueError, match="not valid JSON"):
+            load_model(folder)
+
+    def test_predefined_operator_missing(self, tmp_path):
+        shutil.copytree(FIXTURES / "v51G-random", tmp_path / "m")
+        (tmp_path / "m" / "predefined_G_LM.pkl").unlink()
+        with pytest.raises(FileNotFoundError, match="needs its predefined operator"):
+            load_model(tmp_path / "m")
+        given = load_model(tmp_path / "m", G_LM=FIXTURES / "v51G-identity" / "predefined_G_LM.pkl")
+        assert torch.equal(deductive_outputs(given, torch.tensor([[5]])).G_LM[0, 0, 0], torch.eye(16))
+
+    def test_failed_conversion_leaves_nothing(self, folder, tmp_path):
+        (folder / "model.safetensors").write_bytes(b"x" * 50)
+        with pytest.raises(ValueError, match="damaged"):
+            convert_checkpoint(folder, tmp_path / "out")
+        with pytest.raises(ValueError, match="--to: must be one of"):
+            convert_checkpoint(folder, tmp_path / "out", to="gguf")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]

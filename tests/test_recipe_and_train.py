@@ -1,0 +1,289 @@
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from pldr import freeze, load_model, load_tokenizer
+from pldr.data import pack, read_documents
+from pldr.recipe import Recipe, find_recipe, load_recipe
+from pldr.saving import whole_folder
+from pldr.train import PldrTrainer, build_model, train, training_arguments
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+TINY = {
+    "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "max_position_embeddings": 64,
+    "metric_learner_units": 2, "metric_learner_width": 24,
+}  # fmt: skip
+
+
+@pytest.fixture
+def texts(tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    words = "the cat sat on a mat and saw that dog who ran to see him at her red house in old town".split()
+    generator = torch.Generator().manual_seed(3)
+    for index in range(12):
+        picked = [words[i] for i in torch.randint(len(words), (150,), generator=generator)]
+        (folder / f"{index:02}.txt").write_text(" ".join(picked) + ".\n")
+    return folder
+
+
+@pytest.fixture
+def write_recipe(tmp_path, texts, toy_model_file):
+    def write(**changes):
+        fields = {
+            "output": str(tmp_path / "out"),
+            "model": {"config": dict(TINY)},
+            "data": {"train": [f"{texts}/0*.txt"], "validation": [f"{texts}/1*.txt"],
+                     "tokenizer": str(toy_model_file), "sequence_length": 32},
+            "optimization": {"steps": 12, "batch_size": 4, "learning_rate": 3e-3, "warmup_steps": 3,
+                             "precision": "fp32"},
+            "log_steps": 4,
+        }  # fmt: skip
+        for key, value in changes.items():
+            section, _, name = key.rpartition("__")
+            (fields[section] if section else fields)[name] = value
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(fields))
+        return tmp_path / "recipe.yaml"
+
+    return write
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_shipped_recipes_parse_and_build(path, toy_tokenizer):
+    recipe = load_recipe(path)
+    recipe.model.config["vocab_size"] = len(toy_tokenizer)
+    with torch.device("meta"):
+        assert build_model(recipe, toy_tokenizer).num_parameters() > 0
+
+
+def test_recipes_are_found_by_name():
+    assert find_recipe("demo-cpu").samefile(find_recipe("recipes/demo-cpu.yaml"))
+    with pytest.raises(FileNotFoundError, match="no recipe of that name; there are .*demo-cpu"):
+        find_recipe("demo-gpu")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("outptu: x\ndata: {train: [a]}", "unknown key 'outptu'; did you mean 'output'"),
+        ("output: x\ndata: {train: [a], sequence_len: 5}", "data: unknown key 'sequence_len'; did you mean"),
+        ("output: x\ndata: {train: [a], sequence_length: long}", "data.sequence_length: must be of type int"),
+        ("output: x\ndata: {train: [a], sequence_length: true}", "data.sequence_length: must be of type int"),
+        ("output: x\ndata: {train: a}", "data.train: must be a list"),
+        ("output: x\ndata: {train: [1]}", r"data.train\[0\]: must be of type str"),
+        ("output: x\ndata: [a]", "data: must be a section"),
+        ("output: x\ndata: {train: [a]}\noptimization: {learning_rate: fast}", "learning_rate: must be a number"),
+        ("output: x\ndata: {train: [a]}\noptimization: {steps: 0}", "optimization.steps is too small"),
+        ("output: x\ndata: {train: [a]}\noptimization: {clip_norm: 1.0}", "not both to a bound"),
+        ("output: x\ndata: {train: [a]}\noptimization: {warmup_steps: 10, steps: 5}", "warmup_steps must be between"),
+        ("output: x\ndata: {train: [a]}\noptimization: {precision: fp8}", "precision must be fp32 or bf16"),
+        ("output: x\ndata: {train: []}", "data.train is too small"),
+        ("output: x", "missing key 'data'"),
+        ("- a list", "must be a section with keys"),
+        ("output: [", "not valid YAML"),
+        ("", "must be a section with keys"),
+    ],
+)
+def test_recipe_errors_name_the_place(tmp_path, text, message):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_recipe(tmp_path / "r.yaml")
+
+
+def test_overrides(write_recipe):
+    recipe = load_recipe(write_recipe(), ["optimization.steps=7", "optimization.learning_rate=1e-4",
+                                          "model.config.num_hidden_layers=3", "seed=9"])  # fmt: skip
+    assert isinstance(recipe, Recipe)
+    assert (recipe.optimization.steps, recipe.optimization.learning_rate, recipe.seed) == (7, 1e-4, 9)
+    assert recipe.model.config["num_hidden_layers"] == 3
+    for override, message in [("steps", "not of the form key=value"), ("optimization.step=1", "unknown key 'step'"),
+                              ("seed.x=1", "seed is not a section"),
+                              ("data.train.x=1", "train is not a section")]:  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            load_recipe(write_recipe(), [override])
+
+
+class TestData:
+    def test_pydoc_topics_are_split_without_overlap(self):
+        train_texts = set(read_documents(["pydoc-topics:train"]))
+        held_out = set(read_documents(["pydoc-topics:validation"]))
+        assert train_texts
+        assert held_out
+        assert not train_texts & held_out
+
+    def test_packing_loses_only_the_last_partial_block(self, toy_tokenizer):
+        documents = ["the cat sat on a mat", "that dog ran", "see him"]
+        ids = [i for text in documents for i in [*toy_tokenizer(text)["input_ids"], 3]]
+        data, left_out = pack(documents, toy_tokenizer, 7)
+        assert [i for row in data["input_ids"][:] for i in row] == ids[: len(ids) - left_out]
+        assert left_out == len(ids) % 7
+        assert data["labels"][:] == data["input_ids"][:]
+
+    def test_errors(self, tmp_path, toy_tokenizer):
+        with pytest.raises(FileNotFoundError, match=r"nothing\*.txt matches no file"):
+            list(read_documents([str(tmp_path / "nothing*.txt")]))
+        (tmp_path / "bad.txt").write_bytes(b"good \xff bad")
+        with pytest.raises(ValueError, match=r"bad.txt: not valid UTF-8 at byte 5"):
+            list(read_documents([str(tmp_path / "bad.txt")]))
+        with pytest.raises(ValueError, match="the parts are train and validation"):
+            list(read_documents(["pydoc-topics:test"]))
+        with pytest.raises(ValueError, match="tokens are less than one sequence of 64"):
+            pack(["the cat"], toy_tokenizer, 64)
+
+
+class TestTrain:
+    def test_learns_saves_and_repeats_itself(self, write_recipe, tmp_path):
+        recipe = load_recipe(write_recipe(optimization__steps=60))
+        summary = train(recipe, progress=False)
+        assert summary["tokens"] == 60 * 4 * 32
+        # A text of independent words from a list of 23 can not be predicted better than ln 23 a word.
+        assert summary["validation_loss"] < 0.75 * math.log(290)
+        model, tokenizer = load_model(tmp_path / "out"), load_tokenizer(tmp_path / "out")
+        assert model.config.vocab_size == len(tokenizer) == 290
+        assert not list(tmp_path.glob(".out*"))
+
+        recipe.output = str(tmp_path / "again")
+        assert train(recipe, progress=False)["train_loss"] == summary["train_loss"]
+        again = load_model(tmp_path / "again").state_dict()
+        assert all(torch.equal(tensor, again[name]) for name, tensor in model.state_dict().items())
+
+    def test_new_tokenizer_and_constant_operator(self, write_recipe, tmp_path):
+        path = write_recipe(data__tokenizer=None, data__vocab_size=290, optimization__steps=3)
+        recipe = load_recipe(path, ["model.config.operator=constant", "model.config.operator_init=random",
+                                    "model.config.operator_trainable=true"])  # fmt: skip
+        train(recipe, progress=False)
+        model = load_model(tmp_path / "out")
+        assert model.config.operator == "constant"
+        assert (tmp_path / "out" / "tokenizer.model").exists()
+
+    def test_transferred_operator(self, write_recipe, tmp_path, toy_tokenizer):
+        from safetensors.torch import save_file
+
+        G_LM = torch.randn(2, 2, 16, 16)
+        save_file({"G_LM": G_LM}, tmp_path / "G.safetensors")
+        recipe = load_recipe(write_recipe(model__G_LM=str(tmp_path / "G.safetensors")))
+        model = build_model(recipe, toy_tokenizer)
+        assert torch.equal(model.model.layers[1].self_attn.operator.G_LM, G_LM[1])
+        train(recipe, progress=False)
+        assert torch.equal(load_model(tmp_path / "out").model.layers[1].self_attn.operator.G_LM, G_LM[1])
+
+    def test_optimiser_is_the_published_one(self, write_recipe, toy_tokenizer, tmp_path):
+        recipe = load_recipe(write_recipe(optimization__steps=100, optimization__warmup_steps=10))
+        trainer = PldrTrainer(recipe.optimization, model=build_model(recipe, toy_tokenizer),
+                              args=training_arguments(recipe, tmp_path))  # fmt: skip
+        trainer.create_optimizer_and_scheduler(100)
+        groups = [group for group in trainer.optimizer.param_groups if group["params"]]
+        assert [(group["weight_decay"], group["betas"], group["eps"]) for group in groups] == [(0.1, (0.9, 0.95), 1e-5)]
+        assert sum(p.numel() for p in groups[0]["params"]) == trainer.model.num_parameters()
+        rates = []
+        for _ in range(100):
+            rates.append(trainer.lr_scheduler.get_last_lr()[0])
+            trainer.optimizer.step()
+            trainer.lr_scheduler.step()
+        assert rates[0] == 0
+        assert rates[10] == pytest.approx(3e-3)
+        assert trainer.lr_scheduler.get_last_lr()[0] == pytest.approx(3e-4)
+
+    @pytest.mark.parametrize("bound", ["clip_value", "clip_norm"])
+    def test_gradients_are_clipped(self, write_recipe, toy_tokenizer, tmp_path, monkeypatch, bound):
+        changes = {"optimization__clip_value": None, "optimization__clip_norm": None, f"optimization__{bound}": 1e-4}
+        recipe = load_recipe(write_recipe(optimization__steps=1, optimization__warmup_steps=0, **changes))
+        seen = {}
+        original = torch.optim.AdamW.step
+
+        def step(optimizer, *args, **kwargs):
+            gradients = [p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]
+            seen["value"] = max(g.abs().max().item() for g in gradients)
+            seen["norm"] = torch.cat(gradients).norm().item()
+            return original(optimizer, *args, **kwargs)
+
+        monkeypatch.setattr(torch.optim.AdamW, "step", step)
+        train(recipe, progress=False)
+        limit = 1e-4 * (1 + 1e-5)
+        assert seen["value"] <= limit
+        assert (seen["norm"] <= limit) == (bound == "clip_norm")
+
+    def test_infinite_loss_stops_and_leaves_nothing(self, write_recipe, tmp_path):
+        recipe = load_recipe(write_recipe(optimization__learning_rate=1e30, optimization__clip_value=None))
+        with pytest.raises(FloatingPointError, match=r"the loss became nan by step \d+; lower optimization.learning_rate"):
+            train(recipe, progress=False)
+        assert not (tmp_path / "out").exists()
+        assert not list(tmp_path.glob(".out*"))
+
+    def test_errors_come_before_the_work(self, write_recipe, tmp_path):
+        def message(**changes):
+            with pytest.raises((ValueError, OSError)) as error:
+                train(load_recipe(write_recipe(**changes)), progress=False)
+            return str(error.value)
+
+        assert "longer than max_position_embeddings=64" in message(data__sequence_length=65)
+        assert "the tokenizer has 290" in message(model__config=TINY | {"vocab_size": 5})
+        assert "unknown field" in message(model__config=TINY | {"heads": 5})
+        assert "hidden_size" in message(model__config=TINY | {"hidden_size": "wide"})
+        assert "is not a published model" in message(model__preset="v99")
+        (tmp_path / "full").mkdir()
+        (tmp_path / "full" / "file").write_text("keep me")
+        assert "exists and is not empty" in message(output=str(tmp_path / "full"))
+        assert "is a file" in message(output=str(tmp_path / "full" / "file"))
+        assert (tmp_path / "full" / "file").read_text() == "keep me"
+
+
+class TestWholeFolder:
+    def test_failure_leaves_the_old_folder(self, tmp_path):
+        target = tmp_path / "folder"
+        with whole_folder(target) as folder:
+            (folder / "a").write_text("old")
+        with pytest.raises(RuntimeError, match="stop"), whole_folder(target, overwrite=True) as folder:
+            (folder / "a").write_text("new")
+            raise RuntimeError("stop")
+        assert (target / "a").read_text() == "old"
+        assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+        with whole_folder(target, overwrite=True) as folder:
+            (folder / "b").write_text("new")
+        assert [path.name for path in target.iterdir()] == ["b"]
+        assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_demo_measures_what_it_says(write_recipe, tmp_path, monkeypatch):
+    """The demo on a recipe of seconds: every number is there, and the losses are those of separate computations."""
+    from pldr import demo
+
+    monkeypatch.setattr(demo, "PROMPT", "the cat sat on")
+    monkeypatch.setattr(demo, "NEW_TOKENS", 12)
+    path = write_recipe(optimization__steps=20, data__sequence_length=48)
+    result = demo.run_demo(tmp_path / "demo", str(path))
+    assert json.loads((tmp_path / "demo" / "demo.json").read_text()) == json.loads(json.dumps(result))
+    assert (tmp_path / "demo" / "G_LM.png").read_bytes().startswith(b"\x89PNG")
+    assert [row["mode"] for row in result["generation"]] == ["no cache", "KV", "KV+G", "frozen G"]
+    assert all(len(row["token_ids"]) == 12 for row in result["generation"])
+    # KV and KV+G differ only in what they keep, never in what they compute.
+    assert result["generation"][1]["token_ids"] == result["generation"][2]["token_ids"]
+    assert len(result["operator"]) == 2
+    assert load_model(tmp_path / "demo" / "frozen").config.operator == "constant"
+    demo.print_demo(result)
+
+
+def test_the_three_losses(small_model, ids):
+    """By direct forwards: full, cached from a prefix, frozen."""
+    from pldr.demo import losses
+
+    model = small_model()
+    frozen = freeze(small_model(), ids[1:2])
+    result = losses(model, frozen, ids, prefix=6)
+
+    def direct(running, row):
+        with torch.no_grad():
+            logs = running(row[None], use_cache=False).logits[0].double().log_softmax(-1)
+        return -logs[torch.arange(6, 15), row[7:]].mean().item()
+
+    full = [direct(model, row) for row in ids]
+    cached = [direct(freeze(small_model(), row[None, :6]), row) for row in ids]
+    constant = [direct(frozen, row) for row in ids]
+    assert result["full"] == pytest.approx(sum(full) / 3, abs=1e-6)
+    assert result["cached"] == pytest.approx(sum(cached) / 3, abs=1e-6)
+    assert result["frozen"] == pytest.approx(sum(constant) / 3, abs=1e-6)
+    assert len({round(value, 6) for value in result.values()}) == 3

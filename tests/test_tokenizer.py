@@ -1,0 +1,97 @@
+import pytest
+import sentencepiece
+from conftest import shared
+
+from pldr.tokenizer import check_text, check_vocabulary, load_tokenizer, train_sentencepiece
+
+TRICKY = [
+    "", "   ", " leading", "trailing ", "two  spaces", "tab\tsep\there", "new\nline\r\nand more\n", "\n",
+    "emoji 😀 👍🏽 👩‍👩‍👧‍👦 🇹🇷 🏴󠁧󠁢󠁥󠁮󠁧󠁿", "שלום עולם", "مرحبا بالعالم ١٢٣", "mixed שלום and English",
+    "\u202eright to left override\u202c", "한국어 日本語テキスト", "é é ﬁ ﬂ ½ ２ ™ Å", "नमस्ते दुनिया", "ไทย ภาษา",
+    "[END] [PAD] [START] [UNK] x[END]y", "a [SEP] b[CLS]c [CLS]", "<0x41> <0xE2>", "▁ under ▁x",
+    "zero\u200bwidth\u200d\u200e", "\u0000control\u0007\x1b", "no\u00a0break\u3000space", "\ufeffBOM",
+    "1234567890 3.14 2^10", "x" * 500,
+]  # fmt: skip
+
+
+def test_published_tokenizer_gives_sentencepiece_ids():
+    file = shared("data/refinedweb-tokenizer.model")
+    tokenizer, reference = load_tokenizer(file), sentencepiece.SentencePieceProcessor(model_file=str(file))
+    assert len(tokenizer) == reference.vocab_size() == 32000
+    lines = shared("data/wikitext-2/valid.txt").read_text(encoding="utf-8").splitlines()
+    for text in lines + TRICKY + [f"{line} {tricky}" for line, tricky in zip(lines[1::50], TRICKY * 3, strict=False)]:
+        assert tokenizer(text)["input_ids"] == reference.encode(text), repr(text)
+    assert (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2, 3)
+
+
+@pytest.fixture
+def pair(toy_model_file):
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(toy_model_file))
+    return load_tokenizer(toy_model_file), reference
+
+
+def test_own_tokenizer_gives_sentencepiece_ids(pair):
+    tokenizer, reference = pair
+    for text in [*TRICKY, "the cat sat on a mat 12."]:
+        assert tokenizer(text)["input_ids"] == reference.encode(text), repr(text)
+
+
+def test_saved_and_loaded(pair, tmp_path):
+    tokenizer, reference = pair
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    for text in TRICKY:
+        assert loaded(text)["input_ids"] == reference.encode(text), repr(text)
+    assert loaded.padding_side == "left"
+    assert loaded.eos_token == "[END]"
+
+
+def test_decoding(pair):
+    tokenizer, reference = pair
+    for text in ("the cat sat", "wörld 😀 x", "a b  c"):
+        assert tokenizer.decode(reference.encode(text)) == reference.decode(reference.encode(text))
+    assert tokenizer.decode([*reference.encode("the cat"), 3, 0], skip_special_tokens=True) == "the cat"
+
+
+def test_control_pieces_in_text_are_text(pair):
+    tokenizer, _ = pair
+    assert 3 not in tokenizer("stop[END] here")["input_ids"]
+    assert tokenizer.convert_tokens_to_ids("[END]") == 3
+
+
+def test_padding_on_the_left(pair):
+    tokenizer, _ = pair
+    batch = tokenizer(["the cat", "the cat sat on a mat"], padding=True)
+    assert batch["input_ids"][0][0] == 0
+    assert batch["attention_mask"][0][0] == 0
+    assert batch["attention_mask"][1] == [1] * len(batch["input_ids"][1])
+
+
+def test_text_that_is_not_utf8_is_an_error():
+    with pytest.raises(ValueError, match="prompt: not valid UTF-8 at character 3"):
+        check_text("abc\udcff", "prompt")
+    assert check_text("grüße 😀", "prompt") == "grüße 😀"
+
+
+def test_other_vocabulary_size(pair):
+    with pytest.raises(ValueError, match="has 290 tokens, the model has vocab_size=97"):
+        check_vocabulary(pair[0], 97)
+
+
+def test_bad_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no tokenizer.json and no"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no such tokenizer file"):
+        load_tokenizer(tmp_path / "x.model")
+    (tmp_path / "bad.model").write_bytes(b"\xff\xff\xff not a protobuf")
+    with pytest.raises(ValueError, match="not a SentencePiece model"):
+        load_tokenizer(tmp_path / "bad.model")
+    (tmp_path / "bad.model").write_bytes(b"")
+    with pytest.raises(ValueError, match="not a SentencePiece model"):
+        load_tokenizer(tmp_path / "bad.model")
+
+
+def test_impossible_vocabulary_leaves_nothing(tmp_path):
+    with pytest.raises(ValueError, match="vocab_size=5000 does not work for this text"):
+        train_sentencepiece(["a few words only"], tmp_path / "t.model", vocab_size=5000)
+    assert list(tmp_path.iterdir()) == []
