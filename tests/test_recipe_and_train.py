@@ -101,7 +101,7 @@ def test_overrides(write_recipe):
     assert (recipe.optimization.steps, recipe.optimization.learning_rate, recipe.seed) == (7, 1e-4, 9)
     assert recipe.model.config["num_hidden_layers"] == 3
     for override, message in [("steps", "not of the form key=value"), ("optimization.step=1", "unknown key 'step'"),
-                              ("seed.x=1", "seed is not a section"),
+                              ("output.x=1", "output is not a section"),
                               ("data.train.x=1", "train is not a section")]:  # fmt: skip
         with pytest.raises(ValueError, match=message):
             load_recipe(write_recipe(), [override])

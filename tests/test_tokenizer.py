@@ -95,3 +95,23 @@ def test_impossible_vocabulary_leaves_nothing(tmp_path):
     with pytest.raises(ValueError, match="vocab_size=5000 does not work for this text"):
         train_sentencepiece(["a few words only"], tmp_path / "t.model", vocab_size=5000)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_streamed_pieces_add_up(pair):
+    """Whatever the model says, also broken bytes and special tokens: the pieces are the text, each final when shown."""
+    import torch
+
+    from pldr.generation import _TextStreamer
+
+    tokenizer, _ = pair
+    generator = torch.Generator().manual_seed(0)
+    emoji = tokenizer("😀")["input_ids"]
+    for length in range(1, 30):
+        ids = torch.randint(len(tokenizer), (length,), generator=generator).tolist() + emoji + [0]
+        pieces = []
+        streamer = _TextStreamer(tokenizer, pieces.append)
+        streamer.put(torch.tensor([[5, 6]]))
+        for token in ids:
+            streamer.put(torch.tensor([token]))
+        streamer.end()
+        assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=True)

@@ -137,7 +137,7 @@ def _sampling(temperature: float | None, top_k: int | None, top_p: float | None,
 
 
 class _TextStreamer(BaseStreamer):
-    """Hands out text as soon as it can not change any more: when its last character is whole."""
+    """Hands out text as soon as later tokens can not change it: a run of byte tokens decodes only as a whole."""
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
         self.tokenizer = tokenizer
@@ -151,12 +151,17 @@ class _TextStreamer(BaseStreamer):
             self.prompt_seen = True
             return
         self.ids += value.flatten().tolist()
-        self._show(self.tokenizer.decode(self.ids, skip_special_tokens=True).rstrip("�"))
+        tokens = self.tokenizer.convert_ids_to_tokens(self.ids)
+        settled = len(tokens)
+        while settled and tokens[settled - 1].startswith("<0x"):
+            settled -= 1
+        self._show(self.ids[:settled])
 
     def end(self) -> None:
-        self._show(self.tokenizer.decode(self.ids, skip_special_tokens=True))
+        self._show(self.ids)
 
-    def _show(self, text: str) -> None:
+    def _show(self, ids: list[int]) -> None:
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
         if len(text) > self.shown:
             self.on_text(text[self.shown :])
             self.shown = len(text)

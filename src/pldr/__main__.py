@@ -1,0 +1,3 @@
+from pldr.cli import main
+
+main()

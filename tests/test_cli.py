@@ -1,0 +1,260 @@
+"""The command line in-process: what it prints, and that every mistake is one line, a non-zero code and nothing written."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import FIXTURES
+
+import pldr
+from pldr import PldrConfig, PldrForCausalLM, deductive_outputs, load_model
+from pldr.cli import main
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run `pldr ARGS…`; returns (exit code, standard output, standard error)."""
+
+    def call(*arguments, stdin=""):
+        import io
+
+        monkeypatch.setattr(sys, "argv", ["pldr", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capsys.readouterr()
+        return stop.value.code or 0, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def folder(tmp_path, toy_tokenizer):
+    torch.manual_seed(0)
+    config = PldrConfig(
+        vocab_size=len(toy_tokenizer), hidden_size=32, num_attention_heads=2, num_hidden_layers=2,
+        metric_learner_units=2, metric_learner_width=24, max_position_embeddings=64,
+    )  # fmt: skip
+    PldrForCausalLM(config).save_pretrained(tmp_path / "model")
+    toy_tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def fails(result, message):
+    code, out, err = result
+    lines = [line for line in err.splitlines() if line]
+    assert code == 1
+    assert out == ""
+    assert len(lines) == 1, err
+    assert lines[0].startswith("pldr: ")
+    assert message in lines[0], lines[0]
+
+
+def test_help_and_version_start_without_torch():
+    code = (
+        "import sys; sys.argv = ['pldr', '--help']\n"
+        "from pldr.cli import main\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "generate" in result.stdout
+    result = subprocess.run([sys.executable, "-m", "pldr", "--version"], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == f"pldr {pldr.__version__}"
+
+
+def test_usage_errors(run):
+    code, _, err = run("generate")
+    assert code == 2
+    assert "Missing argument" in err
+    assert run("nonsense")[0] == 2
+    assert run()[0] == 2
+
+
+class TestGenerate:
+    def test_text_json_and_stream_agree(self, run, folder):
+        code, text, _ = run("generate", folder, "the cat sat", "--max-new-tokens", 6)
+        assert code == 0
+        code, out, _ = run("generate", folder, "the cat sat", "--max-new-tokens", 6, "--json")
+        result = json.loads(out)
+        assert code == 0
+        assert result["text"] + "\n" == text
+        assert len(result["token_ids"]) <= 6
+        assert result["tokens_per_second"] > 0
+        assert run("generate", folder, "the cat sat", "--max-new-tokens", 6, "--stream")[1] == text
+        assert run("generate", folder, "-", "--max-new-tokens", 6, stdin="the cat sat")[1] == text
+
+    def test_cache_modes_and_sampling(self, run, folder):
+        model = load_model(folder)
+        tokenizer = pldr.load_tokenizer(folder)
+        ids = tokenizer("that dog ran to see", return_tensors="pt").input_ids
+        for mode, (kv, g) in {"kv+g": (1, 1), "kv": (1, 0), "g": (0, 1), "none": (0, 0)}.items():
+            expected = model.generate(ids, max_new_tokens=12, do_sample=False, use_cache=bool(kv), use_g_cache=bool(g))
+            out = run("generate", folder, "that dog ran to see", "--max-new-tokens", 12, "--cache", mode, "--json")[1]
+            assert json.loads(out)["token_ids"] == expected[0, ids.shape[1] :].tolist()
+        sampled = [run("generate", folder, "the", "--temperature", 1.5, "--top-p", 0.9, "--seed", seed)[1]
+                   for seed in (1, 1, 2)]  # fmt: skip
+        assert sampled[0] == sampled[1]
+        assert sampled[0] != sampled[2]
+        assert run("generate", folder, "the", "--top-k", 1, "--seed", 3)[1] == run("generate", folder, "the")[1]
+        assert run("generate", folder, "the", "--beams", 3)[0] == 0
+        assert run("generate", folder, "the", "--dtype", "bfloat16")[0] == 0
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ([""], "prompt: is empty"),
+            (["   "], "prompt: is empty"),
+            (["the cat " * 60], "leave no room in the context of 64"),
+            (["the", "--max-new-tokens", "64"], "max_new_tokens: must be between 1 and 60"),
+            (["the", "--max-new-tokens", "0"], "max_new_tokens: must be between 1"),
+            (["the", "--temperature", "0"], "temperature: must be positive, got 0.0"),
+            (["the", "--temperature=-1"], "temperature: must be positive"),
+            (["the", "--temperature", "nan"], "temperature: must be positive"),
+            (["the", "--top-p", "0"], "top_p: must be in (0, 1]"),
+            (["the", "--top-p", "1.1"], "top_p: must be in (0, 1]"),
+            (["the", "--top-k=-1"], "top_k: must be 0 (all tokens) or more"),
+            (["the", "--beams", "0"], "beams: must be at least 1"),
+            (["the", "--beams", "2", "--stream"], "beam search knows its text only at the end"),
+            (["the", "--cache", "all"], "cache: must be one of kv+g, kv, g, none"),
+            (["the", "--stream", "--json"], "--stream and --json: choose one"),
+            (["the", "--dtype", "int8"], "--dtype: must be auto"),
+            (["the", "--device", "warp"], "--device: warp can not be used here"),
+            (["bytes \udcff"], "prompt: not valid UTF-8"),
+        ],
+    )
+    def test_bad_input(self, run, folder, arguments, message):
+        fails(run("generate", folder, *arguments), message)
+
+    def test_bad_folders(self, run, folder, tmp_path):
+        fails(run("generate", tmp_path / "nowhere", "the"), "no such model folder")
+        (tmp_path / "empty").mkdir()
+        fails(run("generate", tmp_path / "empty", "the"), "neither config.json nor a .pth file")
+        fails(run("generate", FIXTURES / "v51-small", "the"), "no tokenizer.json and no *.model file")
+        fails(run("generate", FIXTURES / "v51-small", "the", "--tokenizer", folder),
+              "tokenizer: has 290 tokens, the model has vocab_size=97")  # fmt: skip
+        file = folder / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:1000])
+        fails(run("generate", folder, "the"), "damaged safetensors file")
+
+
+class TestFreezeConvertInfo:
+    def test_freeze_from_prompts(self, run, folder, tmp_path):
+        code, out, _ = run("freeze", folder, tmp_path / "frozen", "--prompt", "the cat", "--prompt", "that dog ran")
+        assert code == 0
+        assert "constant operator" in out
+        model, tokenizer = load_model(folder), pldr.load_tokenizer(tmp_path / "frozen")
+        each = [deductive_outputs(model, tokenizer(text, return_tensors="pt").input_ids).G_LM[:, 0]
+                for text in ("the cat", "that dog ran")]  # fmt: skip
+        frozen = load_model(tmp_path / "frozen")
+        G_LM = torch.stack([layer.self_attn.operator.G_LM for layer in frozen.model.layers])
+        assert torch.allclose(G_LM, (each[0] + each[1]) / 2, atol=1e-6)
+        assert run("generate", tmp_path / "frozen", "the cat")[0] == 0
+
+        (tmp_path / "prompts.txt").write_text("the cat\n\nthat dog ran\n")
+        run("freeze", folder, tmp_path / "again", "--prompts-file", tmp_path / "prompts.txt", "--trainable")
+        again = load_model(tmp_path / "again")
+        assert again.config.operator_trainable
+        assert torch.equal(again.model.layers[0].self_attn.operator.G_LM, G_LM[0])
+
+    def test_freeze_with_a_file(self, run, folder, tmp_path):
+        fails(run("freeze", folder, tmp_path / "out", "--g-lm", FIXTURES / "v51G-random" / "predefined_G_LM.pkl",
+                  "--prompt", "x"), "pass either --prompt")  # fmt: skip
+        code, _, _ = run("freeze", folder, tmp_path / "out", "--g-lm", FIXTURES / "v51G-random" / "predefined_G_LM.pkl")
+        assert code == 0
+        assert load_model(tmp_path / "out").config.operator == "constant"
+
+    def test_freeze_mistakes_write_nothing(self, run, folder, tmp_path):
+        from safetensors.torch import save_file
+
+        before = sorted(tmp_path.iterdir())
+        fails(run("freeze", folder, tmp_path / "out"), "pass either --prompt")
+        fails(run("freeze", folder, tmp_path / "out", "--prompt", ""), "prompt: is empty")
+        fails(run("freeze", folder, folder, "--prompt", "the"), "exists and is not empty")
+        fails(run("freeze", folder, tmp_path / "out", "--g-lm", tmp_path / "none.pkl"), "no such file")
+        assert sorted(tmp_path.iterdir()) == before
+        save_file({"G_LM": torch.zeros(3, 2, 16, 16)}, tmp_path / "G.safetensors")
+        fails(run("freeze", folder, tmp_path / "out", "--g-lm", tmp_path / "G.safetensors"), "has 3 layers")
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize("name", ["v51-small", "v52-small", "v51G-random"])
+    def test_convert(self, run, tmp_path, name):
+        rope = ["--rope", "halves"] if name == "v52-small" else []
+        assert run("convert", FIXTURES / name, tmp_path / "ours", *rope)[0] == 0
+        code, out, _ = run("convert", FIXTURES / name / "hub", tmp_path / "hub", "--to", "hub")
+        assert code == 0
+        assert "hub layout" in out
+        one, other = load_model(tmp_path / "ours").state_dict(), load_model(tmp_path / "hub").state_dict()
+        assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
+
+    def test_convert_brings_the_tokenizer(self, run, folder, tmp_path, toy_model_file):
+        run("convert", folder, tmp_path / "hub", "--to", "hub")
+        assert pldr.load_tokenizer(tmp_path / "hub")("the cat")["input_ids"]
+        fails(run("convert", FIXTURES / "v51-small", tmp_path / "out", "--tokenizer", toy_model_file),
+              "has 290 tokens, the model has vocab_size=97")  # fmt: skip
+
+    def test_convert_mistakes_write_nothing(self, run, tmp_path):
+        for arguments, message in [
+            (["nowhere"], "no such model folder"),
+            ([FIXTURES / "v51-small", "--to", "gguf"], "--to: must be one of pldr, hub, reference"),
+            ([FIXTURES / "v51-small", "--rope", "spiral"], "rope_pairing must be one of"),
+            ([FIXTURES / "v51-small" / "hub", "--rope", "halves"], "apply to the reference layout only"),
+        ]:
+            fails(run("convert", arguments[0], tmp_path / "out", *arguments[1:]), message)
+        fails(run("convert", FIXTURES / "v51-small", "/proc/nowhere/out"), "/proc/")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_disk_full(self, run, tmp_path, monkeypatch):
+        import errno
+
+        def full(*args, **kwargs):
+            raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "out"))
+
+        monkeypatch.setattr(PldrForCausalLM, "save_pretrained", full)
+        fails(run("convert", FIXTURES / "v51-small", tmp_path / "out"), "No space left on device")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_info(self, run, folder, tmp_path):
+        code, out, _ = run("info", folder, "--json")
+        facts = json.loads(out)
+        assert code == 0
+        assert facts["parameters"] == load_model(folder).num_parameters() == sum(facts["parameters_by_part"].values())
+        assert facts["operators"] == {"learned": 2}
+        # fp32: 4 bytes; K and V of 2 layers and width 32; G_LM of 2 layers, 2 heads, 16 × 16.
+        assert facts["kv_cache_bytes_per_token"] == 2 * 2 * 32 * 4
+        assert facts["g_cache_bytes_per_sequence"] == 2 * 2 * 16 * 16 * 4
+        assert "learned" in run("info", folder)[1]
+        run("freeze", folder, tmp_path / "frozen", "--prompt", "the cat")
+        facts = json.loads(run("info", tmp_path / "frozen", "--json")[1])
+        assert facts["operators"] == {"constant": 2}
+        assert facts["g_cache_bytes_per_sequence"] == 0
+        assert facts["parameters_by_part"]["operator"] == 0
+        assert run("info", FIXTURES / "v52-small", "--rope", "halves")[0] == 0
+
+
+class TestTrain:
+    def test_mistakes(self, run, tmp_path):
+        fails(run("train", tmp_path / "none.yaml"), "no recipe of that name")
+        (tmp_path / "r.yaml").write_text(f"output: {tmp_path}/out\ndata: {{train: ['{tmp_path}/*.txt']}}\n")
+        fails(run("train", tmp_path / "r.yaml", "optimization.step=3"), "unknown key 'step'; did you mean 'steps'")
+        fails(run("train", tmp_path / "r.yaml", "seed=many"), "seed: must be of type int")
+        fails(run("train", tmp_path / "r.yaml"), "*.txt matches no file")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["r.yaml"]
+
+    def test_trains(self, run, tmp_path, toy_model_file):
+        (tmp_path / "text.txt").write_text("the cat sat on a mat and saw that dog . " * 60)
+        (tmp_path / "r.yaml").write_text(
+            f"output: {tmp_path}/out\n"
+            "model: {config: {hidden_size: 32, num_attention_heads: 2, num_hidden_layers: 1, metric_learner_width: 16}}\n"
+            f"data: {{train: ['{tmp_path}/*.txt'], tokenizer: {toy_model_file}, sequence_length: 16}}\n"
+            "optimization: {steps: 2, batch_size: 2, warmup_steps: 1, precision: fp32}\n"
+        )
+        code, out, _ = run("train", tmp_path / "r.yaml", "--json")
+        assert code == 0
+        summary = json.loads(out.splitlines()[-1])
+        assert summary["tokens"] == 64
+        assert run("generate", tmp_path / "out", "the cat", "--max-new-tokens", 3)[0] == 0
+        fails(run("train", tmp_path / "r.yaml"), "exists and is not empty")
