@@ -151,9 +151,11 @@ class _TextStreamer(BaseStreamer):
             self.prompt_seen = True
             return
         self.ids += value.flatten().tolist()
+        # Special tokens are left out of the text, so that they do not end a run either.
+        special = set(self.tokenizer.all_special_ids)
         tokens = self.tokenizer.convert_ids_to_tokens(self.ids)
         settled = len(tokens)
-        while settled and tokens[settled - 1].startswith("<0x"):
+        while settled and (tokens[settled - 1].startswith("<0x") or self.ids[settled - 1] in special):
             settled -= 1
         self._show(self.ids[:settled])
 
