@@ -59,7 +59,30 @@ def toy_model_file(tmp_path_factory):
     """A SentencePiece model of 290 pieces, trained with the library's own function on a few sentences."""
     from pldr.tokenizer import train_sentencepiece
 
-    words = "the cat sat on a mat and saw that dog who ran to see him at her red house in old town".split()
+    words = [
+        "the",
+        "cat",
+        "sat",
+        "on",
+        "a",
+        "mat",
+        "and",
+        "saw",
+        "that",
+        "dog",
+        "who",
+        "ran",
+        "to",
+        "see",
+        "him",
+        "at",
+        "her",
+        "red",
+        "house",
+        "in",
+        "old",
+        "town",
+    ]
     generator = torch.Generator().manual_seed(0)
     texts = [
         " ".join(words[i] for i in torch.randint(len(words), (12,), generator=generator)) + f" {n}." for n in range(400)

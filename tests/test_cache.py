@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from helpers import assert_close
 from transformers import DynamicCache, StaticCache
 
+from helpers import assert_close
 from pldr import deductive_outputs, freeze, make_cache
 from pldr.cache import DynamicPlgaLayer, OperatorOnlyLayer, StaticPlgaLayer
 from pldr.generation import CACHE_MODES
@@ -64,7 +64,7 @@ class TestModes:
             assert torch.equal(continuation(frozen_model, ids, use_cache=kv, use_g_cache=g), expected)
 
     def test_a_cache_without_a_place_for_G_is_refused(self, small_model, ids):
-        with pytest.raises(ValueError, match="no place for G_LM; make it with pldr.make_cache"):
+        with pytest.raises(ValueError, match=r"no place for G_LM; make it with pldr\.make_cache"):
             small_model()(ids, past_key_values=DynamicCache())
 
     def test_settings_that_contradict_are_refused(self, small_model, ids):
@@ -242,6 +242,8 @@ class TestStatic:
                 masks = model.create_masks_for_generate(
                     model.config, model.model.embed_tokens(token), None, cache, position
                 )
-                logits = step(input_ids=token, attention_mask=masks, position_ids=position, past_key_values=cache).logits
+                logits = step(
+                    input_ids=token, attention_mask=masks, position_ids=position, past_key_values=cache
+                ).logits
                 assert_close(logits, model(token, past_key_values=eager).logits, max_error=2e-5)
         assert len(graphs) == 1

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 import torch
-from conftest import FIXTURES
 
 import pldr
+from conftest import FIXTURES
 from pldr import PldrConfig, PldrForCausalLM, deductive_outputs, load_model
 from pldr.cli import main
 

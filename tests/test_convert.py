@@ -4,9 +4,9 @@ import shutil
 
 import pytest
 import torch
-from conftest import FIXTURES, shared
 from safetensors.torch import load_file, save_file
 
+from conftest import FIXTURES, shared
 from pldr import PldrForCausalLM, convert_checkpoint, deductive_outputs, freeze, load_model, load_predefined_G
 from pldr.deductive import numerical_rank
 
@@ -197,7 +197,7 @@ class TestUntrustedFiles:
         shutil.copytree(FIXTURES / "v51-small", tmp_path / "m")
         file = tmp_path / "m" / "hyperparameters.py"
         file.write_text(file.read_text().replace("F.silu", "'gelu'"))
-        with pytest.raises(ValueError, match="activation must be F.silu, got 'gelu'"):
+        with pytest.raises(ValueError, match=r"activation must be F\.silu, got 'gelu'"):
             load_model(tmp_path / "m")
 
 
@@ -211,7 +211,7 @@ class TestDamagedFolders:
     def test_missing_and_empty(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="no such model folder"):
             load_model(tmp_path / "nowhere")
-        with pytest.raises(FileNotFoundError, match="neither config.json nor a .pth"):
+        with pytest.raises(FileNotFoundError, match=r"neither config\.json nor a \.pth"):
             load_model(tmp_path)
 
     def test_truncated(self, folder):
@@ -237,7 +237,7 @@ class TestDamagedFolders:
         state["lm_head.bias"][3] = float("nan")
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
         (folder / "SHA256SUMS").unlink()
-        with pytest.raises(ValueError, match="lm_head.bias holds NaN"):
+        with pytest.raises(ValueError, match=r"lm_head\.bias holds NaN"):
             load_model(folder)
 
     def test_unknown_missing_and_misshaped_tensors_are_listed(self, folder):

@@ -2,8 +2,8 @@ import math
 
 import pytest
 import torch
-from helpers import assert_close
 
+from helpers import assert_close
 from pldr.deductive import dag_loss, deductive_outputs, log_determinant, numerical_rank, variation
 
 

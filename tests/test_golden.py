@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import FIXTURES, shared
-from helpers import assert_close
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+from conftest import FIXTURES, shared
+from helpers import assert_close
 from pldr import dag_loss, deductive_outputs, load_model
 from pldr.layouts import ours_to_published
 

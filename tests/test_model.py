@@ -2,11 +2,11 @@ import math
 
 import pytest
 import torch
-from helpers import assert_close
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, TextStreamer, pipeline
 from transformers.masking_utils import create_causal_mask
 
+from helpers import assert_close
 from pldr import PldrConfig, PldrForCausalLM
 from pldr.configuration_pldr import PRESETS
 from pldr.modeling_pldr import create_masks

@@ -1,7 +1,7 @@
 import pytest
 import torch
-from helpers import assert_close
 
+from helpers import assert_close
 from pldr import ConstantOperator, LearnedOperator, PldrForCausalLM, deductive_outputs, freeze, load_model
 from pldr.ops import reference
 

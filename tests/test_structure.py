@@ -53,7 +53,9 @@ def test_imports_point_one_way():
 
 
 def test_the_model_knows_nothing_of_training_or_text():
-    code = "import sys, pldr.modeling_pldr; print(sorted({'datasets', 'accelerate', 'sentencepiece'} & set(sys.modules)))"
+    code = (
+        "import sys, pldr.modeling_pldr; print(sorted({'datasets', 'accelerate', 'sentencepiece'} & set(sys.modules)))"
+    )
     import subprocess
 
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

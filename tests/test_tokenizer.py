@@ -1,7 +1,7 @@
 import pytest
 import sentencepiece
-from conftest import shared
 
+from conftest import shared
 from pldr.tokenizer import check_text, check_vocabulary, load_tokenizer, train_sentencepiece
 
 TRICKY = [
@@ -21,7 +21,12 @@ def test_published_tokenizer_gives_sentencepiece_ids():
     lines = shared("data/wikitext-2/valid.txt").read_text(encoding="utf-8").splitlines()
     for text in lines + TRICKY + [f"{line} {tricky}" for line, tricky in zip(lines[1::50], TRICKY * 3, strict=False)]:
         assert tokenizer(text)["input_ids"] == reference.encode(text), repr(text)
-    assert (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2, 3)
+    assert (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (
+        0,
+        1,
+        2,
+        3,
+    )
 
 
 @pytest.fixture
@@ -79,7 +84,7 @@ def test_other_vocabulary_size(pair):
 
 
 def test_bad_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no tokenizer.json and no"):
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer\.json and no"):
         load_tokenizer(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such tokenizer file"):
         load_tokenizer(tmp_path / "x.model")

@@ -136,7 +136,9 @@ class OperatorOnlyLayer(_BatchEditable, _NoKeysOrValues):
         """Nothing to remove: the next forward is given the sequence that it should see."""
 
 
-def make_cache(config: PldrConfig, *, kv: bool = True, g: bool = True, max_cache_len: int | None = None) -> Cache | None:
+def make_cache(
+    config: PldrConfig, *, kv: bool = True, g: bool = True, max_cache_len: int | None = None
+) -> Cache | None:
     """The cache for one of the four modes of the published implementation.
 
     Args:
@@ -171,7 +173,7 @@ def set_g_cache(cache: Cache, enabled: bool) -> None:
             layer.caches_g = enabled
 
 
-def operator_state_layers(cache: Cache | None, num_layers: int) -> Sequence[OperatorState | None]:
+def operator_state_layers(cache: Cache | None, num_layers: int) -> Sequence[Any]:
     """The per-layer operator states of `cache` for a model with learned operators.
 
     Raises:

@@ -47,7 +47,9 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from standard input.")],
     max_new_tokens: Annotated[int | None, typer.Option(help="Most tokens to add; 64 by default.")] = None,
     cache: Annotated[str, typer.Option(help="What to keep between tokens: kv+g, kv, g or none.")] = "kv+g",
-    temperature: Annotated[float | None, typer.Option(help="Sampling temperature; greedy if no sampling is set.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Sampling temperature; greedy if no sampling is set.")
+    ] = None,
     top_k: Annotated[int | None, typer.Option(help="Sample among the k most probable tokens; 0 means all.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample among tokens of this total probability.")] = None,
     beams: Annotated[int, typer.Option(help="Beam-search width.")] = 1,
@@ -181,7 +183,9 @@ def info(model: Model, rope: Rope = None, g_lm: OperatorFile = None, as_json: As
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option(help="Folder for the model, the picture and the table.")] = Path("demo-output"),
+    output: Annotated[Path, typer.Option(help="Folder for the model, the picture and the table.")] = Path(
+        "demo-output"
+    ),
     recipe: Annotated[str, typer.Option(help="Recipe to train.")] = "demo-cpu",
     as_json: AsJson = False,
 ) -> None:

@@ -1,7 +1,7 @@
 """PldrConfig: the shape of a PLDR-LLM, and the presets of the published models."""
 
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -66,7 +66,7 @@ class PldrConfig(PreTrainedConfig):
     """
 
     model_type = "pldrllm"
-    keys_to_ignore_at_inference = ["past_key_values", "deductive_outputs"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "deductive_outputs"]
 
     vocab_size: int = 32000
     hidden_size: int = 896

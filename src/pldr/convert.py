@@ -65,7 +65,9 @@ def load_model(
         raise FileNotFoundError(f"{path}: no such model folder")
     if path.is_dir() and (path / "config.json").is_file():
         if rope_pairing is not None or G_LM is not None:
-            raise ValueError("rope_pairing and G_LM apply to the reference layout only; this folder's config.json decides")
+            raise ValueError(
+                "rope_pairing and G_LM apply to the reference layout only; this folder's config.json decides"
+            )
         config = _read_config(path)
         _check_tensors(_read_shapes(path), config, str(path))
         _check_sums(path)
@@ -113,7 +115,12 @@ def convert_checkpoint(
     if found is not None:
         check_vocabulary(found[0], model.config.vocab_size)
     with whole_folder(destination, overwrite=overwrite) as folder:
-        {"pldr": model.save_pretrained, "hub": _WriteHub(model), "reference": _WriteReference(model)}[to](folder)
+        if to == "pldr":
+            model.save_pretrained(folder)
+        elif to == "hub":
+            _write_hub(model, folder)
+        else:
+            _write_reference(model, folder)
         if found is not None:
             loaded, sentencepiece_file = found
             loaded.save_pretrained(folder)
@@ -258,23 +265,17 @@ def _check_sums(folder: Path) -> None:
                 )
 
 
-class _WriteHub:
+def _write_hub(model: PldrForCausalLM, folder: Path) -> None:
     """The hub layout: published tensor names, config.json in the remote code's terms."""
-
-    def __init__(self, model: PldrForCausalLM) -> None:
-        self.model = model
-
-    def __call__(self, folder: Path) -> None:
-        config = self.model.config
-        state = {name: tensor.contiguous() for name, tensor in _published_state(self.model).items()}
-        if config.operator == "constant":
-            G_LM = _constant_operator(self.model)
-            packed = G_LM.new_zeros(len(G_LM), 3, 1, *G_LM.shape[1:])
-            packed[:, layouts.HUB_G_SLOT, 0] = G_LM
-            state |= {layouts.HUB_G: packed, layouts.HUB_G_STATUS: torch.ones(len(G_LM), dtype=torch.bool)}
-        save_file(state, folder / _WEIGHTS, metadata={"format": "pt"})
-        fields = layouts.ours_to_hub_fields(config) | {"dtype": str(self.model.dtype).removeprefix("torch.")}
-        (folder / "config.json").write_text(json.dumps(fields, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    state = {name: tensor.contiguous() for name, tensor in _published_state(model).items()}
+    if model.config.operator == "constant":
+        G_LM = _constant_operator(model)
+        packed = G_LM.new_zeros(len(G_LM), 3, 1, *G_LM.shape[1:])
+        packed[:, layouts.HUB_G_SLOT, 0] = G_LM
+        state |= {layouts.HUB_G: packed, layouts.HUB_G_STATUS: torch.ones(len(G_LM), dtype=torch.bool)}
+    save_file(state, folder / _WEIGHTS, metadata={"format": "pt"})
+    fields = layouts.ours_to_hub_fields(model.config) | {"dtype": str(model.dtype).removeprefix("torch.")}
+    (folder / "config.json").write_text(json.dumps(fields, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _published_state(model: PldrForCausalLM) -> dict[str, torch.Tensor]:
@@ -283,31 +284,26 @@ def _published_state(model: PldrForCausalLM) -> dict[str, torch.Tensor]:
 
 
 def _constant_operator(model: PldrForCausalLM) -> torch.Tensor:
-    operators = [layer.self_attn.operator for layer in model.model.layers]
-    assert all(isinstance(operator, ConstantOperator) for operator in operators)
+    """[L, H, D, D], on the CPU."""
+    operators = (module for module in model.modules() if isinstance(module, ConstantOperator))
     return torch.stack([operator.G_LM.detach().cpu() for operator in operators])
 
 
 # --- the reference layout -------------------------------------------------------------------------------------------
 
 
-class _WriteReference:
+def _write_reference(model: PldrForCausalLM, folder: Path) -> None:
     """The reference layout: a .pth, its hyperparameters as a Python file, and a predefined operator as a pickle."""
-
-    def __init__(self, model: PldrForCausalLM) -> None:
-        self.model = model
-
-    def __call__(self, folder: Path) -> None:
-        # The published loader looks these two up; what they were at the end of training is not known here.
-        unknown = {"loss": float("nan"), "accuracy": float("nan")}
-        torch.save({"model_state_dict": _published_state(self.model), **unknown}, folder / _REFERENCE_WEIGHTS)
-        fields = layouts.ours_to_hyperparameters(self.model.config)
-        literals = "".join(f"{name!r}: {value!r}, " for name, value in fields.items())
-        text = f"import torch.nn.functional as F\n\nhpdict={{{literals}'activation': F.silu}}\n"
-        (folder / "hyperparameters.py").write_text(text, encoding="utf-8")
-        if self.model.config.operator == "constant":
-            with (folder / _REFERENCE_G).open("wb") as stream:
-                pickle.dump([layer[None].clone() for layer in _constant_operator(self.model)], stream)
+    # The published loader looks these two up; what they were at the end of training is not known here.
+    unknown = {"loss": float("nan"), "accuracy": float("nan")}
+    torch.save({"model_state_dict": _published_state(model), **unknown}, folder / _REFERENCE_WEIGHTS)
+    fields = layouts.ours_to_hyperparameters(model.config)
+    literals = "".join(f"{name!r}: {value!r}, " for name, value in fields.items())
+    text = f"import torch.nn.functional as F\n\nhpdict={{{literals}'activation': F.silu}}\n"
+    (folder / "hyperparameters.py").write_text(text, encoding="utf-8")
+    if model.config.operator == "constant":
+        with (folder / _REFERENCE_G).open("wb") as stream:
+            pickle.dump([layer[None].clone() for layer in _constant_operator(model)], stream)
 
 
 def _load_reference(
@@ -327,7 +323,9 @@ def _load_reference(
     if config.operator == "constant":
         file = Path(G_LM) if G_LM is not None else weights.with_name(_REFERENCE_G)
         if not file.is_file():
-            raise FileNotFoundError(f"{file}: a v51G checkpoint needs its predefined operator; name its file with --g-lm")
+            raise FileNotFoundError(
+                f"{file}: a v51G checkpoint needs its predefined operator; name its file with --g-lm"
+            )
         stored = next(iter(state.values())).dtype
         for index, layer in enumerate(check_operator_tensor(load_predefined_G(file), config)):
             state[layouts.OUR_G.format(index)] = layer.to(stored)
@@ -347,7 +345,7 @@ def _find_reference_files(path: Path) -> tuple[Path, Path]:
         path = candidates[0]
     beside = sorted(path.parent.glob("*hyperparameters.py"))
     if len(beside) > 1:  # several checkpoints in one folder: the file that shares the longest beginning of the name
-        beside.sort(key=lambda file: len(os.path.commonprefix([file.name, path.name])), reverse=True)
+        beside.sort(key=lambda file: _common_start(file.name, path.name), reverse=True)
     if not beside:
         raise FileNotFoundError(f"{path.parent}: no *hyperparameters.py beside {path.name}")
     return path, beside[0]
@@ -411,7 +409,7 @@ class _TensorUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         allowed = {
-            ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,  # type: ignore[attr-defined]
+            ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
             # The original unpickles without restriction.
             ("torch.storage", "_load_from_bytes"): self._storage_from_bytes,
             ("collections", "OrderedDict"): dict,
@@ -434,6 +432,11 @@ def _find_tokenizer(source: Path, tokenizer: str | os.PathLike[str] | None) -> t
     if tokenizer is None and not models and not (place / "tokenizer.json").is_file():
         return None
     return load_tokenizer(place), models[0] if len(models) == 1 else None
+
+
+def _common_start(one: str, other: str) -> int:
+    """How many characters two names share at their beginning."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _one_line(error: BaseException) -> str:

@@ -114,9 +114,9 @@ def losses(model: Any, frozen: Any, passages: torch.Tensor, prefix: int) -> dict
 def generations(model: Any, frozen: Any, tokenizer: Any) -> list[dict[str, Any]]:
     """The same greedy continuation in each mode: tokens a second (median of repeats, after a warm-up) and the text."""
     modes = [("no cache", model, "none"), ("KV", model, "kv"), ("KV+G", model, "kv+g"), ("frozen G", frozen, "kv")]
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, running, cache in modes:
-        settings = {"cache": cache, "max_new_tokens": NEW_TOKENS, "ignore_end": True}
+        settings: dict[str, Any] = {"cache": cache, "max_new_tokens": NEW_TOKENS, "ignore_end": True}
         generate_text(running, tokenizer, PROMPT, **(settings | {"max_new_tokens": 4}))
         runs = [generate_text(running, tokenizer, PROMPT, **settings) for _ in range(REPEATS)]
         rows.append(

@@ -27,7 +27,10 @@ def _layer_modules() -> list[tuple[str, str]]:
         *((f"mlp.{ours}", f"ffn.{theirs}") for ours, theirs in _GLU),
         (f"{operator}.input_norm", "mha1.layernorm1"),
         (f"{operator}.metric_learner.{{}}.norm", f"{unit}.layernormA"),
-        *((f"{operator}.metric_learner.{{}}.glus.{{}}.{ours}", f"{unit}.denseAs.{{}}.{theirs}") for ours, theirs in _GLU),
+        *(
+            (f"{operator}.metric_learner.{{}}.glus.{{}}.{ours}", f"{unit}.denseAs.{{}}.{theirs}")
+            for ours, theirs in _GLU
+        ),
     ]
 
 

@@ -149,6 +149,7 @@ class PldrDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: PldrConfig, layer_idx: int) -> None:
         super().__init__()
         self.self_attn = PldrAttention(config, layer_idx)
+        assert config.intermediate_size is not None  # set by the configuration
         self.mlp = GatedLinearUnit(config.hidden_size, config.intermediate_size)
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_feedforward_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -324,8 +325,9 @@ class PldrModel(PldrPreTrainedModel):
             )
         if position_ids is None:
             position_ids = self._default_positions(attention_mask, past_length, tokens, inputs_embeds.device)
-        masks = attention_mask
-        if not isinstance(masks, dict):
+        if isinstance(attention_mask, dict):
+            masks = attention_mask
+        else:
             masks = create_masks(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
         learned = self.config.operator == "learned"
         states = operator_state_layers(past_key_values if learned else None, len(self.layers))
@@ -475,11 +477,10 @@ def create_masks(
 class _PublishedNames(WeightRenaming):
     """The table of published tensor names, in the form that transformers' loader asks for."""
 
-    __slots__ = ()
-
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
         renamed = layouts.published_to_ours([source_key]).get(source_key)
-        self._was_used = self._was_used or renamed is not None
+        if renamed is not None:
+            self._was_used = True  # the loader asks which transforms a checkpoint needed
         return renamed or source_key, None
 
 

@@ -134,6 +134,8 @@ class ConstantOperator(nn.Module):
     A trainable G_LM is a parameter, any other a buffer; both are saved and loaded under the same name.
     """
 
+    G_LM: torch.Tensor
+
     def __init__(self, config: PldrConfig) -> None:
         super().__init__()
         G_LM = torch.empty(config.num_attention_heads, config.head_dim, config.head_dim)

@@ -109,7 +109,9 @@ class Recipe:
             if value <= 0:
                 raise ValueError(f"recipe: {name} is too small")
         if o.clip_value is not None and o.clip_norm is not None:
-            raise ValueError("recipe: set optimization.clip_value or optimization.clip_norm to null, not both to a bound")
+            raise ValueError(
+                "recipe: set optimization.clip_value or optimization.clip_norm to null, not both to a bound"
+            )
         for name, bound in (("clip_value", o.clip_value), ("clip_norm", o.clip_norm)):
             if bound is not None and bound <= 0:
                 raise ValueError(f"recipe: optimization.{name} must be positive or null, got {bound}")

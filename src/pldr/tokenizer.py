@@ -147,10 +147,11 @@ def train_sentencepiece(texts: Iterable[str], path: str | os.PathLike[str], voca
     lines = (line for text in texts for line in text.splitlines() if line.strip())
     try:
         with partial.open("wb") as stream:
+            settings: dict[str, Any] = {f"{name}_piece": piece for name, piece in CONTROL_PIECES.items()}
             sentencepiece.SentencePieceTrainer.Train(
                 sentence_iterator=lines, model_writer=stream, model_type="unigram", vocab_size=vocab_size,
                 pad_id=PAD, unk_id=UNK, bos_id=START, eos_id=END,
-                **{f"{name}_piece": piece for name, piece in CONTROL_PIECES.items()},
+                **settings,
                 byte_fallback=True, split_digits=True, max_sentence_length=1 << 16, minloglevel=2,
             )  # fmt: skip
         os.replace(partial, path)

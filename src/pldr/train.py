@@ -41,7 +41,9 @@ def train(recipe: Recipe, *, overwrite: bool = False, progress: bool = True) -> 
         model = build_model(recipe, tokenizer)
         length = recipe.data.sequence_length
         sequences, _ = pack(read_documents(recipe.data.train), tokenizer, length)
-        held_out = pack(read_documents(recipe.data.validation), tokenizer, length)[0] if recipe.data.validation else None
+        held_out = (
+            pack(read_documents(recipe.data.validation), tokenizer, length)[0] if recipe.data.validation else None
+        )
         trainer = PldrTrainer(
             recipe.optimization,
             model=model,
@@ -189,9 +191,7 @@ class ProgressBar(TrainerCallback):
             TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"),
             TimeRemainingColumn(),
         )  # fmt: skip
-        self.bar = self._exit.enter_context(
-            Progress(*columns, console=Console(stderr=True), disable=not self.enabled)
-        )
+        self.bar = self._exit.enter_context(Progress(*columns, console=Console(stderr=True), disable=not self.enabled))
         self.task = self.bar.add_task("", total=state.max_steps)
         self.start = time.perf_counter()
 
