@@ -254,7 +254,7 @@ class TestTrain:
         )
         code, out, _ = run("train", tmp_path / "r.yaml", "--json")
         assert code == 0
-        summary = json.loads(out.splitlines()[-1])
+        summary = json.loads(out)
         assert summary["tokens"] == 64
         assert run("generate", tmp_path / "out", "the cat", "--max-new-tokens", 3)[0] == 0
         fails(run("train", tmp_path / "r.yaml"), "exists and is not empty")

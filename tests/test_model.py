@@ -282,7 +282,7 @@ class TestPrecisionAndCompilation:
         model(ids, labels=ids, use_cache=False).loss.backward()
         expected = {name: p.grad.clone() for name, p in model.named_parameters()}
         model.zero_grad()
-        model.activation_checkpointing_enable()
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         model(ids, labels=ids, use_cache=False).loss.backward()
         for name, parameter in model.named_parameters():
             assert_close(parameter.grad, expected[name], max_error=1e-7, name=name)

@@ -17,7 +17,8 @@ SOURCE = ROOT / "src" / "pldr"
 
 # A module may import those to its right, never one to its left; operator and cache know nothing of the model.
 LAYERS = [
-    {"cli", "__main__"},
+    {"__main__"},
+    {"cli"},
     {"demo"},
     {"train"},
     {"generation", "report", "data", "recipe"},

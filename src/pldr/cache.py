@@ -79,6 +79,12 @@ class DynamicPlgaLayer(_BatchEditable, DynamicLayer):
 
     _layer_type = PLGA_LAYER_TYPE
 
+    def reset(self) -> None:
+        # Dropped, because `update` grows them; some transformers 5 releases would keep them as zeros.
+        self.keys = self.values = None
+        self.is_initialized = False
+        super().reset()
+
 
 class StaticPlgaLayer(OperatorState, StaticLayer):
     """K, V and operator state of one layer at fixed addresses, for a compiled decode step."""

@@ -139,25 +139,25 @@ def print_demo(result: dict[str, Any]) -> None:
     console = Console()
     training, loss, rows = result["training"], result["losses"], result["generation"]
     console.print(
-        f"\nTrained for {training['steps']} steps ({training['tokens']:,} tokens) in {training['seconds']:.0f} s; "
-        f"loss {training['train_loss']:.3f}, held out {training['validation_loss']:.3f} nats a token.\n"
+        f"\nTrained for {training['steps']} steps ({training['tokens']:,} tokens) in {training['seconds']:.0f} s: "
+        f"loss {training['train_loss']:.2f}, held out {training['validation_loss']:.2f} nats a token.\n",
+        soft_wrap=True,
     )
-    table = Table(title="Where G_LM comes from", title_justify="left")
-    for column in ("G_LM", "held-out loss", "difference", "generation", "tokens/s", "speed-up", "same text"):
-        table.add_column(column, justify="left" if column in ("G_LM", "generation") else "right")
-    sources = [("full sequence", "full"), ("full sequence", "full"), ("cached from the prompt", "cached"),
-               ("frozen, a constant", "frozen")]  # fmt: skip
-    for (label, key), row in zip(sources, rows, strict=True):
-        if row["mode"] == "KV":  # with a KV-cache, A and so G_LM come from the prompt too
-            label, key = "from the prompt", "cached"
+    table = Table(title="The same model, four ways", title_justify="left")
+    for column in ("cache", "G_LM from", "held-out loss", "difference", "tokens/s", "", "text"):
+        table.add_column(column, justify="left" if column in ("cache", "G_LM from", "text") else "right")
+    sources = {"no cache": ("all tokens", "full"), "KV": ("the prompt", "cached"), "KV+G": ("the prompt", "cached"),
+               "frozen G": ("a constant", "frozen")}  # fmt: skip
+    for row in rows:
+        label, key = sources[row["mode"]]
         table.add_row(
-            label, f"{loss[key]:.6f}", f"{loss[key] - loss['full']:+.1e}", row["mode"],
+            row["mode"], label, f"{loss[key]:.6f}", f"{loss[key] - loss['full']:+.0e}" if key != "full" else "",
             f"{row['tokens_per_second']:,.0f}", f"{row['tokens_per_second'] / rows[0]['tokens_per_second']:.1f}×",
-            "yes" if row["same_text"] else "no",
+            "same" if row["same_text"] else "differs",
         )  # fmt: skip
     console.print(table)
     table = Table(title="How far G_LM depends on the text", title_justify="left")
-    for column in ("layer", "variation over passages", "untrained", "log10 |det|", "numerical rank"):
+    for column in ("layer", "variation over texts", "before training", "log10 |det|", "rank"):
         table.add_column(column, justify="right")
     for layer in result["operator"]:
         table.add_row(
@@ -177,11 +177,12 @@ def print_demo(result: dict[str, Any]) -> None:
     console.print(f"\n[bold]{PROMPT}[/bold]{rows[-1]['text']}\n", highlight=False)
     folder = result["folder"]
     console.print(
-        f"Picture of G_LM: {folder}/G_LM.png    numbers: {folder}/demo.json    total: {result['seconds']:.0f} s\n\n"
+        f"Picture of G_LM: {folder}/G_LM.png   numbers: {folder}/demo.json   total: {result['seconds']:.0f} s\n\n"
         "Try next:\n"
         f'  pldr generate {folder}/model "A class definition" --stream --temperature 0.8\n'
         f'  pldr generate {folder}/frozen "A class definition" --json\n'
         f"  pldr info {folder}/frozen\n"
         f'  pldr freeze {folder}/model my-frozen-model --prompt "Any text will do."\n',
         highlight=False,
+        soft_wrap=True,
     )

@@ -497,7 +497,7 @@ register_checkpoint_conversion_mapping(
     [
         # The patterns only say which keys may match; the table decides.
         _PublishedNames(r"^(decoder|final_layer)\.", "model."),
-        WeightConverter(layouts.HUB_G, layouts.OUR_G.format(0), operations=[_UnpackPredefinedG()]),
+        WeightConverter(f"{layouts.HUB_G}$", layouts.OUR_G.format(0), operations=[_UnpackPredefinedG()]),
     ],
 )
 AutoConfig.register("pldrllm", PldrConfig)

@@ -7,7 +7,14 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
-from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator, set_seed
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
 
 from pldr.configuration_pldr import PldrConfig
 from pldr.data import pack, read_documents
@@ -40,6 +47,10 @@ def train(recipe: Recipe, *, overwrite: bool = False, progress: bool = True) -> 
         tokenizer = _tokenizer(recipe, folder)
         model = build_model(recipe, tokenizer)
         length = recipe.data.sequence_length
+        if recipe.optimization.gradient_checkpointing:
+            # On the model, because the Trainer's own setting has another name in each transformers release.
+            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+            enable()
         sequences, _ = pack(read_documents(recipe.data.train), tokenizer, length)
         held_out = (
             pack(read_documents(recipe.data.validation), tokenizer, length)[0] if recipe.data.validation else None
@@ -52,6 +63,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, progress: bool = True) -> 
             eval_dataset=held_out,
             data_collator=default_data_collator,
         )
+        trainer.remove_callback(PrinterCallback)  # standard output is for results
         bar = ProgressBar(recipe, enabled=progress)
         trainer.add_callback(bar)
         result = trainer.train()
@@ -129,7 +141,6 @@ def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         max_grad_norm=o.clip_norm or 0.0,
         bf16=o.precision == "bf16",
         torch_compile=o.compile,
-        gradient_checkpointing=o.gradient_checkpointing,
         logging_steps=recipe.log_steps,
         logging_nan_inf_filter=False,
         save_strategy="no",
