@@ -66,6 +66,13 @@ def bandwidth(device: str) -> float:
     return data.numel() * 4 / min(times)
 
 
+def processor() -> str:
+    """The CPU's own name where the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = cpuinfo.read_text().partition("model name")[2].splitlines() if cpuinfo.exists() else []
+    return names[0].lstrip("\t :") if names else platform.processor() or platform.machine()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--preset", default="v51-110M-1")
@@ -113,8 +120,7 @@ def main() -> None:
         "preset": arguments.preset, "prompt": arguments.prompt, "new": arguments.new, "dtype": "float32",
         "modes": rows,
         "floor_seconds_per_token": weights / rate, "bandwidth_bytes_per_second": rate,
-        "device": platform.processor() or platform.machine() if arguments.device == "cpu"
-                  else torch.cuda.get_device_name(),
+        "device": processor() if arguments.device == "cpu" else torch.cuda.get_device_name(),
         "threads": torch.get_num_threads(), "pldr": pldr.__version__, "commit": commit.stdout.strip(),
         "torch": torch.__version__, "transformers": transformers.__version__,
         "python": platform.python_version(), "date": time.strftime("%Y-%m-%d"),

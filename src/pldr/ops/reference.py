@@ -71,3 +71,25 @@ def power_law(
     A_P = A_LM.pow(exponent.float())
     G_LM = energy_weight @ A_P.to(energy_weight.dtype) + energy_bias
     return A_LM, A_P, G_LM
+
+
+# Targets with this value count nothing, as in torch and transformers.
+IGNORED_TARGET = -100
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    """Sum over rows of the cross-entropy of `hidden @ weightᵀ + bias` against `targets`.
+
+    Args:
+        hidden: [N, M].
+        weight: [V, M].
+        bias: [V].
+        targets: [N] (int64); rows with `IGNORED_TARGET` count nothing.
+
+    Returns:
+        A float32 scalar, in nats.
+    """
+    logits = F.linear(hidden, weight, bias).float()
+    return F.cross_entropy(logits, targets, ignore_index=IGNORED_TARGET, reduction="sum")

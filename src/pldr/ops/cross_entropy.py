@@ -1,0 +1,127 @@
+"""Cross-entropy of a linear layer's logits, without ever holding all of them.
+
+With 64 sequences of 1,024 tokens and 32,000 pieces the logits are 4 GB in bf16, and a plain loss reads and writes them
+several times, partly in fp32. Here a chunk of rows at a time goes through the matrix product, the loss and its gradient,
+which replaces the logits in place; the gradients of the inputs are ready when the forward pass ends.
+
+`linear_cross_entropy` is the entry: this kernel on CUDA, `reference.linear_cross_entropy` elsewhere.
+"""
+
+import torch
+
+from pldr.ops import reference
+
+try:
+    import triton
+    import triton.language as tl
+except ModuleNotFoundError:  # the CPU build of torch brings no Triton
+    triton = None
+
+# Bytes of one chunk of logits.
+_CHUNK_BYTES = 512 * 2**20
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    """Sum over rows of the cross-entropy of `hidden @ weightᵀ + bias` against `targets`.
+
+    Args:
+        hidden: [N, M]; under autocast it is rounded to the autocast dtype, as a linear layer would.
+        weight: [V, M].
+        bias: [V].
+        targets: [N] (int64); rows with reference.IGNORED_TARGET count nothing.
+
+    Returns:
+        A float32 scalar, in nats, differentiable in `hidden`, `weight` and `bias`.
+    """
+    if not hidden.is_cuda or triton is None:
+        return reference.linear_cross_entropy(hidden, weight, bias, targets)
+    if torch.is_autocast_enabled("cuda"):
+        hidden = hidden.to(torch.get_autocast_dtype("cuda"))
+    loss, *_ = _loss_and_gradients(hidden, weight, bias, targets)
+    return loss
+
+
+@torch.library.custom_op("pldr::linear_cross_entropy", mutates_args=())
+def _loss_and_gradients(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The summed loss and its gradients by hidden (its dtype), weight and bias (float32)."""
+    rows, vocabulary = hidden.shape[0], weight.shape[0]
+    weight, bias = weight.to(hidden.dtype), bias.to(hidden.dtype)
+    losses = torch.empty(rows, dtype=torch.float32, device=hidden.device)
+    grad_hidden = torch.empty_like(hidden)
+    grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=hidden.device)
+    grad_bias = torch.zeros(vocabulary, dtype=torch.float32, device=hidden.device)
+    step = max(1, _CHUNK_BYTES // (vocabulary * hidden.element_size()))
+    for start in range(0, rows, step):
+        part = hidden[start : start + step]
+        logits = torch.addmm(bias, part, weight.t())
+        _softmax_gradient[(len(part),)](
+            logits, targets[start:], losses[start:], vocabulary, logits.stride(0),
+            IGNORED=reference.IGNORED_TARGET, BLOCK=4096, num_warps=8,
+        )  # fmt: skip
+        torch.mm(logits, weight, out=grad_hidden[start : start + step])
+        grad_weight += logits.t() @ part
+        grad_bias += logits.sum(0, dtype=torch.float32)
+    return losses.sum(), grad_hidden, grad_weight, grad_bias
+
+
+@_loss_and_gradients.register_fake
+def _(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    return (
+        hidden.new_empty((), dtype=torch.float32),
+        torch.empty_like(hidden),
+        weight.new_empty(weight.shape, dtype=torch.float32),
+        bias.new_empty(bias.shape, dtype=torch.float32),
+    )
+
+
+def _save_gradients(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    _, grad_hidden, grad_weight, grad_bias = output
+    ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+    ctx.dtypes = [tensor.dtype for tensor in inputs[:3]]
+
+
+def _backward(ctx, grad_loss, *_unused):  # type: ignore[no-untyped-def]
+    return (*((grad * grad_loss).to(dtype) for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)), None)
+
+
+_loss_and_gradients.register_autograd(_backward, setup_context=_save_gradients)
+
+
+if triton is not None:
+
+    @triton.jit
+    def _softmax_gradient(
+        logits, targets, losses, vocabulary, stride, IGNORED: tl.constexpr, BLOCK: tl.constexpr
+    ):  # type: ignore[no-untyped-def]
+        """One row: its loss, and softmax - one-hot in place of its logits (zeros where the target is ignored)."""
+        row = tl.program_id(0).to(tl.int64)
+        target = tl.load(targets + row)
+        base = logits + row * stride
+        if target == IGNORED:
+            for start in range(0, vocabulary, BLOCK):
+                columns = start + tl.arange(0, BLOCK)
+                tl.store(base + columns, tl.zeros([BLOCK], logits.dtype.element_ty), mask=columns < vocabulary)
+            tl.store(losses + row, 0.0)
+            return
+        highest = -float("inf")
+        total = 0.0
+        for start in range(0, vocabulary, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            x = tl.load(base + columns, mask=columns < vocabulary, other=-float("inf")).to(tl.float32)
+            new = tl.maximum(highest, tl.max(x, 0))
+            total = total * tl.exp(highest - new) + tl.sum(tl.exp(x - new), 0)
+            highest = new
+        tl.store(losses + row, tl.log(total) + highest - tl.load(base + target).to(tl.float32))
+        tl.debug_barrier()  # the target's logit is read before any warp overwrites it
+        for start in range(0, vocabulary, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            inside = columns < vocabulary
+            x = tl.load(base + columns, mask=inside).to(tl.float32)
+            gradient = tl.exp(x - highest) / total - tl.where(columns == target, 1.0, 0.0)
+            tl.store(base + columns, gradient.to(logits.dtype.element_ty), mask=inside)
