@@ -67,9 +67,11 @@ def measure(make, batch, steps, warmup=6):
     compiled = torch.compile(model)
     parameters = list(model.parameters())
 
+    extra = {"return_logits": False} if isinstance(model, PldrForCausalLM) else {}
+
     def loss_of(inputs):
         with torch.autocast("cuda", dtype=torch.bfloat16):
-            return compiled(input_ids=inputs, labels=inputs, use_cache=False).loss
+            return compiled(input_ids=inputs, labels=inputs, use_cache=False, **extra).loss
 
     def step():
         optimizer.zero_grad(set_to_none=True)
@@ -97,7 +99,7 @@ def measure(make, batch, steps, warmup=6):
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end) / 1e3)
     seconds = statistics.median(times)
-    row = {
+    return {
         "parameters": model.num_parameters(),
         "seconds_per_step": seconds,
         "spread": max(times) - min(times),
@@ -107,11 +109,6 @@ def measure(make, batch, steps, warmup=6):
         "loss_eager_fp32": reference,
         "flops_per_token": flops_per_token(model.config, getattr(model.config, "operator", "") == "learned", batch[1]),
     }
-    del model, compiled, optimizer, parameters
-    torch._dynamo.reset()
-    gc.collect()
-    torch.cuda.empty_cache()
-    return row
 
 
 def main() -> None:
@@ -133,8 +130,12 @@ def main() -> None:
         "llama": lambda: LlamaForCausalLM(LlamaConfig(**same_shape, attn_implementation="sdpa")),
     }
     rate = matrix_rate()
-    rows = {name: measure(makers[name], (arguments.batch, arguments.length), arguments.steps)
-            for name in arguments.only}  # fmt: skip
+    rows = {}
+    for name in arguments.only:
+        rows[name] = measure(makers[name], (arguments.batch, arguments.length), arguments.steps)
+        torch._dynamo.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
     for row in rows.values():
         row["floor_seconds_per_step"] = row["flops_per_token"] * arguments.batch * arguments.length / rate
         if "llama" in rows:

@@ -32,6 +32,7 @@ from pldr.cache import make_cache, operator_state_layers, set_g_cache
 from pldr.configuration_pldr import PldrConfig
 from pldr.operator import ConstantOperator, DeductiveOutputs, GatedLinearUnit, LearnedOperator, make_operator
 from pldr.ops import reference
+from pldr.ops.cross_entropy import linear_cross_entropy
 
 CHECKSUMS = "SHA256SUMS"
 
@@ -383,12 +384,17 @@ class PldrForCausalLM(PldrPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         use_g_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        return_logits: bool = True,
+        num_items_in_batch: int | torch.Tensor | None = None,
         **kwargs: Any,
     ) -> PldrCausalLMOutput:
         """
         Args:
             labels: [B, T], the same ids as `input_ids` (the shift by one happens here); -100 is left out of the mean.
             logits_to_keep: number of last positions to compute logits for, or their indices; 0 means all.
+            return_logits: False computes the loss without ever holding all logits (they are then None in the output).
+            num_items_in_batch: what to divide the summed loss by, in place of the number of targets, where a batch is
+                accumulated over several forwards.
             the others: see `PldrModel.forward`.
         """
         outputs = self.model(
@@ -401,11 +407,19 @@ class PldrForCausalLM(PldrPreTrainedModel, GenerationMixin):
             use_g_cache=use_g_cache,
             **kwargs,
         )
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, keep])
-        loss = None
+        logits = loss = None
+        if return_logits or labels is None:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(outputs.last_hidden_state[:, keep])
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            targets = F.pad(labels, (0, 1), value=reference.IGNORED_TARGET)[:, 1:].flatten()
+            if logits is None:
+                hidden = outputs.last_hidden_state.flatten(0, 1)
+                total = linear_cross_entropy(hidden, self.lm_head.weight, self.lm_head.bias, targets)
+            else:
+                total = F.cross_entropy(logits.float().flatten(0, 1), targets, reduction="sum")
+            count = (targets != reference.IGNORED_TARGET).sum() if num_items_in_batch is None else num_items_in_batch
+            loss = total / count
         return PldrCausalLMOutput(
             loss=loss,
             logits=logits,

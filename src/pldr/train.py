@@ -49,8 +49,8 @@ def train(recipe: Recipe, *, overwrite: bool = False, progress: bool = True) -> 
         length = recipe.data.sequence_length
         if recipe.optimization.gradient_checkpointing:
             # On the model, because the Trainer's own setting has another name in each transformers release.
-            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-            enable()
+            name = "activation_checkpointing_enable"
+            getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")()
         sequences, _ = pack(read_documents(recipe.data.train), tokenizer, length)
         held_out = (
             pack(read_documents(recipe.data.validation), tokenizer, length)[0] if recipe.data.validation else None

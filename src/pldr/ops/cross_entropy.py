@@ -96,9 +96,7 @@ _loss_and_gradients.register_autograd(_backward, setup_context=_save_gradients)
 if triton is not None:
 
     @triton.jit
-    def _softmax_gradient(
-        logits, targets, losses, vocabulary, stride, IGNORED: tl.constexpr, BLOCK: tl.constexpr
-    ):  # type: ignore[no-untyped-def]
+    def _softmax_gradient(logits, targets, losses, vocabulary, stride, IGNORED: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
         """One row: its loss, and softmax - one-hot in place of its logits (zeros where the target is ignored)."""
         row = tl.program_id(0).to(tl.int64)
         target = tl.load(targets + row)

@@ -1,0 +1,118 @@
+"""Each fast path against the plain reference: outputs and every gradient."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from helpers import assert_close
+from pldr.ops import aligned, reference
+from pldr.ops.cross_entropy import _loss_and_gradients, linear_cross_entropy
+
+
+def gradients(function, *tensors):
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
+    loss = function(*leaves)
+    loss.backward()
+    return loss.detach(), [leaf.grad for leaf in leaves]
+
+
+def problem(rows, width, vocabulary, device="cpu", dtype=torch.float32):
+    generator = torch.Generator().manual_seed(rows)
+    hidden = torch.randn(rows, width, generator=generator)
+    weight = torch.randn(vocabulary, width, generator=generator) / width**0.5
+    bias = torch.randn(vocabulary, generator=generator)
+    targets = torch.randint(vocabulary, (rows,), generator=generator)
+    if rows > 2:
+        targets[1::3] = reference.IGNORED_TARGET
+    return hidden.to(device, dtype), weight.to(device), bias.to(device), targets.to(device)
+
+
+def test_reference_cross_entropy_by_definition():
+    hidden, weight, bias, targets = problem(7, 5, 11)
+    logs = (hidden @ weight.T + bias).log_softmax(-1)
+    kept = targets != reference.IGNORED_TARGET
+    expected = -logs[torch.arange(7), targets.clamp(min=0)][kept].sum()
+    assert_close(linear_cross_entropy(hidden, weight, bias, targets), expected, max_error=1e-5)
+
+
+def test_loss_without_logits_is_the_loss_with_them(small_model, ids):
+    model, labels = small_model(), ids.clone()
+    labels[1, 4:] = -100
+    with_logits, without = (model(ids, labels=labels, return_logits=flag) for flag in (True, False))
+    assert without.logits is None
+    assert_close(without.loss, with_logits.loss, max_error=1e-6)
+    for settings in ({}, {"num_items_in_batch": 11}):
+        (one, _), (other, _) = (
+            gradients(lambda w, f=flag, s=settings: _with_head(model, w)(ids, labels=labels, return_logits=f, **s).loss,
+                      model.lm_head.weight) for flag in (True, False)
+        )  # fmt: skip
+        assert_close(one, other, max_error=1e-6)
+
+
+def _with_head(model, weight):
+    return lambda *args, **kwargs: torch.func.functional_call(model, {"lm_head.weight": weight}, args, kwargs)
+
+
+@pytest.mark.parametrize("width", [170, 85, 64])
+def test_aligned_gated_linear_unit(width):
+    z = torch.randn(3, 7, 16)
+    layers = [torch.nn.Linear(16, width), torch.nn.Linear(16, width), torch.nn.Linear(width, 16)]
+    pairs = [(layer.weight, layer.bias) for layer in layers]
+    expected = layers[2](F.silu(layers[0](z)) * layers[1](z))
+    assert_close(aligned.gated_linear_unit(z, *pairs), expected, max_error=1e-6)
+    parameters = [tensor for pair in pairs for tensor in pair]
+    one = torch.autograd.grad(expected.square().sum(), parameters)
+    other = torch.autograd.grad(aligned.gated_linear_unit(z, *pairs).square().sum(), parameters)
+    for mine, theirs in zip(other, one, strict=True):
+        assert_close(mine, theirs, rms_ratio=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 63, 64, 65, 1000])
+@pytest.mark.parametrize("vocabulary", [97, 4095, 4096, 4097, 32000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cross_entropy_kernel(rows, vocabulary, dtype, monkeypatch):
+    # A small chunk, so that the last one is partial; empty memory is NaN, so that nothing unwritten passes.
+    monkeypatch.setattr("pldr.ops.cross_entropy._CHUNK_BYTES", 300 * vocabulary * 2)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        hidden, weight, bias, targets = problem(rows, 48, vocabulary, "cuda", dtype)
+        loss, grads = gradients(lambda *t: linear_cross_entropy(*t, targets), hidden, weight, bias)
+        rounded = [tensor.to(dtype).double() for tensor in (hidden, weight, bias)]
+        expected, wanted = gradients(lambda *t: reference.linear_cross_entropy(*t, targets), *rounded)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    # fp32 sums thousands of terms; bf16 rounds each logit and each gradient to 8 bits.
+    ratio = 1e-5 if dtype == torch.float32 else 1e-2
+    assert_close(loss.double(), expected.double(), rms_ratio=ratio, name="loss")
+    for grad, want, name in zip(grads, wanted, ("hidden", "weight", "bias"), strict=True):
+        assert_close(grad.double(), want.double(), rms_ratio=ratio, name=name)
+
+
+@pytest.mark.gpu
+def test_cross_entropy_is_a_proper_operator():
+    hidden, weight, bias, targets = problem(10, 16, 100, "cuda")
+    inputs = [tensor.requires_grad_() for tensor in (hidden, weight, bias)]
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(_loss_and_gradients, (*inputs, targets), test_utils=tests)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("operator", ["learned", "constant"])
+def test_model_on_the_gpu_is_the_model_on_the_cpu(small_model, operator):
+    """With enough rows for the aligned path, losses and gradients in fp32."""
+    ids = torch.randint(4, 97, (16, 64))
+    model = small_model(operator=operator, operator_init="random")
+    expected = model(ids, labels=ids, use_cache=False)
+    expected.loss.backward()
+    wanted = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model.cuda()
+    torch.backends.cuda.matmul.allow_tf32 = False
+    loss = model(ids.cuda(), labels=ids.cuda(), use_cache=False, return_logits=False).loss
+    loss.backward()
+    assert_close(loss.cpu(), expected.loss, max_error=1e-5)
+    for name, parameter in model.named_parameters():
+        if name in wanted:
+            assert_close(parameter.grad.cpu(), wanted[name], rms_ratio=1e-3, name=name)
