@@ -19,7 +19,7 @@ format: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The constraints choose the CPU build of torch that the tests run with; see CONTRIBUTING.md for a GPU machine.
+# torch first and by its exact version: whatever build of it the index serves for this machine (see CONTRIBUTING.md).
 .venv/installed: pyproject.toml constraints-dev.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "pldr needs Python 3.11 or newer; run: make PYTHON=python3.11 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

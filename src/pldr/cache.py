@@ -9,7 +9,6 @@ forward into an empty cache and read by every later one.
 the configuration's `layer_types` names them. A constant operator has no state: its models use the library's layers.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -159,8 +158,13 @@ def make_cache(
         sequence; KV and G keep both.
 
     Raises:
-        ValueError: a static cache without keys and values.
+        ValueError: a static cache without keys and values, or longer than the context.
     """
+    if max_cache_len is not None and max_cache_len > config.max_position_embeddings:
+        raise ValueError(
+            f"max_cache_len={max_cache_len} is longer than the context length "
+            f"max_position_embeddings={config.max_position_embeddings}"
+        )
     if not kv:
         if max_cache_len is not None:
             raise ValueError("max_cache_len applies to a KV-cache: pass kv=True")
@@ -179,19 +183,28 @@ def set_g_cache(cache: Cache, enabled: bool) -> None:
             layer.caches_g = enabled
 
 
-def operator_state_layers(cache: Cache | None, num_layers: int) -> Sequence[Any]:
-    """The per-layer operator states of `cache` for a model with learned operators.
+def operator_state(cache: Cache | None, layer_idx: int) -> OperatorState | None:
+    """The place of one layer's operator state, where the cache has one."""
+    layer = cache.layers[layer_idx] if cache is not None and layer_idx < len(cache.layers) else None
+    return layer if isinstance(layer, OperatorState) else None
 
-    Raises:
-        ValueError: the cache has no room for the operator state, so that later steps would compute G_LM from the
-            newest token alone.
+
+def check_operator_cache(cache: Cache, num_layers: int, batch: int) -> None:
     """
-    if cache is None:
-        return [None] * num_layers
-    layers = list(cache.layers)
-    if len(layers) != num_layers or not all(isinstance(layer, OperatorState) for layer in layers):
-        raise ValueError(
-            "past_key_values: this cache has no place for G_LM; make it with pldr.make_cache(model.config) or "
-            "DynamicCache(config=model.config)"
-        )
-    return layers
+    Raises:
+        ValueError: the cache has no place for the operator state, so that later steps would compute G_LM from the
+            newest token alone, or it holds that of another batch.
+    """
+    for index in range(num_layers):
+        state = operator_state(cache, index)
+        if state is None:
+            raise ValueError(
+                "past_key_values: this cache has no place for G_LM; make it with pldr.make_cache(model.config) or "
+                "DynamicCache(config=model.config)"
+            )
+        if state.has_operator_state:
+            assert state.operator_state is not None
+            if state.operator_state.shape[0] != batch:
+                raise ValueError(
+                    f"past_key_values: holds G_LM of {state.operator_state.shape[0]} sequences, the input has {batch}"
+                )

@@ -57,6 +57,8 @@ def generate(
     stream: Annotated[bool, typer.Option("--stream", help="Print the text as it is generated.")] = False,
     as_json: AsJson = False,
     tokenizer: Tokenizer = None,
+    rope: Rope = None,
+    g_lm: OperatorFile = None,
     device: Annotated[str, typer.Option(help="Where to run, for example cpu or cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
 ) -> None:
@@ -67,7 +69,7 @@ def generate(
         prompt = sys.stdin.read()
     from pldr.generation import generate_text
 
-    loaded, text_tokenizer = _load(model, tokenizer, device=device, dtype=dtype)
+    loaded, text_tokenizer = _load(model, tokenizer, device=device, dtype=dtype, rope=rope, g_lm=g_lm)
     result = generate_text(
         loaded, text_tokenizer, prompt, max_new_tokens=max_new_tokens, cache=cache, temperature=temperature,
         top_k=top_k, top_p=top_p, beams=beams, seed=seed,
@@ -133,6 +135,7 @@ def freeze(
     g_lm: OperatorFile = None,
     trainable: Annotated[bool, typer.Option("--trainable", help="Make G_LM a parameter, to train on with.")] = False,
     tokenizer: Tokenizer = None,
+    rope: Rope = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Make the operator a constant, from prompts or from a file, and drop the network that computed it."""
@@ -153,7 +156,7 @@ def freeze(
     from pldr.generation import encode_prompt
     from pldr.operator import freeze as make_constant
 
-    loaded, text_tokenizer = _load(model, tokenizer, needs_tokenizer=bool(texts))
+    loaded, text_tokenizer = _load(model, tokenizer, rope=rope, needs_tokenizer=bool(texts))
     before = loaded.num_parameters()
     if texts:
         prompts = [torch.tensor(encode_prompt(text_tokenizer, text)) for text in texts]
@@ -202,26 +205,48 @@ def demo(
 
 
 def main() -> NoReturn:
-    """Run the command line; a user's mistake is one line on standard error and exit code 1, not a traceback."""
+    """Run the command line; a mistake is one line on standard error and a non-zero exit code, not a traceback.
+
+    Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. PLDR_TRACEBACK=1 shows the traceback of a failure.
+    """
     try:
-        app()
-    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
+        code = app(standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        _report("interrupted")
+        sys.exit(130)
+    except typer.TyperException as error:  # wrong usage; an empty message has printed the help by itself
+        if message := error.format_message():
+            _report(f"{message} See: pldr --help" if not message.startswith("Usage") else message)
+        sys.exit(error.exit_code)
+    except Exception as error:
         if os.environ.get("PLDR_TRACEBACK"):
             raise
-        print("pldr:", _one_line(error), file=sys.stderr)  # noqa: T201
+        expected = isinstance(error, (ValueError, OSError, FloatingPointError, ModuleNotFoundError))
+        kind = "" if expected else f"unexpected {type(error).__name__} (PLDR_TRACEBACK=1 shows where): "
+        _report(kind + _message(error))
         sys.exit(1)
-    sys.exit(0)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
-def _one_line(error: Exception) -> str:
-    message = str(error)
+def _report(message: str) -> None:
+    print("pldr:", " ".join(message.split()), file=sys.stderr)  # noqa: T201
+
+
+def _message(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
-        message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(message.split()) or type(error).__name__
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error) or type(error).__name__
 
 
 def _load(
-    model: Path, tokenizer: Path | None, *, device: str = "cpu", dtype: str = "auto", needs_tokenizer: bool = True
+    model: Path,
+    tokenizer: Path | None,
+    *,
+    device: str = "cpu",
+    dtype: str = "auto",
+    rope: str | None = None,
+    g_lm: Path | None = None,
+    needs_tokenizer: bool = True,
 ) -> tuple[Any, Any]:
     _quiet()
     if dtype not in ("auto", "float32", "bfloat16"):
@@ -232,10 +257,10 @@ def _load(
     from pldr.tokenizer import check_vocabulary, load_tokenizer
 
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device: {device} can not be used here ({' '.join(str(error).split())[:120]})") from None
-    loaded = load_model(model, dtype=dtype, device=device)
+    loaded = load_model(model, dtype=dtype, device=device, rope_pairing=rope, G_LM=g_lm)
     try:
         text_tokenizer = load_tokenizer(tokenizer or (model if model.is_dir() else model.parent))
     except FileNotFoundError:

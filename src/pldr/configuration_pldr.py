@@ -1,5 +1,6 @@
 """PldrConfig: the shape of a PLDR-LLM, and the presets of the published models."""
 
+import math
 from difflib import get_close_matches
 from typing import Any, ClassVar
 
@@ -95,6 +96,9 @@ class PldrConfig(PreTrainedConfig):
         translated, kwargs = hub_fields_to_ours(kwargs)
         for name, value in translated.items():
             setattr(self, name, value)
+        for name in ("hidden_size", "num_attention_heads"):  # before anything is derived from them
+            if getattr(self, name) < 1:
+                raise ValueError(f"PldrConfig: {name} must be at least 1, got {getattr(self, name)}")
         if self.intermediate_size is None:
             self.intermediate_size = self.hidden_size * 8 // 3
         if kwargs.pop("head_dim", self.head_dim) != self.head_dim:
@@ -165,8 +169,8 @@ class PldrConfig(PreTrainedConfig):
         if not 0.0 <= self.attention_dropout < 1.0:
             raise ValueError(f"PldrConfig: attention_dropout must be in [0, 1), got {self.attention_dropout}")
         for name in ("layer_norm_eps", "rope_theta"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"PldrConfig: {name} must be positive, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"PldrConfig: {name} must be positive and finite, got {getattr(self, name)}")
 
 
 # Keys that transformers itself writes into config.json or passes along, beyond PreTrainedConfig's declared fields.

@@ -71,7 +71,10 @@ def load_model(
         config = _read_config(path)
         _check_tensors(_read_shapes(path), config, str(path))
         _check_sums(path)
-        model = PldrForCausalLM.from_pretrained(path, config=config, dtype=dtype, use_safetensors=True)
+        model, report = PldrForCausalLM.from_pretrained(
+            path, config=config, dtype=dtype, use_safetensors=True, attn_implementation="sdpa", output_loading_info=True
+        )
+        assert not any(report.values()), report  # _check_tensors has looked at the same files
     elif path.suffix == ".pth" or (path.is_dir() and any(path.glob("*.pth"))):
         model = _load_reference(path, dtype, rope_pairing, G_LM)
     else:
@@ -114,6 +117,10 @@ def convert_checkpoint(
     found = _find_tokenizer(Path(source), tokenizer)
     if found is not None:
         check_vocabulary(found[0], model.config.vocab_size)
+    if to == "reference":
+        layouts.ours_to_hyperparameters(
+            model.config
+        )  # refuses what that layout can not say, before anything is written
     with whole_folder(destination, overwrite=overwrite) as folder:
         if to == "pldr":
             model.save_pretrained(folder)
@@ -157,10 +164,13 @@ def load_predefined_G(path: str | os.PathLike[str]) -> torch.Tensor:
     else:
         try:
             layers = _TensorUnpickler(io.BytesIO(path.read_bytes())).load()
-        except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, TypeError, KeyError, IndexError,
-                AttributeError, ImportError) as error:  # fmt: skip
+        except Exception as error:  # noqa: BLE001 (damaged pickles raise anything; each is the file's fault)
             raise ValueError(f"{path}: not a pickle of tensors alone ({_one_line(error)})") from None
-    picked = [layer[-1] if isinstance(layer, (tuple, list)) else layer for layer in layers]
+    if not isinstance(layers, (list, tuple, torch.Tensor)) or not all(
+        isinstance(x, (torch.Tensor, list, tuple)) for x in layers
+    ):
+        raise ValueError(f"{path}: not one tensor a layer")
+    picked = [layer[-1] if isinstance(layer, (tuple, list)) and layer else layer for layer in layers]
     if not picked or not all(isinstance(layer, torch.Tensor) for layer in picked):
         raise ValueError(f"{path}: not one tensor a layer")
     squeezed = [layer[0] if layer.dim() == 4 and layer.shape[0] == 1 else layer for layer in picked]
@@ -175,38 +185,65 @@ def load_predefined_G(path: str | os.PathLike[str]) -> torch.Tensor:
 def _read_config(folder: Path) -> PldrConfig:
     try:
         fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{folder / 'config.json'}: not valid JSON ({_one_line(error)})") from None
     if not isinstance(fields, dict) or fields.get("model_type") != "pldrllm":
         raise ValueError(f"{folder / 'config.json'}: model_type must be 'pldrllm'")
+    # Settings that make transformers fetch and run more code (attention kernels, quantisation backends) are no part of a
+    # PLDR-LLM; whoever wants them passes them to `from_pretrained` in person.
+    fields = {name: value for name, value in fields.items() if not name.startswith("_")}
+    refused = sorted({"attn_implementation", "experts_implementation", "quantization_config"} & fields.keys())
+    if refused:
+        raise ValueError(f"{folder / 'config.json'}: {refused[0]} is not read from a file; remove it")
     try:
         return PldrConfig.from_dict(fields)
-    except (StrictDataclassError, ValueError, TypeError) as error:
+    except (StrictDataclassError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{folder / 'config.json'}: {_one_line(error)}") from None
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """Names of the safetensors files that hold the weights, in a folder of one file or of shards with an index."""
+    if not (folder / _INDEX).is_file():
+        return [_WEIGHTS]
+    if (folder / _WEIGHTS).is_file():
+        raise ValueError(f"{folder}: holds both {_WEIGHTS} and {_INDEX}; remove the one that does not belong")
+    try:
+        files = sorted(set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        outside = [name for name in files if Path(name).name != name]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise ValueError(f"{folder / _INDEX}: damaged index ({_one_line(error)})") from None
+    if outside:
+        raise ValueError(f"{folder / _INDEX}: names a file outside the folder: {outside[0]}")
+    return files
 
 
 def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Name and shape of every stored tensor, from the headers alone."""
-    if (folder / _INDEX).is_file():
-        try:
-            files = sorted(set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"{folder / _INDEX}: damaged index ({_one_line(error)})") from None
-        outside = [name for name in files if Path(name).name != name]
-        if outside:
-            raise ValueError(f"{folder / _INDEX}: names a file outside the folder: {outside[0]}")
-    else:
-        files = [_WEIGHTS]
     shapes: dict[str, tuple[int, ...]] = {}
-    for name in files:
+    dtypes: set[str] = set()
+    for name in _weight_files(folder):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name}: missing")
         try:
             with safe_open(folder / name, framework="pt") as tensors:
-                shapes |= {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
+                for key in tensors.keys():  # noqa: SIM118 (not a dictionary)
+                    shapes[key] = tuple(tensors.get_slice(key).get_shape())
+                    if key != layouts.HUB_G_STATUS:
+                        dtypes.add(tensors.get_slice(key).get_dtype())
         except SafetensorError as error:
             raise ValueError(f"{folder / name}: damaged safetensors file ({_one_line(error)})") from None
+    _check_one_dtype(dtypes, str(folder))
     return shapes
+
+
+def _check_one_dtype(dtypes: Iterable[Any], where: str) -> None:
+    """
+    Raises:
+        ValueError: tensors of several dtypes, which one model can not hold without rounding some of them.
+    """
+    names = sorted({str(dtype).removeprefix("torch.") for dtype in dtypes})
+    if len(names) != 1:
+        raise ValueError(f"{where}: the tensors must have one dtype, found {', '.join(names) or 'none'}")
 
 
 def _check_tensors(stored: Mapping[str, tuple[int, ...]], config: PldrConfig, where: str) -> None:
@@ -253,8 +290,11 @@ def _check_sums(folder: Path) -> None:
     """
     if not (folder / CHECKSUMS).is_file():
         return
-    for line in (folder / CHECKSUMS).read_text(encoding="utf-8").splitlines():
-        digest, _, name = line.partition("  ")
+    sums = dict(line.partition("  ")[::-2] for line in (folder / CHECKSUMS).read_text("utf-8").splitlines())
+    unlisted = [name for name in _weight_files(folder) if name not in sums]
+    if unlisted:
+        raise ValueError(f"{folder / CHECKSUMS}: does not list {unlisted[0]}; the folder was changed")
+    for name, digest in sums.items():
         if Path(name).name != name or not (folder / name).is_file():
             raise ValueError(f"{folder / CHECKSUMS}: names {name!r}, which is not in the folder")
         with (folder / name).open("rb") as stream:
@@ -273,7 +313,10 @@ def _write_hub(model: PldrForCausalLM, folder: Path) -> None:
         packed = G_LM.new_zeros(len(G_LM), 3, 1, *G_LM.shape[1:])
         packed[:, layouts.HUB_G_SLOT, 0] = G_LM
         state |= {layouts.HUB_G: packed, layouts.HUB_G_STATUS: torch.ones(len(G_LM), dtype=torch.bool)}
-    save_file(state, folder / _WEIGHTS, metadata={"format": "pt"})
+    try:
+        save_file(state, folder / _WEIGHTS, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{folder / _WEIGHTS}: could not be written ({error})") from None
     fields = layouts.ours_to_hub_fields(model.config) | {"dtype": str(model.dtype).removeprefix("torch.")}
     (folder / "config.json").write_text(json.dumps(fields, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -296,7 +339,10 @@ def _write_reference(model: PldrForCausalLM, folder: Path) -> None:
     """The reference layout: a .pth, its hyperparameters as a Python file, and a predefined operator as a pickle."""
     # The published loader looks these two up; what they were at the end of training is not known here.
     unknown = {"loss": float("nan"), "accuracy": float("nan")}
-    torch.save({"model_state_dict": _published_state(model), **unknown}, folder / _REFERENCE_WEIGHTS)
+    try:
+        torch.save({"model_state_dict": _published_state(model), **unknown}, folder / _REFERENCE_WEIGHTS)
+    except RuntimeError as error:  # torch's writer wraps the system's error
+        raise OSError(f"{folder / _REFERENCE_WEIGHTS}: could not be written ({_one_line(error)})") from None
     fields = layouts.ours_to_hyperparameters(model.config)
     literals = "".join(f"{name!r}: {value!r}, " for name, value in fields.items())
     text = f"import torch.nn.functional as F\n\nhpdict={{{literals}'activation': F.silu}}\n"
@@ -344,11 +390,13 @@ def _find_reference_files(path: Path) -> tuple[Path, Path]:
             raise ValueError(f"{path}: {len(candidates)} .pth files; name the one to read")
         path = candidates[0]
     beside = sorted(path.parent.glob("*hyperparameters.py"))
-    if len(beside) > 1:  # several checkpoints in one folder: the file that shares the longest beginning of the name
-        beside.sort(key=lambda file: _common_start(file.name, path.name), reverse=True)
     if not beside:
         raise FileNotFoundError(f"{path.parent}: no *hyperparameters.py beside {path.name}")
-    return path, beside[0]
+    # Several checkpoints in one folder: the file that shares the longest beginning of the name, if one does.
+    shared = [_common_start(file.name, path.name) for file in beside]
+    if shared.count(max(shared)) > 1:
+        raise ValueError(f"{path.parent}: {len(beside)} *hyperparameters.py, and none is clearly that of {path.name}")
+    return path, beside[shared.index(max(shared))]
 
 
 def _read_hyperparameters(path: Path) -> dict[str, Any]:
@@ -359,8 +407,10 @@ def _read_hyperparameters(path: Path) -> dict[str, Any]:
     """
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"{path}: not a Python file ({_one_line(error)})") from None
+    if sum(isinstance(node, ast.Name) and node.id == "hpdict" for node in ast.walk(tree)) > 1:
+        raise ValueError(f"{path}: hpdict is used more than once; the file is read as data, write one dictionary")
     for statement in tree.body:
         named = isinstance(statement, ast.Assign) and [getattr(target, "id", None) for target in statement.targets]
         if named != ["hpdict"]:
@@ -375,7 +425,7 @@ def _read_hyperparameters(path: Path) -> dict[str, Any]:
                 if not isinstance(name, str):
                     raise ValueError
                 result[name] = "silu" if ast.unparse(value) in _SILU else ast.literal_eval(value)
-            except ValueError:
+            except (ValueError, TypeError, RecursionError, MemoryError):
                 shown = ast.unparse(key) if key is not None else "**"
                 raise ValueError(
                     f"{path}: line {value.lineno}: {shown}: {ast.unparse(value)} is not a literal; the file is read as "
@@ -395,21 +445,29 @@ def _read_pth(path: Path) -> dict[str, torch.Tensor]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: damaged, or not a checkpoint of tensors alone ({_one_line(error)})") from None
     state = content.get("model_state_dict") if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-        raise ValueError(f"{path}: no model_state_dict of tensors in it")
+    if not isinstance(state, dict) or not state or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
+        and tensor.device.type == "cpu" for name, tensor in state.items()
+    ):  # fmt: skip
+        raise ValueError(f"{path}: no model_state_dict of named, dense tensors in it")
+    _check_one_dtype((tensor.dtype for tensor in state.values()), str(path))
     return state
 
 
 class _TensorUnpickler(pickle.Unpickler):
     """Reads pickled tensors and lists of them; any other class or function is refused before it is looked up."""
 
-    @staticmethod
-    def _storage_from_bytes(data: bytes) -> Any:
+    # Methods, so that a pickle gets no hold of a function that lives on after it was read.
+
+    def _storage_from_bytes(self, data: bytes) -> Any:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+    def _tensor_from_storage(self, *arguments: Any) -> torch.Tensor:
+        return torch._utils._rebuild_tensor_v2(*arguments)
 
     def find_class(self, module: str, name: str) -> Any:
         allowed = {
-            ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+            ("torch._utils", "_rebuild_tensor_v2"): self._tensor_from_storage,
             # The original unpickles without restriction.
             ("torch.storage", "_load_from_bytes"): self._storage_from_bytes,
             ("collections", "OrderedDict"): dict,

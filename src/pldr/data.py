@@ -57,10 +57,12 @@ def pack(documents: Iterable[str], tokenizer: Any, sequence_length: int) -> tupl
         left out.
 
     Raises:
-        ValueError: the documents hold less than one sequence.
+        ValueError: the documents hold less than one sequence; the tokenizer has no end-of-text token.
     """
     from datasets import Dataset
 
+    if tokenizer.eos_token_id is None:
+        raise ValueError("tokenizer: has no end-of-text token to put between documents")
     ids: list[int] = []
     for document in documents:
         ids += tokenizer(document, add_special_tokens=False)["input_ids"]

@@ -18,6 +18,7 @@ from pldr.generation import generate_text
 from pldr.operator import freeze
 from pldr.recipe import load_recipe
 from pldr.report import plot_operators
+from pldr.saving import check_output, whole_folder
 from pldr.tokenizer import load_tokenizer
 from pldr.train import build_model, train
 
@@ -25,19 +26,26 @@ PROMPT = "The list of names is a comma-separated list of expressions. An express
 PASSAGES = 32
 NEW_TOKENS = 96
 REPEATS = 3
+_RECORD = "demo.json"
 
 
 def run_demo(output: Path, recipe_name: str = "demo-cpu") -> dict[str, Any]:
     """Train the recipe's model into ``output/model`` and measure what caching and freezing its operator changes.
 
     Args:
-        output: folder; an earlier demo in it is replaced.
+        output: folder; an earlier demo in it is replaced, anything else is not.
         recipe_name: see `pldr.recipe.find_recipe`.
 
     Returns:
         The numbers of the table, as `print_demo` shows them and ``output/demo.json`` holds them.
+
+    Raises:
+        FileExistsError: the folder holds something that no demo wrote.
     """
     start = time.perf_counter()
+    check_output(output, overwrite=(output / _RECORD).is_file())
+    output.mkdir(parents=True, exist_ok=True)
+    (output / _RECORD).write_text("{}\n", encoding="utf-8")  # the mark of a folder that a later demo may replace
     folder = output / "model"
     recipe = load_recipe(recipe_name, [f"output={folder}"])
     training = train(recipe, overwrite=True)
@@ -47,8 +55,9 @@ def run_demo(output: Path, recipe_name: str = "demo-cpu") -> dict[str, Any]:
     passages = _sequences(recipe.data.validation, tokenizer, length)[:PASSAGES]
     calibration = _sequences(recipe.data.train, tokenizer, length)[:1]
     frozen = freeze(copy.deepcopy(model), calibration)
-    frozen.save_pretrained(output / "frozen")
-    tokenizer.save_pretrained(output / "frozen")
+    with whole_folder(output / "frozen", overwrite=True) as saved:
+        frozen.save_pretrained(saved)
+        tokenizer.save_pretrained(saved)
 
     torch.manual_seed(recipe.seed)
     untrained = deductive_outputs(build_model(recipe, tokenizer), passages).G_LM
@@ -77,7 +86,7 @@ def run_demo(output: Path, recipe_name: str = "demo-cpu") -> dict[str, Any]:
         "folder": str(output),
     }
     result["seconds"] = time.perf_counter() - start
-    (output / "demo.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (output / _RECORD).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
 
 
@@ -143,28 +152,32 @@ def print_demo(result: dict[str, Any]) -> None:
         f"loss {training['train_loss']:.2f}, held out {training['validation_loss']:.2f} nats a token.\n",
         soft_wrap=True,
     )
-    table = Table(title="The same model, four ways", title_justify="left")
-    for column in ("cache", "G_LM from", "held-out loss", "difference", "tokens/s", "", "text"):
-        table.add_column(column, justify="left" if column in ("cache", "G_LM from", "text") else "right")
-    sources = {"no cache": ("all tokens", "full"), "KV": ("the prompt", "cached"), "KV+G": ("the prompt", "cached"),
-               "frozen G": ("a constant", "frozen")}  # fmt: skip
+    # One table of two parts with five columns each: the four modes, then how far G_LM depends on the text.
+    table = Table("cache", "held-out loss", "difference", "tokens/s", "greedy text")
+    for column in table.columns[1:4]:
+        column.justify = "right"
+    sources = {"no cache": "full", "KV": "cached", "KV+G": "cached", "frozen G": "frozen"}
     for row in rows:
-        label, key = sources[row["mode"]]
+        key = sources[row["mode"]]
+        speed_up = row["tokens_per_second"] / rows[0]["tokens_per_second"]
         table.add_row(
-            row["mode"], label, f"{loss[key]:.6f}", f"{loss[key] - loss['full']:+.0e}" if key != "full" else "",
-            f"{row['tokens_per_second']:,.0f}", f"{row['tokens_per_second'] / rows[0]['tokens_per_second']:.1f}×",
-            "same" if row["same_text"] else "differs",
+            row["mode"], f"{loss[key]:.6f}", f"{loss[key] - loss['full']:+.0e}" if key != "full" else "",
+            f"{row['tokens_per_second']:,.0f}  {speed_up:.1f}×", "the same" if row["same_text"] else "differs",
         )  # fmt: skip
-    console.print(table)
-    table = Table(title="How far G_LM depends on the text", title_justify="left")
-    for column in ("layer", "variation over texts", "before training", "log10 |det|", "rank"):
-        table.add_column(column, justify="right")
+    table.add_section()
+    table.add_row("G_LM of", "variation", "before", "log10 |det|", "numerical rank", style="bold")
     for layer in result["operator"]:
         table.add_row(
-            str(layer["layer"]), f"{layer['variation']:.1e}", f"{layer['untrained_variation']:.1e}",
+            f"layer {layer['layer']}", f"{layer['variation']:.1e}", f"{layer['untrained_variation']:.1e}",
             f"{layer['log10_determinant']:.1f}", f"{layer['rank']:.1f} of {result['head_dim']}",
         )  # fmt: skip
     console.print(table)
+    console.print(
+        "Loss in nats a token, after the first half of each held-out passage. No cache: G_LM from all tokens, later ones "
+        "too; KV, KV+G: from the first half; frozen: a constant from one training passage. Variation: of G_LM over "
+        "held-out passages, relative RMSE, after and before training.",
+        style="dim",
+    )
     worst = max(abs(loss[key] - loss["full"]) for key in ("cached", "frozen"))
     if worst <= 1e-5 and all(row["same_text"] for row in rows):
         verdict = "[green]G_LM does not depend on the text: cached or constant, it changes neither loss nor output."

@@ -157,13 +157,13 @@ class _TextStreamer(BaseStreamer):
         settled = len(tokens)
         while settled and (tokens[settled - 1].startswith("<0x") or self.ids[settled - 1] in special):
             settled -= 1
-        self._show(self.ids[:settled])
+        # Other tokenizers cut characters inside ordinary tokens; what is cut decodes to the replacement character.
+        self._show(self.tokenizer.decode(self.ids[:settled], skip_special_tokens=True).rstrip("\ufffd"))
 
     def end(self) -> None:
-        self._show(self.ids)
+        self._show(self.tokenizer.decode(self.ids, skip_special_tokens=True))
 
-    def _show(self, ids: list[int]) -> None:
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+    def _show(self, text: str) -> None:
         if len(text) > self.shown:
             self.on_text(text[self.shown :])
             self.shown = len(text)

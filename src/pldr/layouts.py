@@ -137,6 +137,8 @@ def ours_to_hub_fields(config: Any) -> dict[str, Any]:
         "cache_first_G": False,
         "reference_rope": config.rope_pairing == "adjacent",
         "custom_G_type": None if config.operator == "learned" else "external",
+        # A field of ours, which the remote code does not read.
+        **({"operator_trainable": True} if config.operator_trainable else {}),
     }  # fmt: skip
 
 
@@ -166,11 +168,31 @@ def hyperparameters_to_ours(hyperparameters: Mapping[str, Any]) -> dict[str, Any
     fields |= {"operator": "learned"} if learned else {"operator": "constant", "operator_init": "external"}
     if "reference_rope" in hyperparameters:
         fields["rope_pairing"] = "adjacent" if hyperparameters["reference_rope"] else "halves"
-    return fields
+    return fields | {name: hyperparameters[name] for name in _MARKS if name in hyperparameters}
+
+
+# Numbers that the reference layout does not name because the published framework fixes them.
+_REFERENCE_FIXED = {"rope_theta": 10000.0, "layer_norm_eps": 1e-6}
+# What it does not name and does not need: written as further keys where it differs, which only this library reads.
+_MARKS = {
+    "attention_dropout": 0.0,
+    "operator_trainable": False,
+    "pad_token_id": 0,
+    "bos_token_id": 2,
+    "eos_token_id": 3,
+}
 
 
 def ours_to_hyperparameters(config: Any) -> dict[str, Any]:
-    """A reference ``hpdict`` for a PldrConfig. The published code knows adjacent-pair RoPE only; halves are marked."""
+    """A reference ``hpdict`` for a PldrConfig. The published code knows adjacent-pair RoPE only; halves are marked.
+
+    Raises:
+        ValueError: a value that the published framework fixes to another.
+    """
+    for name, value in _REFERENCE_FIXED.items():
+        if getattr(config, name) != value:
+            raise ValueError(f"--to reference: {name}={getattr(config, name)} can not be expressed there, only {value}")
+    marks = {name: getattr(config, name) for name, value in _MARKS.items() if getattr(config, name) != value}
     table = _HYPERPARAMETERS | (_METRIC_LEARNER if config.operator == "learned" else {})
-    fields = {theirs: getattr(config, ours) for theirs, ours in table.items()}
+    fields = {theirs: getattr(config, ours) for theirs, ours in table.items()} | marks
     return fields if config.rope_pairing == "adjacent" else fields | {"reference_rope": False}

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.masking_utils import create_causal_mask, create_recurrent_attention_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -28,7 +30,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from pldr import layouts
-from pldr.cache import make_cache, operator_state_layers, set_g_cache
+from pldr.cache import OperatorOnlyLayer, check_operator_cache, make_cache, operator_state, set_g_cache
 from pldr.configuration_pldr import PldrConfig
 from pldr.operator import ConstantOperator, DeductiveOutputs, GatedLinearUnit, LearnedOperator, make_operator
 from pldr.ops import reference
@@ -88,7 +90,6 @@ class PldrAttention(nn.Module):
         attention_mask: torch.Tensor | None,
         padding_mask: torch.Tensor | None,
         past_key_values: Cache | None = None,
-        operator_state: Any = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None, DeductiveOutputs]:
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
@@ -99,7 +100,8 @@ class PldrAttention(nn.Module):
         cos, sin = position_embeddings
         query = reference.apply_rotary(query, cos, sin, self.rope_pairing)
         key = reference.apply_rotary(key, cos, sin, self.rope_pairing)
-        query, key, deductive = self.operator(query, key, padding_mask, operator_state)
+        state = operator_state(past_key_values, self.layer_idx)
+        query, key, deductive = self.operator(query, key, padding_mask, state)
 
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)  # [B, H, S, D]
@@ -190,7 +192,7 @@ class PldrPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["PldrDecoderLayer"]  # noqa: RUF012 (transformers' own form)
-    _skip_keys_device_placement = ["past_key_values", "operator_state"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
@@ -255,7 +257,10 @@ class PldrPreTrainedModel(PreTrainedModel):
 
         The sums let `pldr.load_model` tell a damaged file; ``sha256sum -c SHA256SUMS`` reads them too.
         """
-        super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+        try:
+            super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+        except SafetensorError as error:
+            raise OSError(f"{save_directory}: the weights could not be written ({error})") from None
         if kwargs.get("is_main_process", True):
             write_checksums(Path(save_directory))
 
@@ -296,7 +301,8 @@ class PldrModel(PldrPreTrainedModel):
         """
         Args:
             input_ids: [B, T].
-            attention_mask: [B, S], zero at padding. A prepared mask is taken as it is: [B, 1, T, S] (then no token
+            attention_mask: [B, S] over earlier and new tokens, zero at padding; further columns (a mask as long as a
+                static cache) are not looked at. A prepared mask is taken as it is: [B, 1, T, S] (then no token
                 counts as padding for G_LM), or the dict that `create_masks_for_generate` makes.
             position_ids: [B, T]; by default counted over the tokens that are not padding. Unlike in ordinary attention
                 they matter absolutely, not only through differences: G_LM sits between the two rotations.
@@ -308,53 +314,65 @@ class PldrModel(PldrPreTrainedModel):
 
         Raises:
             ValueError: not exactly one of `input_ids` and `inputs_embeds`; more positions than the context length; a
-                cache without a place for G_LM.
+                mask that leaves out earlier tokens; a cache without a place for G_LM, or of another batch.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
 
+        if past_key_values is not None and use_g_cache is not None:
+            raise ValueError("use_g_cache: the given past_key_values decides; choose with pldr.make_cache(g=…)")
         if past_key_values is None and (use_cache or use_g_cache):
             past_key_values = make_cache(self.config, kv=bool(use_cache), g=use_g_cache is not False)
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         tokens = inputs_embeds.shape[1]
-        if isinstance(past_length, int) and past_length + tokens > self.config.max_position_embeddings:
-            raise ValueError(
-                f"input of {past_length + tokens} tokens is longer than the context length "
-                f"max_position_embeddings={self.config.max_position_embeddings}"
-            )
+        if isinstance(past_length, int):  # a static cache counts on the device; its size is checked when it is made
+            self._check_lengths(attention_mask, past_length, tokens)
         if position_ids is None:
             position_ids = self._default_positions(attention_mask, past_length, tokens, inputs_embeds.device)
         if isinstance(attention_mask, dict):
             masks = attention_mask
         else:
             masks = create_masks(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
-        learned = self.config.operator == "learned"
-        states = operator_state_layers(past_key_values if learned else None, len(self.layers))
+        if self.config.operator == "learned" and past_key_values is not None:
+            check_operator_cache(past_key_values, len(self.layers), inputs_embeds.shape[0])
 
         # Under autocast the square root stays a Python number, so that the embedding keeps its dtype.
         hidden_states = self.embed_norm(inputs_embeds * math.sqrt(self.config.hidden_size))
         position_embeddings = self.rotary_embedding(position_ids)
-        for layer, state in zip(self.layers, states, strict=True):
+        for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
                 position_embeddings=position_embeddings,
                 attention_mask=masks["attention"],
                 padding_mask=masks["padding"],
                 past_key_values=past_key_values,
-                operator_state=state,
                 position_ids=position_ids,
                 **kwargs,
             )
         return PldrModelOutput(last_hidden_state=hidden_states, past_key_values=past_key_values)
+
+    def _check_lengths(self, attention_mask: Any, past_length: int, tokens: int) -> None:
+        if past_length + tokens > self.config.max_position_embeddings:
+            raise ValueError(
+                f"input of {past_length + tokens} tokens is longer than the context length "
+                f"max_position_embeddings={self.config.max_position_embeddings}"
+            )
+        is_plain = isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2
+        if is_plain and attention_mask.shape[1] < past_length + tokens:
+            raise ValueError(
+                f"attention_mask: covers {attention_mask.shape[1]} tokens, but there are {past_length} earlier and "
+                f"{tokens} new ones"
+            )
 
     @staticmethod
     def _default_positions(
         attention_mask: Any, past_length: int | torch.Tensor, tokens: int, device: torch.device
     ) -> torch.Tensor:
         if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
-            return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
+            counted = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+            return _window(counted, past_length, tokens)
         return torch.arange(tokens, device=device)[None] + past_length
 
 
@@ -442,23 +460,41 @@ class PldrForCausalLM(PldrPreTrainedModel, GenerationMixin):
         return create_masks(config, inputs_embeds, attention_mask, past_key_values, position_ids)
 
     def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, *args: Any, **kwargs: Any
     ) -> None:
         kv = generation_config.use_cache is not False
         use_g_cache = model_kwargs.pop("use_g_cache", None)
         g = kv if use_g_cache is None else use_g_cache
-        if self.config.operator == "learned" and generation_config.prefill_chunk_size is not None:
+        cache = model_kwargs.get("past_key_values")
+        if self.config.operator == "learned":
+            # In both cases the first forward is not the prompt, so that the wrong G_LM would be kept.
+            if generation_config.prefill_chunk_size is not None:
+                raise ValueError(
+                    "prefill_chunk_size: a learned G_LM needs the whole prompt at once; freeze the model first "
+                    "(pldr.freeze), or leave the setting out"
+                )
+            if generation_mode == GenerationMode.ASSISTED_GENERATION:
+                raise ValueError(
+                    "assisted decoding: its first forward holds guessed tokens, which must not enter a learned G_LM; "
+                    "freeze the model first (pldr.freeze)"
+                )
+        context, static = self.config.max_position_embeddings, generation_config.cache_implementation == "static"
+        if static and generation_config.max_length > context:
             raise ValueError(
-                "prefill_chunk_size: a learned G_LM needs the whole prompt at once; freeze the model first "
-                "(pldr.freeze), or leave the setting out"
+                f"max_length={generation_config.max_length} is longer than the context length "
+                f"max_position_embeddings={context}"
             )
-        if model_kwargs.get("past_key_values") is not None:
+        if cache is not None:
             if use_g_cache is not None:
                 raise ValueError("use_g_cache: the given past_key_values decides; choose with pldr.make_cache(g=…)")
+            if kv and any(isinstance(layer, OperatorOnlyLayer) for layer in cache.layers):
+                raise ValueError("past_key_values: this cache keeps no keys and values; pass use_cache=False as well")
         elif not kv:
-            model_kwargs["past_key_values"] = make_cache(self.config, kv=False, g=g)
+            only_g = make_cache(self.config, kv=False, g=g)
+            if only_g is not None:
+                model_kwargs["past_key_values"] = only_g
             return
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
         if use_g_cache is not None:
             set_g_cache(model_kwargs["past_key_values"], g)
 
@@ -478,11 +514,17 @@ def create_masks(
         "past_key_values": past_key_values,
         "position_ids": position_ids,
     }
-    learned = config.operator == "learned"
-    return {
-        "attention": create_causal_mask(**arguments),
-        "padding": create_recurrent_attention_mask(**arguments) if learned else None,
-    }
+    attention = create_causal_mask(**arguments)
+    if config.operator != "learned" or attention_mask is None or attention_mask.ndim != 2:
+        return {"attention": attention, "padding": None}
+    past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+    arguments["attention_mask"] = _window(attention_mask, past_length, inputs_embeds.shape[1])
+    return {"attention": attention, "padding": create_recurrent_attention_mask(**arguments)}
+
+
+def _window(values: torch.Tensor, past_length: int | torch.Tensor, tokens: int) -> torch.Tensor:
+    """The columns of the new tokens, [B, T], out of `values` [B, at least past_length + T]."""
+    return values.index_select(1, torch.arange(tokens, device=values.device) + past_length)
 
 
 # --- registration ---------------------------------------------------------------------------------------------------
@@ -501,9 +543,12 @@ class _PublishedNames(WeightRenaming):
 class _UnpackPredefinedG(ConversionOps):
     """The hub layout's `decoder.past_G_values` [L, 3, 1, H, D, D] into one G_LM a layer; only read, never written."""
 
-    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+    def convert(
+        self, input_dict: dict[str, Any], *args: Any, model: nn.Module | None = None, **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
         (packed,) = (value[0] if isinstance(value, list) else value for value in input_dict.values())
-        return {layouts.OUR_G.format(i): layer[layouts.HUB_G_SLOT, 0].clone() for i, layer in enumerate(packed)}
+        name = layouts.OUR_G.removeprefix("model.") if isinstance(model, PldrModel) else layouts.OUR_G
+        return {name.format(i): layer[layouts.HUB_G_SLOT, 0].clone() for i, layer in enumerate(packed)}
 
 
 register_checkpoint_conversion_mapping(

@@ -180,6 +180,8 @@ def check_operator_tensor(G_LM: torch.Tensor | Sequence[torch.Tensor], config: P
         raise ValueError(f"G_LM: has {len(layers)} layers, the model has {config.num_hidden_layers}")
     expected = (config.num_attention_heads, config.head_dim, config.head_dim)
     for index, layer in enumerate(layers):
+        if not layer.is_floating_point():
+            raise ValueError(f"G_LM: layer {index} holds {layer.dtype}, it must hold real floating-point numbers")
         if layer.dim() == 4 and layer.shape[0] == 1:
             layer = layers[index] = layer[0]
         if tuple(layer.shape) != expected:
@@ -201,7 +203,7 @@ def average_operator(model: Any, prompts: Iterable[torch.Tensor]) -> torch.Tenso
 
     Args:
         model: a PldrForCausalLM with learned operators.
-        prompts: token ids of one prompt each, [T] or [1, T]; no padding.
+        prompts: token ids of one prompt each, [T] or [1, T]; no padding. A single [T] tensor is one prompt.
 
     Returns:
         [L, H, D, D], float32, on the CPU.
@@ -211,12 +213,17 @@ def average_operator(model: Any, prompts: Iterable[torch.Tensor]) -> torch.Tenso
     """
     if model.config.operator != "learned":
         raise ValueError("freeze: the model's operator is constant already; pass G_LM to exchange it")
+    if isinstance(prompts, torch.Tensor) and prompts.dim() == 1:
+        prompts = [prompts]
     total, count = None, 0
     was_training = model.training
     model.eval()
     try:
         for prompt in prompts:
-            ids = torch.as_tensor(prompt, device=model.device).reshape(1, -1)
+            ids = torch.as_tensor(prompt, device=model.device)
+            if ids.dim() not in (1, 2) or (ids.dim() == 2 and ids.shape[0] != 1):
+                raise ValueError(f"freeze: a prompt must be token ids [T], got shape {tuple(ids.shape)}")
+            ids = ids.reshape(1, -1)
             if ids.shape[1] == 0:
                 raise ValueError("freeze: a prompt is empty; G_LM needs at least one token")
             layers = model.model(ids, use_cache=False, output_deductive_outputs=True).deductive_outputs
@@ -243,7 +250,7 @@ def freeze(
 
     Args:
         model: a PldrForCausalLM.
-        prompts: token ids, one [T] tensor a prompt, or [B, T] without padding.
+        prompts: token ids, one [T] tensor a prompt; or [T] for a single one; or [B, T] without padding.
         G_LM: [L, H, D, D]; other accepted forms are those of `check_operator_tensor`.
         trainable: make the constant a parameter, so that training goes on with it (hand-off).
 

@@ -1,6 +1,7 @@
 """Training recipes: YAML, parsed into typed dataclasses. Every key is checked; a wrong one is named with its place."""
 
 import dataclasses
+import math
 import os
 import types
 import typing
@@ -108,6 +109,9 @@ class Recipe:
         for name, value in positive.items():
             if value <= 0:
                 raise ValueError(f"recipe: {name} is too small")
+        for name in ("learning_rate", "weight_decay", "epsilon"):
+            if not 0 <= getattr(o, name) < math.inf:
+                raise ValueError(f"recipe: optimization.{name} must be a finite number ≥ 0, got {getattr(o, name)}")
         if o.clip_value is not None and o.clip_norm is not None:
             raise ValueError(
                 "recipe: set optimization.clip_value or optimization.clip_norm to null, not both to a bound"
@@ -133,11 +137,13 @@ def find_recipe(name: str | os.PathLike[str]) -> Path:
     path = Path(name)
     if path.is_file():
         return path
+    # A name, not a place: a path that does not exist must not silently mean another file.
+    by_name = path.suffix in ("", ".yaml") and str(path.parent) in (".", "recipes")
     here = Path(__file__).parent
     shipped = [folder for folder in (here / "recipes", here.parents[1] / "recipes") if folder.is_dir()]
     for folder in shipped:
         candidate = (folder / path.name).with_suffix(".yaml")
-        if candidate.is_file():
+        if by_name and candidate.is_file():
             return candidate
     known = sorted(file.stem for folder in shipped for file in folder.glob("*.yaml"))
     raise FileNotFoundError(f"recipe: no file {path} and no recipe of that name; there are {', '.join(known)}")
@@ -159,9 +165,11 @@ def load_recipe(name: str | os.PathLike[str], overrides: list[str] | None = None
     path = find_recipe(name)
     try:
         mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(mapping, dict):
+            raise ValueError(f"recipe {path}: must be a section with keys, got {mapping!r}")
         for override in overrides or []:
             _override(mapping, override, yaml.safe_load)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"recipe {path}: not valid YAML ({' '.join(str(error).split())})") from None
     return _parse(Recipe, mapping, "")
 
@@ -206,7 +214,7 @@ def _parse(kind: Any, value: Any, place: str) -> Any:
         (item_kind,) = typing.get_args(kind)
         return [_parse(item_kind, item, f"{place}[{index}]") for index, item in enumerate(value)]
     if typing.get_origin(kind) is dict:
-        if not isinstance(value, dict):
+        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
             raise ValueError(f"{where}: must be a section with keys, got {value!r}")
         return value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):

@@ -40,7 +40,8 @@ def model_facts(model: Any) -> dict[str, Any]:
     return {
         "parameters": sum(parts.values()),
         "parameters_by_part": parts,
-        "constant_operator_values": 0 if learned else state,
+        # A fixed G_LM is a buffer; a trainable one is among the parameters.
+        "constant_operator_values": 0 if learned or config.operator_trainable else state,
         "operators": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
         "dtype": str(model.dtype).removeprefix("torch."),
         "kv_cache_bytes_per_token": 2 * config.num_hidden_layers * config.hidden_size * size,

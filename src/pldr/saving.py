@@ -20,30 +20,45 @@ def check_output(path: str | os.PathLike[str], *, overwrite: bool = False) -> Pa
         raise FileExistsError(f"{path}: is a file; choose another output folder")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
         raise FileExistsError(f"{path}: exists and is not empty; choose another folder, or pass --overwrite")
-    parent = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    if path.resolve() == Path.cwd() or path.is_mount():
+        raise FileExistsError(
+            f"{path}: is the current folder or a mount point, which can not be replaced; name one inside"
+        )
+    parent = _nearest_folder(path)
     if not os.access(parent, os.W_OK):
         raise PermissionError(f"{path}: {parent} is not writable; choose another output folder")
     return path
 
 
+def _nearest_folder(path: Path) -> Path:
+    """The folder that `path` is in or will be made under."""
+    return next(folder for folder in path.absolute().parents if folder.exists())
+
+
 @contextmanager
 def whole_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its place when the block ends well, and vanishes when it does not.
+    """A temporary folder near `path` that takes its place when the block ends well, and vanishes when it does not.
 
     Raises:
         FileExistsError, OSError: see `check_output`.
     """
     path = check_output(path, overwrite=overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
+    # Beside its place or, where that is still to be made, above it: on the same disk, and nothing else is left behind.
+    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=_nearest_folder(path)))
     try:
         yield partial
         os.chmod(partial, 0o777 & ~_umask())
+        path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
             os.replace(path, old / path.name)
-            os.replace(partial, path)
-            shutil.rmtree(old)
+            try:
+                os.replace(partial, path)
+            except OSError:
+                os.replace(old / path.name, path)
+                raise
+            finally:
+                shutil.rmtree(old, ignore_errors=True)
         else:
             os.replace(partial, path)
     finally:

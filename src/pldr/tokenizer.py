@@ -1,6 +1,7 @@
 """Tokenizers: the SentencePiece model of the published checkpoints as a transformers fast tokenizer, and its training."""
 
 import contextlib
+import math
 import os
 import re
 from collections.abc import Iterable
@@ -30,7 +31,12 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
         if (path / "tokenizer.json").is_file():
             from transformers import AutoTokenizer
 
-            return AutoTokenizer.from_pretrained(path)
+            try:
+                return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            except Exception as error:  # noqa: BLE001 (damaged files raise anything; each is the file's fault)
+                raise ValueError(
+                    f"{path}: damaged or unsupported tokenizer ({' '.join(str(error).split())[:200]})"
+                ) from None
         models = sorted(path.glob("*.model"))
         if len(models) != 1:
             found = f"{len(models)} *.model files" if models else "no *.model file"
@@ -66,11 +72,19 @@ def from_sentencepiece(path: str | os.PathLike[str]) -> Any:
     if model.trainer_spec.model_type != 1:
         raise ValueError(f"{path}: only SentencePiece unigram models are supported")
 
+    spec = model.trainer_spec
+    special = {"pad": spec.pad_id, "unk": spec.unk_id, "bos": spec.bos_id, "eos": spec.eos_id}
+    outside = [name for name, index in special.items() if index >= len(model.pieces)]
+    if outside or spec.unk_id < 0 or not all(math.isfinite(piece.score) for piece in model.pieces):
+        raise ValueError(f"{path}: damaged SentencePiece model (scores, or ids of its special pieces)")
     scores = [(piece.piece, piece.score) for piece in model.pieces]
     tokenizer = Tokenizer(Unigram(scores, model.trainer_spec.unk_id, model.trainer_spec.byte_fallback))
     steps: list[Any] = []
     if model.normalizer_spec.precompiled_charsmap:
-        steps.append(normalizers.Precompiled(model.normalizer_spec.precompiled_charsmap))
+        try:
+            steps.append(normalizers.Precompiled(model.normalizer_spec.precompiled_charsmap))
+        except Exception as error:  # noqa: BLE001 (the Rust library's own kind of error)
+            raise ValueError(f"{path}: damaged SentencePiece model ({error})") from None
     if model.normalizer_spec.remove_extra_whitespaces:
         steps += [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     if steps:
@@ -89,12 +103,7 @@ def from_sentencepiece(path: str | os.PathLike[str]) -> Any:
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    spec = model.trainer_spec
-    control = {
-        f"{name}_token": model.pieces[index].piece
-        for name, index in (("pad", spec.pad_id), ("unk", spec.unk_id), ("bos", spec.bos_id), ("eos", spec.eos_id))
-        if index >= 0
-    }
+    control = {f"{name}_token": model.pieces[index].piece for name, index in special.items() if index >= 0}
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, **control, split_special_tokens=True, clean_up_tokenization_spaces=False,
         padding_side="left",

@@ -1,6 +1,7 @@
 """Training: a recipe through transformers' Trainer."""
 
 import contextlib
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, progress: bool = True) -> 
         progress: show a progress bar.
 
     Returns:
-        steps, tokens, seconds, tokens_per_second, train_loss and, with validation data, validation_loss (nats a token,
+        steps, tokens, left_out_tokens (of the last partial sequence), seconds, tokens_per_second, train_loss and, with validation data, validation_loss (nats a token,
         G_LM computed from each full sequence).
 
     Raises:
@@ -51,7 +52,11 @@ def train(recipe: Recipe, *, overwrite: bool = False, progress: bool = True) -> 
             # On the model, because the Trainer's own setting has another name in each transformers release.
             name = "activation_checkpointing_enable"
             getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")()
-        sequences, _ = pack(read_documents(recipe.data.train), tokenizer, length)
+        sequences, left_out = pack(read_documents(recipe.data.train), tokenizer, length)
+        if len(sequences) < recipe.optimization.batch_size:
+            raise ValueError(
+                f"data: {len(sequences)} training sequences are less than one batch of {recipe.optimization.batch_size}"
+            )
         held_out = (
             pack(read_documents(recipe.data.validation), tokenizer, length)[0] if recipe.data.validation else None
         )
@@ -68,18 +73,35 @@ def train(recipe: Recipe, *, overwrite: bool = False, progress: bool = True) -> 
         trainer.add_callback(bar)
         result = trainer.train()
         tokens = recipe.optimization.steps * recipe.optimization.batch_size * recipe.optimization.accumulation * length
+        _check_finite(model, result.training_loss)
         summary = {
             "steps": recipe.optimization.steps,
             "tokens": tokens,
+            "left_out_tokens": left_out,
             "seconds": result.metrics["train_runtime"],
             "tokens_per_second": tokens / result.metrics["train_runtime"],
-            "train_loss": bar.loss,
+            # Of the last logged steps; of all, where there were too few to log.
+            "train_loss": result.training_loss if math.isnan(bar.loss) else bar.loss,
         }
         if held_out is not None:
             summary["validation_loss"] = trainer.evaluate()["eval_loss"]
+        model.config.use_cache = True  # the Trainer switches it off
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return summary
+
+
+def _check_finite(model: PldrForCausalLM, loss: float) -> None:
+    """
+    Raises:
+        FloatingPointError: the run diverged after its last log line; the weights are not worth keeping.
+    """
+    broken = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
+    if broken or not math.isfinite(loss):
+        raise FloatingPointError(f"the training diverged ({broken[0] if broken else 'loss'} is not finite); {_ADVICE}")
+
+
+_ADVICE = "lower optimization.learning_rate or raise optimization.warmup_steps"
 
 
 def _tokenizer(recipe: Recipe, folder: Path) -> Any:
@@ -140,6 +162,8 @@ def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         adam_epsilon=o.epsilon,
         max_grad_norm=o.clip_norm or 0.0,
         bf16=o.precision == "bf16",
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_drop_last=True,
         torch_compile=o.compile,
         logging_steps=recipe.log_steps,
         logging_nan_inf_filter=False,
@@ -165,10 +189,7 @@ class PldrTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         loss = logs.get("loss", 0.0)
         if not torch.isfinite(torch.tensor(loss)):
-            raise FloatingPointError(
-                f"the loss became {loss} by step {self.state.global_step}; lower optimization.learning_rate or raise "
-                "optimization.warmup_steps"
-            )
+            raise FloatingPointError(f"the loss became {loss} by step {self.state.global_step}; {_ADVICE}")
         super().log(logs, *args, **kwargs)
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
