@@ -247,3 +247,71 @@ class TestStatic:
                 ).logits
                 assert_close(logits, model(token, past_key_values=eager).logits, max_error=2e-5)
         assert len(graphs) == 1
+
+
+class TestUnusualCalls:
+    @pytest.mark.parametrize("operator", ["learned", "constant"])
+    @pytest.mark.parametrize(("kv", "g"), MODES)
+    def test_beams_in_every_mode(self, small_model, ids, operator, kv, g):
+        model = small_model(operator=operator, operator_init="random")
+        settings = {"use_cache": kv, "use_g_cache": g, "num_beams": 3}
+        tokens = continuation(model, ids[:2], **settings)
+        for row in range(2):
+            assert torch.equal(tokens[row : row + 1], continuation(model, ids[row : row + 1], **settings))
+
+    def test_assisted_decoding(self, small_model, frozen_model, ids):
+        """Its first forward holds guesses: refused where they would enter G_LM, exact where G_LM is constant."""
+        repeated = ids[:1].repeat(1, 2)
+        for settings in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": frozen_model}):
+            with pytest.raises(ValueError, match="assisted decoding: its first forward holds guessed tokens"):
+                continuation(small_model(), repeated, **settings)
+        expected = continuation(frozen_model, repeated)
+        assert torch.equal(continuation(frozen_model, repeated, prompt_lookup_num_tokens=3), expected)
+
+    @pytest.mark.parametrize("static", [False, True])
+    def test_a_mask_as_long_as_a_static_cache(self, small_model, ids, static):
+        model = small_model()
+        mask = torch.zeros(3, 20, dtype=torch.long)
+        mask[:, :16] = 1
+        mask[0, :4] = 0
+        with torch.no_grad():
+            expected = model(ids[:, :12], attention_mask=mask[:, :12], use_cache=False).logits
+            cache = make_cache(model.config, max_cache_len=20 if static else None)
+            prefill = model(ids[:, :12], attention_mask=mask if static else mask[:, :12], past_key_values=cache).logits
+            assert_close(prefill[:, 4:], expected[:, 4:], max_error=1e-5)
+            plain = make_cache(model.config)
+            model(ids[:, :12], attention_mask=mask[:, :12], past_key_values=plain)
+            step = model(ids[:, 12:13], attention_mask=mask, past_key_values=cache).logits if static else None
+            wanted = model(ids[:, 12:13], attention_mask=mask[:, :13], past_key_values=plain).logits
+        if static:
+            assert_close(step, wanted, max_error=1e-5)
+
+    def test_a_mask_of_the_new_tokens_alone_is_refused(self, small_model, ids):
+        model = small_model()
+        cache = model(ids[:, :10]).past_key_values
+        with pytest.raises(ValueError, match="attention_mask: covers 6 tokens, but there are 10 earlier and 6 new"):
+            model(ids[:, 10:], attention_mask=torch.ones(3, 6), past_key_values=cache)
+
+    def test_caches_that_do_not_fit_the_call(self, small_model, ids):
+        model = small_model()
+        with pytest.raises(ValueError, match="keeps no keys and values; pass use_cache=False"):
+            continuation(model, ids, past_key_values=make_cache(model.config, kv=False))
+        only_g = make_cache(model.config, kv=False)
+        model(ids[:1], past_key_values=only_g)
+        with pytest.raises(ValueError, match="holds G_LM of 1 sequences, the input has 3"):
+            model(ids, past_key_values=only_g)
+        with pytest.raises(ValueError, match="the given past_key_values decides"):
+            model(ids, past_key_values=make_cache(model.config), use_g_cache=False)
+
+    def test_static_caches_end_with_the_context(self, small_model, ids):
+        model = small_model()
+        with pytest.raises(ValueError, match="max_cache_len=65 is longer than the context length"):
+            make_cache(model.config, max_cache_len=65)
+        with pytest.raises(ValueError, match="max_length=76 is longer than the context length"):
+            model.generate(ids, max_new_tokens=60, cache_implementation="static")
+
+    def test_gradient_checkpointing_beside_a_cache(self, small_model, ids):
+        model = small_model().train()
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        model(ids, labels=ids, past_key_values=make_cache(model.config)).loss.backward()
+        assert model.model.layers[0].self_attn.operator.exponent.grad.abs().sum() > 0

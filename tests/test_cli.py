@@ -207,16 +207,6 @@ class TestFreezeConvertInfo:
         fails(run("convert", FIXTURES / "v51-small", "/proc/nowhere/out"), "/proc/")
         assert list(tmp_path.iterdir()) == []
 
-    def test_disk_full(self, run, tmp_path, monkeypatch):
-        import errno
-
-        def full(*args, **kwargs):
-            raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "out"))
-
-        monkeypatch.setattr(PldrForCausalLM, "save_pretrained", full)
-        fails(run("convert", FIXTURES / "v51-small", tmp_path / "out"), "No space left on device")
-        assert list(tmp_path.iterdir()) == []
-
     def test_info(self, run, folder, tmp_path):
         code, out, _ = run("info", folder, "--json")
         facts = json.loads(out)
@@ -258,3 +248,72 @@ class TestTrain:
         assert summary["tokens"] == 64
         assert run("generate", tmp_path / "out", "the cat", "--max-new-tokens", 3)[0] == 0
         fails(run("train", tmp_path / "r.yaml"), "exists and is not empty")
+
+
+def test_wrong_usage_is_one_line_too(run):
+    for arguments in (
+        ["generate", "m"],
+        ["generate", "m", "p", "--top-p", "abc"],
+        ["info", "m", "--nothing"],
+        ["what"],
+    ):
+        code, out, err = run(*arguments)
+        assert code == 2
+        assert out == ""
+        assert len(err.strip().splitlines()) == 1, err
+
+
+def test_a_bug_is_one_line_with_a_way_to_its_traceback(run, folder, monkeypatch):
+    def broken(*args, **kwargs):
+        raise KeyError("surprise")
+
+    monkeypatch.setattr("pldr.report.model_facts", broken)
+    fails(run("info", folder), "unexpected KeyError (PLDR_TRACEBACK=1 shows where)")
+    monkeypatch.setenv("PLDR_TRACEBACK", "1")
+    monkeypatch.setattr(sys, "argv", ["pldr", "info", str(folder)])
+    with pytest.raises(KeyError):
+        main()
+
+
+def test_reference_checkpoints_of_v52(run, tmp_path, toy_tokenizer):
+    torch.manual_seed(0)
+    config = PldrConfig(
+        vocab_size=len(toy_tokenizer), hidden_size=32, num_attention_heads=2, num_hidden_layers=2,
+        metric_learner_units=2, metric_learner_width=24, max_position_embeddings=64, rope_pairing="halves",
+    )  # fmt: skip
+    PldrForCausalLM(config).save_pretrained(tmp_path / "ours")
+    toy_tokenizer.save_pretrained(tmp_path / "ours")
+    run("convert", tmp_path / "ours", tmp_path / "reference", "--to", "reference")
+    file = tmp_path / "reference" / "hyperparameters.py"
+    file.write_text(file.read_text().replace("'reference_rope': False, ", ""))  # as the published framework writes it
+    expected = run("generate", tmp_path / "ours", "the cat sat on a")
+    assert run("generate", tmp_path / "reference", "the cat sat on a", "--rope", "halves") == expected
+    assert run("generate", tmp_path / "reference", "the cat sat on a") != expected
+    run("freeze", tmp_path / "reference", tmp_path / "frozen", "--prompt", "the cat", "--rope", "halves")
+    assert load_model(tmp_path / "frozen").config.rope_pairing == "halves"
+
+
+@pytest.mark.parametrize("to", ["pldr", "hub", "reference"])
+def test_a_full_disk(tmp_path, to):
+    """The system itself refuses to write more than 20 kB to a file."""
+    code = (
+        "import resource, signal, sys\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "from pldr.cli import main\n"
+        "import pldr.convert\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        f"sys.argv = ['pldr', 'convert', {str(FIXTURES / 'v51-small' / 'hub')!r}, {str(tmp_path / 'out')!r}, '--to', {to!r}]\n"
+        "main()\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    assert "could not be written" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_demo_replaces_only_its_own_folder(run, tmp_path):
+    (tmp_path / "work" / "model").mkdir(parents=True)
+    (tmp_path / "work" / "model" / "thesis.txt").write_text("years")
+    fails(run("demo", "--output", tmp_path / "work"), "exists and is not empty")
+    assert (tmp_path / "work" / "model" / "thesis.txt").read_text() == "years"

@@ -291,3 +291,121 @@ class TestDamagedFolders:
         with pytest.raises(ValueError, match="--to: must be one of"):
             convert_checkpoint(folder, tmp_path / "out", to="gguf")
         assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+class TestStrictness:
+    @pytest.fixture
+    def folder(self, tmp_path):
+        load_model(FIXTURES / "v51-small" / "hub").save_pretrained(tmp_path / "model", max_shard_size="100KB")
+        return tmp_path / "model"
+
+    def test_the_files_checked_are_the_files_loaded(self, folder):
+        """A stray single file beside the shards would be what transformers reads."""
+        save_file({"lm_head.bias": torch.zeros(97)}, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=r"holds both model\.safetensors and"):
+            load_model(folder)
+
+    def test_every_file_must_be_in_the_sums(self, folder):
+        sums = (folder / "SHA256SUMS").read_text().splitlines()
+        (folder / "SHA256SUMS").write_text("\n".join(sums[1:]) + "\n")
+        with pytest.raises(ValueError, match="does not list model-00001"):
+            load_model(folder)
+
+    def test_configuration_chooses_no_code(self, folder):
+        """Attention kernels and quantisation backends named in a file would be fetched and run."""
+        fields = json.loads((folder / "config.json").read_text())
+        for name, value in [("attn_implementation", "owner/kernel"), ("quantization_config", {"quant_method": "x"})]:
+            (folder / "config.json").write_text(json.dumps(fields | {name: value}))
+            with pytest.raises(ValueError, match=f"{name} is not read from a file"):
+                load_model(folder)
+        (folder / "config.json").write_text(json.dumps(fields | {"_attn_implementation": "owner/kernel"}))
+        assert load_model(folder).config._attn_implementation == "sdpa"
+
+    @pytest.mark.parametrize(
+        "change",
+        [{"layer_norm_eps": float("nan")}, {"rope_theta": float("inf")}, {"num_attention_heads": 0}, {"dtype": "garbage"},
+         {"layer_types": ["x"]}, {"id2label": 3}],
+    )  # fmt: skip
+    def test_nonsense_in_the_configuration(self, folder, change):
+        fields = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(fields | change))
+        with pytest.raises(ValueError, match=r"config\.json"):
+            load_model(folder)
+
+    @pytest.mark.parametrize("index", ["[]", '{"weight_map": {"a": 5}}', "{", '{"weight_map": []}'])
+    def test_nonsense_in_the_index(self, folder, index):
+        (folder / "model.safetensors.index.json").write_text(index)
+        with pytest.raises(ValueError, match="damaged index"):
+            load_model(folder)
+
+    def test_one_dtype(self, tmp_path):
+        shutil.copytree(FIXTURES / "v51-small", tmp_path / "m")
+        file = tmp_path / "m" / "hub" / "model.safetensors"
+        state = load_file(file)
+        state["final_layer.bias"] = state["final_layer.bias"].bfloat16()
+        save_file(state, file, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match="must have one dtype, found BF16, F32"):
+            load_model(tmp_path / "m" / "hub")
+        content = torch.load(tmp_path / "m" / "model-checkpoint.pth", weights_only=True)
+        content["model_state_dict"]["final_layer.bias"] = state["final_layer.bias"]
+        torch.save(content, tmp_path / "m" / "model-checkpoint.pth")
+        with pytest.raises(ValueError, match="must have one dtype, found bfloat16, float32"):
+            load_model(tmp_path / "m")
+
+    @pytest.mark.parametrize("state", [{}, {3: torch.zeros(2)}, {"a": torch.zeros(2).to_sparse()}, {"a": 5}])
+    def test_nonsense_in_a_pth(self, tmp_path, state):
+        shutil.copytree(FIXTURES / "v51G-random", tmp_path / "m")
+        torch.save({"model_state_dict": state}, tmp_path / "m" / "model-checkpoint.pth")
+        with pytest.raises(ValueError, match="no model_state_dict of named, dense tensors"):
+            load_model(tmp_path / "m")
+
+    @pytest.mark.parametrize("content", [5, None, [()], {"a": 1}, torch.tensor(1.0), [torch.tensor(1.0)], ["ab"]])
+    def test_nonsense_in_an_operator_file(self, tmp_path, content):
+        (tmp_path / "G.pkl").write_bytes(pickle.dumps(content))
+        with pytest.raises(ValueError, match=r"not one tensor a layer|must be \[layers"):
+            load_predefined_G(tmp_path / "G.pkl")
+
+    def test_a_pickle_gets_no_hold_of_live_functions(self, tmp_path):
+        before = torch._utils._rebuild_tensor_v2.__defaults__
+        opcodes = b"ctorch._utils\n_rebuild_tensor_v2\n(N}X\x0c\x00\x00\x00__defaults__(X\x05\x00\x00\x00pwnedtstb."
+        (tmp_path / "G.pkl").write_bytes(opcodes)
+        with pytest.raises(ValueError, match="not a pickle of tensors alone"):
+            load_predefined_G(tmp_path / "G.pkl")
+        assert torch._utils._rebuild_tensor_v2.__defaults__ == before
+
+    def test_hyperparameters_are_unambiguous(self, tmp_path):
+        shutil.copytree(FIXTURES / "v51-small", tmp_path / "m")
+        file = tmp_path / "m" / "hyperparameters.py"
+        text = file.read_text()
+        file.write_text(text + "\nhpdict['d_model'] = 64\n")
+        with pytest.raises(ValueError, match="hpdict is used more than once"):
+            load_model(tmp_path / "m")
+        file.write_text(text)
+        (tmp_path / "m" / "other-hyperparameters.py").write_text(text)
+        with pytest.raises(ValueError, match=r"none is clearly that of model-checkpoint\.pth"):
+            load_model(tmp_path / "m")
+        (tmp_path / "m" / "model-hyperparameters.py").write_text(text)
+        assert load_model(tmp_path / "m").config.num_hidden_layers == 2
+
+    def test_what_a_layout_can_not_say(self, small_model, tmp_path):
+        small_model(rope_theta=500.0).save_pretrained(tmp_path / "theta")
+        with pytest.raises(ValueError, match=r"--to reference: rope_theta=500\.0 can not be expressed"):
+            convert_checkpoint(tmp_path / "theta", tmp_path / "out", to="reference")
+        assert not (tmp_path / "out").exists()
+        fields = {"eos_token_id": 7, "pad_token_id": 5, "attention_dropout": 0.25}
+        model = small_model(operator="constant", operator_init="random", operator_trainable=True, **fields)
+        model.save_pretrained(tmp_path / "ours")
+        for to in ("hub", "reference"):
+            convert_checkpoint(tmp_path / "ours", tmp_path / to, to=to)
+            back = load_model(tmp_path / to).config
+            assert back.operator_trainable
+            assert {name: getattr(back, name) for name in fields} == fields
+
+    def test_base_model_of_a_hub_folder(self):
+        """`AutoModel`, without the head, also where G_LM is predefined."""
+        from transformers import AutoModel
+
+        for name in CASES:
+            base = AutoModel.from_pretrained(FIXTURES / name / "hub")
+            whole = load_model(FIXTURES / name / "hub").model.state_dict()
+            assert all(torch.equal(tensor, whole[key]) for key, tensor in base.state_dict().items())

@@ -3,13 +3,16 @@ import math
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, TextStreamer, pipeline
 from transformers.masking_utils import create_causal_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from helpers import assert_close
 from pldr import PldrConfig, PldrForCausalLM
 from pldr.configuration_pldr import PRESETS
-from pldr.modeling_pldr import create_masks
+from pldr.modeling_pldr import create_masks, eager_attention
+from pldr.operator import LearnedOperator
 from pldr.ops.reference import apply_rotary
 
 PUBLISHED_PARAMETERS = {
@@ -145,8 +148,13 @@ def test_meta_device_then_materialised(small_model, small_config, ids):
     with torch.device("meta"):
         empty = PldrForCausalLM(small_config())
     assert all(parameter.is_meta for parameter in empty.parameters())
+    # Materialised the way FSDP and accelerate do it: storage, then weights, then what is not saved.
+    empty.to_empty(device="cpu").eval()
+    empty.load_state_dict(model.state_dict())
+    empty.model.rotary_embedding.inverse_frequencies.copy_(empty.model.rotary_embedding.compute())
     loaded = PldrForCausalLM.from_pretrained(None, config=small_config(), state_dict=model.state_dict()).eval()
     with torch.no_grad():
+        assert torch.equal(model(ids).logits, empty(ids).logits)
         assert torch.equal(model(ids).logits, loaded(ids).logits)
 
 
@@ -160,6 +168,8 @@ def test_attention_implementations_agree(small_model, ids, implementation, padde
     with torch.no_grad():
         expected = model(ids, attention_mask=mask).logits
         model.set_attn_implementation(implementation)
+        used = ALL_ATTENTION_FUNCTIONS.get_interface(model.config._attn_implementation, eager_attention)
+        assert implementation in used.__name__
         logits = model(ids, attention_mask=mask).logits
     # Positions that are padding themselves have no defined output. The two sum the softmax in another order.
     kept = mask.bool()
@@ -234,6 +244,26 @@ class TestDeductiveOutputs:
         assert output.deductive_outputs is None
         assert output.attentions is None
 
+    def test_asking_for_them_computes_nothing_more(self, small_model, ids):
+        """Not asked for, they cost nothing: the same operations run either way."""
+        model = small_model()
+
+        class Count(TorchDispatchMode):
+            def __init__(self):
+                super().__init__()
+                self.calls = []
+
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                self.calls.append(str(function))
+                return function(*args, **(kwargs or {}))
+
+        counts = []
+        for asked in (False, True):
+            with torch.no_grad(), Count() as count:
+                model(ids, use_cache=False, output_deductive_outputs=asked)
+            counts.append(count.calls)
+        assert counts[0] == counts[1]
+
     def test_constant_operator_has_only_G(self, small_model, ids):
         (layer, _) = small_model(operator="constant")(ids, output_deductive_outputs=True).deductive_outputs
         assert layer[:3] == (None, None, None)
@@ -277,13 +307,17 @@ class TestPrecisionAndCompilation:
         assert_close(under_autocast, expected, rms_ratio=5e-2)
         assert_close(in_bf16.float(), expected, rms_ratio=5e-2)
 
-    def test_gradient_checkpointing_changes_nothing(self, small_model, ids):
+    def test_gradient_checkpointing_changes_nothing(self, small_model, ids, monkeypatch):
         model = small_model().train()
+        calls = []
+        original = LearnedOperator.metric
+        monkeypatch.setattr(LearnedOperator, "metric", lambda *args: calls.append(1) or original(*args))
         model(ids, labels=ids, use_cache=False).loss.backward()
         expected = {name: p.grad.clone() for name, p in model.named_parameters()}
         model.zero_grad()
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         model(ids, labels=ids, use_cache=False).loss.backward()
+        assert len(calls) == 2 + 4  # two layers, once; then once forward and once again in the backward pass
         for name, parameter in model.named_parameters():
             assert_close(parameter.grad, expected[name], max_error=1e-7, name=name)
 
@@ -312,7 +346,8 @@ class TestGenerate:
 
         greedy = model.generate(ids[:1], max_new_tokens=6, do_sample=False, eos_token_id=None)
         beams = model.generate(ids[:1], max_new_tokens=6, do_sample=False, num_beams=8, eos_token_id=None)
-        assert log_likelihood(beams) >= log_likelihood(greedy)
+        assert not torch.equal(beams, greedy)
+        assert log_likelihood(beams) > log_likelihood(greedy)
 
     def test_streamer_and_pipeline(self, small_model, toy_tokenizer, capsys):
         model = small_model(vocab_size=len(toy_tokenizer))

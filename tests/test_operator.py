@@ -141,3 +141,16 @@ class TestFreeze:
             freeze(model, [ids[0, :0]])
         with pytest.raises(ValueError, match="constant already"):
             freeze(freeze(model, ids[:1]), ids[:1])
+
+    def test_one_prompt_in_any_form(self, small_model, ids):
+        expected = deductive_outputs(small_model(), ids[:1]).G_LM
+        for prompts in (ids[0], ids[:1], [ids[0]], [ids[:1]], [ids[0].tolist()]):
+            assert torch.equal(deductive_outputs(freeze(small_model(), prompts), ids[:1]).G_LM, expected)
+        for prompts in (ids[0].tolist(), [ids[:2]]):
+            with pytest.raises(ValueError, match=r"a prompt must be token ids \[T\]"):
+                freeze(small_model(), prompts)
+
+    def test_complex_and_integer_tensors_are_refused(self, small_model):
+        for dtype in (torch.complex64, torch.int64):
+            with pytest.raises(ValueError, match="must hold real floating-point numbers"):
+                freeze(small_model(), G_LM=torch.zeros(2, 2, 16, 16, dtype=dtype))

@@ -87,6 +87,24 @@ def test_recipes_are_found_by_name():
     assert find_recipe("demo-cpu").samefile(find_recipe("recipes/demo-cpu.yaml"))
     with pytest.raises(FileNotFoundError, match=r"no recipe of that name; there are .*demo-cpu"):
         find_recipe("demo-gpu")
+    # A place that does not exist is not a name.
+    for place in ("/nowhere/demo-cpu.yaml", "demo-cpu.txt"):
+        with pytest.raises(FileNotFoundError):
+            find_recipe(place)
+
+
+def test_the_wheel_brings_the_recipes(tmp_path):
+    import subprocess
+    import sys
+    import zipfile
+
+    pytest.importorskip("hatchling")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=Path(__file__).parents[1], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {f"pldr/recipes/{path.name}" for path in RECIPES} <= set(names)
+    assert "pldr/py.typed" in names
 
 
 @pytest.mark.parametrize(
@@ -239,6 +257,30 @@ class TestTrain:
         assert not (tmp_path / "out").exists()
         assert not list(tmp_path.glob(".out*"))
 
+    def test_a_short_run_that_diverges_is_not_a_success(self, write_recipe, tmp_path):
+        """Shorter than the log interval, so that no log line could show it."""
+        recipe = load_recipe(
+            write_recipe(optimization__learning_rate=1e30, optimization__clip_value=None, log_steps=500)
+        )
+        with pytest.raises(FloatingPointError, match="diverged"):
+            train(recipe, progress=False)
+        assert not (tmp_path / "out").exists()
+
+    def test_a_short_run_reports_a_loss_and_keeps_the_cache_on(self, write_recipe, tmp_path):
+        summary = train(load_recipe(write_recipe(log_steps=500)), progress=False)
+        assert math.isfinite(summary["train_loss"])
+        assert load_model(tmp_path / "out").config.use_cache
+
+    def test_bf16_autocast_on_the_cpu(self, write_recipe, tmp_path):
+        assert math.isfinite(
+            train(load_recipe(write_recipe(optimization__precision="bf16")), progress=False)["train_loss"]
+        )
+
+    def test_gradient_checkpointing(self, write_recipe, tmp_path):
+        one = train(load_recipe(write_recipe()), progress=False)
+        path = write_recipe(output=str(tmp_path / "other"), optimization__gradient_checkpointing=True)
+        assert train(load_recipe(path), progress=False)["train_loss"] == pytest.approx(one["train_loss"], rel=1e-5)
+
     def test_errors_come_before_the_work(self, write_recipe, tmp_path):
         def message(**changes):
             with pytest.raises((ValueError, OSError)) as error:
@@ -250,6 +292,10 @@ class TestTrain:
         assert "unknown field" in message(model__config=TINY | {"heads": 5})
         assert "hidden_size" in message(model__config=TINY | {"hidden_size": "wide"})
         assert "is not a published model" in message(model__preset="v99")
+        assert "less than one batch of 5000" in message(optimization__batch_size=5000)
+        assert "matches no file" in message(data__train=["nothing.txt"], output=str(tmp_path / "a" / "b" / "c"))
+        assert not (tmp_path / "a").exists()
+        assert "current folder or a mount point" in message(output=".")
         (tmp_path / "full").mkdir()
         (tmp_path / "full" / "file").write_text("keep me")
         assert "exists and is not empty" in message(output=str(tmp_path / "full"))

@@ -1,3 +1,5 @@
+import unicodedata
+
 import pytest
 import sentencepiece
 
@@ -10,7 +12,8 @@ TRICKY = [
     "\u202eright to left override\u202c", "한국어 日本語テキスト", "é é ﬁ ﬂ ½ ２ ™ Å", "नमस्ते दुनिया", "ไทย ภาษา",
     "[END] [PAD] [START] [UNK] x[END]y", "a [SEP] b[CLS]c [CLS]", "<0x41> <0xE2>", "▁ under ▁x",
     "zero\u200bwidth\u200d\u200e", "\u0000control\u0007\x1b", "no\u00a0break\u3000space", "\ufeffBOM",
-    "1234567890 3.14 2^10", "x" * 500,
+    "1234567890 3.14 2^10", "x" * 500, "ｶﾞｷﾞ", "\xa0\u200d", "a～b \u0344", "①②㍿ﷺ Ⅷ",
+    *(unicodedata.normalize("NFD", text) for text in ("Tiếng Việt ngữ ế ộ", "한국어", "ガギグパピ", "Ελλάδα ΐ", "café Å", "ệ")),
 ]  # fmt: skip
 
 
@@ -120,3 +123,43 @@ def test_streamed_pieces_add_up(pair):
             streamer.put(torch.tensor([token]))
         streamer.end()
         assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_a_tokenizer_folder_runs_no_code(tmp_path, monkeypatch):
+    """Even where standard input would say yes to transformers' question."""
+    import io
+    import json
+
+    marker = tmp_path / "owned"
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "evil.py").write_text(f"open({str(marker)!r}, 'w').close()\nclass Evil: pass\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\ny\n"))
+    for fields in ({"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}, {"tokenizer_class": "Evil"}):
+        fields |= {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(fields))
+        with pytest.raises(ValueError, match="damaged or unsupported tokenizer"):
+            load_tokenizer(tmp_path)
+    assert not marker.exists()
+
+
+def test_streaming_a_byte_level_tokenizer():
+    """One that cuts characters inside ordinary tokens."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    from pldr.generation import _TextStreamer
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(BPE({character: index for index, character in enumerate(alphabet)}, []))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    pieces = []
+    streamer = _TextStreamer(tokenizer, pieces.append)
+    import torch
+
+    streamer.put(torch.tensor([[1]]))
+    for token in tokenizer("a😀b é")["input_ids"]:
+        streamer.put(torch.tensor([token]))
+    streamer.end()
+    assert "".join(pieces) == "a😀b é"

@@ -166,9 +166,8 @@ def load_predefined_G(path: str | os.PathLike[str]) -> torch.Tensor:
             layers = _TensorUnpickler(io.BytesIO(path.read_bytes())).load()
         except Exception as error:  # noqa: BLE001 (damaged pickles raise anything; each is the file's fault)
             raise ValueError(f"{path}: not a pickle of tensors alone ({_one_line(error)})") from None
-    if not isinstance(layers, (list, tuple, torch.Tensor)) or not all(
-        isinstance(x, (torch.Tensor, list, tuple)) for x in layers
-    ):
+    rows = isinstance(layers, (list, tuple)) or (isinstance(layers, torch.Tensor) and layers.dim() > 0)
+    if not rows or not all(isinstance(row, (torch.Tensor, list, tuple)) for row in layers):
         raise ValueError(f"{path}: not one tensor a layer")
     picked = [layer[-1] if isinstance(layer, (tuple, list)) and layer else layer for layer in layers]
     if not picked or not all(isinstance(layer, torch.Tensor) for layer in picked):

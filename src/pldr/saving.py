@@ -16,14 +16,14 @@ def check_output(path: str | os.PathLike[str], *, overwrite: bool = False) -> Pa
         OSError: it can not be created or written.
     """
     path = Path(path)
-    if path.exists() and not path.is_dir():
-        raise FileExistsError(f"{path}: is a file; choose another output folder")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise FileExistsError(f"{path}: exists and is not empty; choose another folder, or pass --overwrite")
     if path.resolve() == Path.cwd() or path.is_mount():
         raise FileExistsError(
             f"{path}: is the current folder or a mount point, which can not be replaced; name one inside"
         )
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{path}: is a file; choose another output folder")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise FileExistsError(f"{path}: exists and is not empty; choose another folder, or pass --overwrite")
     parent = _nearest_folder(path)
     if not os.access(parent, os.W_OK):
         raise PermissionError(f"{path}: {parent} is not writable; choose another output folder")

@@ -14,6 +14,8 @@ CONTROL_PIECES = {"pad": "[PAD]", "unk": "[UNK]", "bos": "[START]", "eos": "[END
 
 # Piece types of the SentencePiece format that can be found in text: NORMAL and USER_DEFINED.
 _FOUND_IN_TEXT = (1, 4)
+# Characters that SentencePiece's "nfkc" tables leave alone, each with a noncharacter that no text holds.
+_NOT_NFKC = {"\uff5e": "\ufdd0", "\u0344": "\ufdd1"}
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Any:
@@ -81,6 +83,12 @@ def from_sentencepiece(path: str | os.PathLike[str]) -> Any:
     tokenizer = Tokenizer(Unigram(scores, model.trainer_spec.unk_id, model.trainer_spec.byte_fallback))
     steps: list[Any] = []
     if model.normalizer_spec.precompiled_charsmap:
+        if "nfkc" in model.normalizer_spec.name:
+            # SentencePiece composes wherever its table matches, tokenizers only whole short grapheme clusters. The
+            # table is NFKC but for these two, so that composing first makes the two agree on decomposed text.
+            steps += [normalizers.Replace(character, aside) for character, aside in _NOT_NFKC.items()]
+            steps.append(normalizers.NFKC())
+            steps += [normalizers.Replace(aside, character) for character, aside in _NOT_NFKC.items()]
         try:
             steps.append(normalizers.Precompiled(model.normalizer_spec.precompiled_charsmap))
         except Exception as error:  # noqa: BLE001 (the Rust library's own kind of error)
