@@ -125,6 +125,19 @@ def test_rotary_against_complex_multiplication(pairing):
     assert_close(rotated, expected, max_error=1e-6)
 
 
+def test_rotary_table_stays_in_float32(small_model, tmp_path):
+    model = small_model()
+    expected = model.model.rotary_embedding.table.clone()
+    assert expected.dtype == torch.float32
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    for again in (model, PldrForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)):
+        assert again.dtype == torch.bfloat16
+        assert torch.equal(again.model.rotary_embedding.table, expected)
+    # cos and sin of position · 10000^(-2i/16).
+    assert expected[0, 5, 3].item() == pytest.approx(math.cos(5 * 10000 ** (-6 / 16)), abs=1e-6)
+    assert expected[1, 5, 3].item() == pytest.approx(math.sin(5 * 10000 ** (-6 / 16)), abs=1e-6)
+
+
 @pytest.mark.parametrize("operator", ["learned", "constant"])
 def test_save_and_load(small_model, ids, tmp_path, operator):
     model = small_model(operator=operator, operator_init="random")
@@ -151,7 +164,7 @@ def test_meta_device_then_materialised(small_model, small_config, ids):
     # Materialised the way FSDP and accelerate do it: storage, then weights, then what is not saved.
     empty.to_empty(device="cpu").eval()
     empty.load_state_dict(model.state_dict())
-    empty.model.rotary_embedding.inverse_frequencies.copy_(empty.model.rotary_embedding.compute())
+    empty.model.rotary_embedding.table.copy_(empty.model.rotary_embedding.compute())
     loaded = PldrForCausalLM.from_pretrained(None, config=small_config(), state_dict=model.state_dict()).eval()
     with torch.no_grad():
         assert torch.equal(model(ids).logits, empty(ids).logits)

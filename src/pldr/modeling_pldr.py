@@ -164,25 +164,36 @@ class PldrDecoderLayer(GradientCheckpointingLayer):
 
 
 class RotaryEmbedding(nn.Module):
-    """cos and sin of position · base^(-2i/D), float32."""
+    """cos and sin of position · base^(-2i/D) for every position of the context, always float32.
 
-    inverse_frequencies: torch.Tensor
+    A table, because a compiler would otherwise work out sines anew in each kernel that rotates something.
+    """
+
+    table: torch.Tensor
 
     def __init__(self, config: PldrConfig) -> None:
         super().__init__()
         self.config = config
-        self.register_buffer("inverse_frequencies", self.compute(), persistent=False)
+        self.register_buffer("table", self.compute(), persistent=False)
 
     def compute(self) -> torch.Tensor:
-        """[D/2], on the CPU unless a device context says otherwise."""
+        """[2, context, D/2]: cos and sin."""
         steps = torch.arange(0, self.config.head_dim, 2, dtype=torch.float32) / self.config.head_dim
-        return 1.0 / self.config.rope_theta**steps
+        positions = torch.arange(self.config.max_position_embeddings, dtype=torch.float32)
+        angles = positions[:, None] * (1.0 / self.config.rope_theta**steps)
+        return torch.stack((angles.cos(), angles.sin()))
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "RotaryEmbedding":
+        super()._apply(fn, recurse)
+        if self.table.dtype != torch.float32 and not self.table.is_meta:  # the model went to another dtype
+            self.table = self.compute().to(self.table.device)
+        return self
 
     @torch.no_grad()
     def forward(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[B or 1, T] → cos and sin, [B or 1, 1, T, D/2]."""
-        angles = position_ids[:, None, :, None].float() * self.inverse_frequencies.float()
-        return angles.cos(), angles.sin()
+        cos, sin = self.table[:, position_ids][:, :, None]
+        return cos, sin
 
 
 class PldrPreTrainedModel(PreTrainedModel):
@@ -235,7 +246,7 @@ class PldrPreTrainedModel(PreTrainedModel):
         elif isinstance(module, ConstantOperator):
             self._init_constant_operator(module.G_LM)
         elif isinstance(module, RotaryEmbedding):
-            init.copy_(module.inverse_frequencies, module.compute())
+            init.copy_(module.table, module.compute())
 
     def _init_constant_operator(self, G_LM: torch.Tensor) -> None:
         if getattr(G_LM, "_is_hf_initialized", False):

@@ -168,6 +168,7 @@ def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         logging_steps=recipe.log_steps,
         logging_nan_inf_filter=False,
         save_strategy="no",
+        prediction_loss_only=True,
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -182,6 +183,10 @@ class PldrTrainer(Trainer):
         self.optimization = optimization
         if optimization.clip_value is not None:
             self.add_callback(_ClipByValue(optimization.clip_value))
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        # Only the loss is wanted, in training as in evaluation: all logits of a batch would fill gigabytes.
+        return super().compute_loss(model, {**inputs, "return_logits": False}, *args, **kwargs)
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         return [name for name, _ in model.named_parameters()]
