@@ -1,4 +1,6 @@
+import gzip
 import json
+import lzma
 import math
 from pathlib import Path
 
@@ -6,11 +8,12 @@ import pytest
 import torch
 import yaml
 
-from pldr import freeze, load_model, load_tokenizer
+from pldr import dag_loss, deductive_outputs, freeze, load_model, load_tokenizer
 from pldr.data import pack, read_documents
+from pldr.deductive import variation
 from pldr.recipe import Recipe, find_recipe, load_recipe
 from pldr.saving import whole_folder
-from pldr.train import PldrTrainer, build_model, train, training_arguments
+from pldr.train import PldrTrainer, build_model, operator_metrics, train, training_arguments
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 TINY = {
@@ -159,10 +162,34 @@ class TestData:
     def test_packing_loses_only_the_last_partial_block(self, toy_tokenizer):
         documents = ["the cat sat on a mat", "that dog ran", "see him"]
         ids = [i for text in documents for i in [*toy_tokenizer(text)["input_ids"], 3]]
-        data, left_out = pack(documents, toy_tokenizer, 7)
-        assert [i for row in data["input_ids"][:] for i in row] == ids[: len(ids) - left_out]
-        assert left_out == len(ids) % 7
-        assert data["labels"][:] == data["input_ids"][:]
+        data = pack(documents, toy_tokenizer, 7)
+        assert data.tensor(slice(None)).flatten().tolist() == ids[: len(ids) - data.left_out]
+        assert data.left_out == len(ids) % 7
+        assert len(data) == len(ids) // 7
+        assert torch.equal(data[1]["input_ids"], data.tensor(slice(1, 2))[0])
+        assert torch.equal(data[1]["labels"], data[1]["input_ids"])
+        assert data[1]["input_ids"].dtype == torch.int64
+
+    @pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".jsonl.xz"])
+    def test_json_lines(self, tmp_path, ending):
+        texts = ["the cat", "grüße 😀\nnext line"]
+        content = "".join(json.dumps({"title": "t", "body": text}) + "\n" for text in texts).encode()
+        compress = {".jsonl": lambda data: data, ".jsonl.gz": gzip.compress, ".jsonl.xz": lzma.compress}[ending]
+        file = tmp_path / f"books{ending}"
+        file.write_bytes(compress(content))
+        assert list(read_documents([str(file)], "body")) == texts
+        with pytest.raises(ValueError, match=r"books.*: line 1: no JSON object with 'text'"):
+            list(read_documents([str(file)]))
+        file.write_bytes(compress(content + b'{"body": "cut'))
+        with pytest.raises(ValueError, match="line 3: no JSON object"):
+            list(read_documents([str(file)], "body"))
+        file.write_bytes(compress(b'{"body": 5}\n'))
+        with pytest.raises(ValueError, match="line 1: 'body' is not a text but 5"):
+            list(read_documents([str(file)], "body"))
+        if ending != ".jsonl":
+            file.write_bytes(compress(content)[:-9])
+            with pytest.raises(ValueError, match="damaged compressed file"):
+                list(read_documents([str(file)], "body"))
 
     def test_errors(self, tmp_path, toy_tokenizer):
         with pytest.raises(FileNotFoundError, match=r"nothing\*.txt matches no file"):
@@ -215,7 +242,7 @@ class TestTrain:
     def test_optimiser_is_the_published_one(self, write_recipe, toy_tokenizer, tmp_path):
         recipe = load_recipe(write_recipe(optimization__steps=100, optimization__warmup_steps=10))
         trainer = PldrTrainer(recipe.optimization, model=build_model(recipe, toy_tokenizer),
-                              args=training_arguments(recipe, tmp_path))  # fmt: skip
+                              args=training_arguments(recipe, tmp_path), log_file=tmp_path / "log")  # fmt: skip
         trainer.create_optimizer_and_scheduler(100)
         groups = [group for group in trainer.optimizer.param_groups if group["params"]]
         assert [(group["weight_decay"], group["betas"], group["eps"]) for group in groups] == [(0.1, (0.9, 0.95), 1e-5)]
@@ -257,6 +284,53 @@ class TestTrain:
         assert not (tmp_path / "out").exists()
         assert not list(tmp_path.glob(".out*"))
 
+    def test_dag_regularisation_is_the_sum_that_it_says(self, write_recipe, toy_tokenizer, tmp_path, ids):
+        """One step's loss and gradients: cross-entropy + coefficient · DAG loss of each deductive output."""
+        settings = {"optimization__dag_A_LM": 0.05, "optimization__dag_G_LM": 0.5, "optimization__accumulation": 2}
+        recipe = load_recipe(write_recipe(**settings))
+        model = build_model(recipe, toy_tokenizer).train()
+        trainer = PldrTrainer(recipe.optimization, tmp_path / "log.jsonl", model=model,
+                              args=training_arguments(recipe, tmp_path))  # fmt: skip
+        loss = trainer.compute_loss(model, {"input_ids": ids, "labels": ids}, num_items_in_batch=45)
+        output = model(ids, labels=ids, use_cache=False, output_deductive_outputs=True)
+        layers = output.deductive_outputs
+        dag = {name: dag_loss(torch.stack([getattr(layer, name) for layer in layers])) for name in ("A_LM", "G_LM")}
+        expected = output.loss + (0.05 * dag["A_LM"] + 0.5 * dag["G_LM"]) / 2
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+        (one,) = torch.autograd.grad(loss, model.model.layers[0].self_attn.operator.exponent)
+        (other,) = torch.autograd.grad(expected, model.model.layers[0].self_attn.operator.exponent)
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-8)
+        model.eval()
+        plain = trainer.compute_loss(model, {"input_ids": ids, "labels": ids}, num_items_in_batch=45)
+        assert plain.item() == pytest.approx(output.loss.item(), rel=1e-6)
+
+    def test_dag_regularisation_lowers_the_dag_loss(self, write_recipe, tmp_path):
+        losses = []
+        for coefficient in (0.0, 5.0):
+            recipe = load_recipe(write_recipe(optimization__steps=60, optimization__dag_G_LM=coefficient,
+                                              output=str(tmp_path / f"dag-{coefficient}")))  # fmt: skip
+            train(recipe, progress=False)
+            model = load_model(recipe.output)
+            losses.append(dag_loss(deductive_outputs(model, torch.arange(5, 25)[None]).G_LM).item())
+        assert losses[1] < 0.5 * losses[0]
+
+    def test_evaluations_log_how_constant_the_operator_is(self, write_recipe, tmp_path):
+        train(load_recipe(write_recipe(eval_steps=6)), progress=False)
+        lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+        probes = [line for line in lines if "G_variation" in line]
+        assert [line["step"] for line in probes] == [6, 12, 12]  # the last once more at the end
+        assert all(len(line["G_variation"]) == 2 and min(line["G_variation"]) > 0 for line in probes)
+        assert [line["step"] for line in lines if "eval_loss" in line] == [6, 12, 12]
+        assert [line["step"] for line in lines if "learning_rate" in line] == [4, 8, 12]
+
+    def test_operator_metrics_against_separate_forwards(self, small_model, ids):
+        model, frozen = small_model(), freeze(small_model(), ids[:1])
+        metrics = operator_metrics(model, ids)
+        with torch.no_grad():
+            difference = frozen(ids[1:], labels=ids[1:]).loss - model(ids[1:], labels=ids[1:]).loss
+        assert metrics["G_frozen_difference"] == pytest.approx(difference.item(), abs=1e-6)
+        assert metrics["G_variation"] == pytest.approx(variation(deductive_outputs(model, ids).G_LM).tolist())
+
     def test_a_short_run_that_diverges_is_not_a_success(self, write_recipe, tmp_path):
         """Shorter than the log interval, so that no log line could show it."""
         recipe = load_recipe(
@@ -292,6 +366,9 @@ class TestTrain:
         assert "unknown field" in message(model__config=TINY | {"heads": 5})
         assert "hidden_size" in message(model__config=TINY | {"hidden_size": "wide"})
         assert "is not a published model" in message(model__preset="v99")
+        constant = {"model__config": TINY | {"operator": "constant"}, "optimization__dag_G_LM": 0.1}
+        assert "need a learned operator" in message(**constant)
+        assert "eval_steps needs data.validation" in message(eval_steps=5, data__validation=[])
         assert "less than one batch of 5000" in message(optimization__batch_size=5000)
         assert "matches no file" in message(data__train=["nothing.txt"], output=str(tmp_path / "a" / "b" / "c"))
         assert not (tmp_path / "a").exists()

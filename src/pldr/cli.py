@@ -94,7 +94,7 @@ def train(
 
     parsed = load_recipe(recipe, overrides)
     _quiet()
-    _require("train", "accelerate", "datasets")
+    _require("train", "accelerate")
     from pldr.train import train as run
 
     summary = run(parsed, overwrite=overwrite)
@@ -194,7 +194,7 @@ def demo(
 ) -> None:
     """Train a small model on real text, then cache and freeze its operator, and compare."""
     _quiet()
-    _require("train", "accelerate", "datasets", "matplotlib")
+    _require("train", "accelerate", "matplotlib")
     from pldr.demo import print_demo, run_demo
 
     result = run_demo(output, recipe)
@@ -273,7 +273,6 @@ def _load(
 
 def _quiet() -> None:
     """Keep the libraries' own bars and notes out of the output; errors stay."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers.utils import logging
 
     logging.disable_progress_bar()

@@ -91,7 +91,7 @@ def run_demo(output: Path, recipe_name: str = "demo-cpu") -> dict[str, Any]:
 
 
 def _sequences(sources: list[str], tokenizer: Any, length: int) -> torch.Tensor:
-    return torch.tensor(pack(read_documents(sources), tokenizer, length)[0]["input_ids"][:])
+    return pack(read_documents(sources), tokenizer, length).tensor(slice(None))
 
 
 @torch.no_grad()

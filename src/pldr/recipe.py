@@ -31,8 +31,10 @@ class DataRecipe:
     """What to train on.
 
     Attributes:
-        train, validation: text files or glob patterns, one document a file; or "pydoc-topics:train" and
-            "pydoc-topics:validation", the language reference that every Python carries.
+        train, validation: paths or glob patterns of text files (one document a file) and JSON lines (one a line), also
+            compressed (.gz, .xz); or "pydoc-topics:train" and "pydoc-topics:validation", the language reference that
+            every Python carries.
+        text_column: key of the text in a JSON line.
         tokenizer: a model folder or SentencePiece file; None trains one on the training text.
         vocab_size: pieces of a newly trained tokenizer.
         sequence_length: tokens of one packed training sequence.
@@ -40,6 +42,7 @@ class DataRecipe:
 
     train: list[str]
     validation: list[str] = field(default_factory=list)
+    text_column: str = "text"
     tokenizer: str | None = None
     vocab_size: int = 32000
     sequence_length: int = 1024
@@ -62,6 +65,8 @@ class OptimizationRecipe:
         precision: "fp32" or "bf16" (autocast).
         compile: run the model through torch.compile.
         gradient_checkpointing: recompute activations in the backward pass, for memory.
+        dag_A_LM, dag_A_P, dag_G_LM: coefficients of the DAG loss of each deductive output, added to the cross-entropy
+            (0.05 each in v51-DAG); they need a learned operator.
     """
 
     steps: int = 250000
@@ -79,6 +84,9 @@ class OptimizationRecipe:
     precision: str = "bf16"
     compile: bool = False
     gradient_checkpointing: bool = False
+    dag_A_LM: float = 0.0
+    dag_A_P: float = 0.0
+    dag_G_LM: float = 0.0
 
 
 @dataclass
@@ -89,6 +97,8 @@ class Recipe:
         output: folder of the trained model.
         seed: of initialisation and data order.
         log_steps: steps between two log lines.
+        eval_steps: steps between two evaluations on the validation data, None for one at the end. With a learned operator
+            each also measures how far G_LM varies over passages and the loss with G_LM frozen.
     """
 
     output: str
@@ -97,6 +107,7 @@ class Recipe:
     optimization: OptimizationRecipe = field(default_factory=OptimizationRecipe)
     seed: int = 1234
     log_steps: int = 50
+    eval_steps: int | None = None
 
     def __post_init__(self) -> None:
         o, d = self.optimization, self.data
@@ -105,11 +116,14 @@ class Recipe:
             "optimization.accumulation": o.accumulation, "optimization.learning_rate": o.learning_rate,
             "optimization.epsilon": o.epsilon, "data.sequence_length": d.sequence_length - 1,
             "data.vocab_size": d.vocab_size, "log_steps": self.log_steps, "data.train": len(d.train),
+            "eval_steps": 1 if self.eval_steps is None else self.eval_steps,
         }  # fmt: skip
         for name, value in positive.items():
             if value <= 0:
                 raise ValueError(f"recipe: {name} is too small")
-        for name in ("learning_rate", "weight_decay", "epsilon"):
+        if self.eval_steps is not None and not d.validation:
+            raise ValueError("recipe: eval_steps needs data.validation")
+        for name in ("learning_rate", "weight_decay", "epsilon", "dag_A_LM", "dag_A_P", "dag_G_LM"):
             if not 0 <= getattr(o, name) < math.inf:
                 raise ValueError(f"recipe: optimization.{name} must be a finite number ≥ 0, got {getattr(o, name)}")
         if o.clip_value is not None and o.clip_norm is not None:

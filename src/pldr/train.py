@@ -1,6 +1,8 @@
 """Training: a recipe through transformers' Trainer."""
 
 import contextlib
+import copy
+import json
 import math
 import time
 from pathlib import Path
@@ -19,6 +21,7 @@ from transformers import (
 
 from pldr.configuration_pldr import PldrConfig
 from pldr.data import pack, read_documents
+from pldr.deductive import dag_loss, deductive_outputs, variation
 from pldr.modeling_pldr import PldrForCausalLM
 from pldr.operator import freeze
 from pldr.recipe import OptimizationRecipe, Recipe
@@ -27,7 +30,7 @@ from pldr.tokenizer import load_tokenizer, train_sentencepiece
 
 
 def train(recipe: Recipe, *, overwrite: bool = False, progress: bool = True) -> dict[str, float]:
-    """Train a model and save it, with its tokenizer, in the recipe's output folder.
+    """Train a model and save it, with its tokenizer and ``log.jsonl``, in the recipe's output folder.
 
     Args:
         recipe: what to train, on what, and how.
@@ -35,8 +38,8 @@ def train(recipe: Recipe, *, overwrite: bool = False, progress: bool = True) -> 
         progress: show a progress bar.
 
     Returns:
-        steps, tokens, left_out_tokens (of the last partial sequence), seconds, tokens_per_second, train_loss and, with validation data, validation_loss (nats a token,
-        G_LM computed from each full sequence).
+        steps, tokens, left_out_tokens (of the last partial sequence), seconds, tokens_per_second, train_loss and, with
+        validation data, validation_loss (nats a token, G_LM computed from each full sequence).
 
     Raises:
         ValueError, OSError: a recipe, data or output folder that can not work; before any training.
@@ -44,24 +47,23 @@ def train(recipe: Recipe, *, overwrite: bool = False, progress: bool = True) -> 
     """
     output = check_output(recipe.output, overwrite=overwrite)
     set_seed(recipe.seed)
+    o, d = recipe.optimization, recipe.data
     with whole_folder(output, overwrite=overwrite) as folder:
         tokenizer = _tokenizer(recipe, folder)
         model = build_model(recipe, tokenizer)
-        length = recipe.data.sequence_length
-        if recipe.optimization.gradient_checkpointing:
+        if o.gradient_checkpointing:
             # On the model, because the Trainer's own setting has another name in each transformers release.
             name = "activation_checkpointing_enable"
             getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")()
-        sequences, left_out = pack(read_documents(recipe.data.train), tokenizer, length)
-        if len(sequences) < recipe.optimization.batch_size:
-            raise ValueError(
-                f"data: {len(sequences)} training sequences are less than one batch of {recipe.optimization.batch_size}"
-            )
-        held_out = (
-            pack(read_documents(recipe.data.validation), tokenizer, length)[0] if recipe.data.validation else None
-        )
+        sequences = pack(read_documents(d.train, d.text_column), tokenizer, d.sequence_length)
+        if len(sequences) < o.batch_size:
+            raise ValueError(f"data: {len(sequences)} training sequences are less than one batch of {o.batch_size}")
+        held_out = None
+        if d.validation:
+            held_out = pack(read_documents(d.validation, d.text_column), tokenizer, d.sequence_length)
         trainer = PldrTrainer(
-            recipe.optimization,
+            o,
+            folder / "log.jsonl",
             model=model,
             args=training_arguments(recipe, folder),
             train_dataset=sequences,
@@ -72,12 +74,12 @@ def train(recipe: Recipe, *, overwrite: bool = False, progress: bool = True) -> 
         bar = ProgressBar(recipe, enabled=progress)
         trainer.add_callback(bar)
         result = trainer.train()
-        tokens = recipe.optimization.steps * recipe.optimization.batch_size * recipe.optimization.accumulation * length
+        tokens = o.steps * o.batch_size * o.accumulation * d.sequence_length
         _check_finite(model, result.training_loss)
         summary = {
-            "steps": recipe.optimization.steps,
+            "steps": o.steps,
             "tokens": tokens,
-            "left_out_tokens": left_out,
+            "left_out_tokens": sequences.left_out,
             "seconds": result.metrics["train_runtime"],
             "tokens_per_second": tokens / result.metrics["train_runtime"],
             # Of the last logged steps; of all, where there were too few to log.
@@ -101,6 +103,8 @@ def _check_finite(model: PldrForCausalLM, loss: float) -> None:
         raise FloatingPointError(f"the training diverged ({broken[0] if broken else 'loss'} is not finite); {_ADVICE}")
 
 
+# Held-out passages that an evaluation measures the operator on.
+_PROBED = 16
 _ADVICE = "lower optimization.learning_rate or raise optimization.warmup_steps"
 
 
@@ -135,6 +139,10 @@ def build_model(recipe: Recipe, tokenizer: Any) -> PldrForCausalLM:
             f"recipe: data.sequence_length={recipe.data.sequence_length} is longer than "
             f"max_position_embeddings={config.max_position_embeddings}"
         )
+    if config.operator != "learned" and any(_dag_coefficients(recipe.optimization).values()):
+        raise ValueError(
+            "recipe: optimization.dag_… need a learned operator, which alone has deductive outputs to regularise"
+        )
     model = PldrForCausalLM(config)
     if recipe.model.G_LM is not None:
         from pldr.convert import load_predefined_G
@@ -167,6 +175,8 @@ def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         torch_compile=o.compile,
         logging_steps=recipe.log_steps,
         logging_nan_inf_filter=False,
+        eval_strategy="no" if recipe.eval_steps is None else "steps",
+        eval_steps=recipe.eval_steps,
         save_strategy="no",
         prediction_loss_only=True,
         report_to="none",
@@ -175,18 +185,46 @@ def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
     )
 
 
-class PldrTrainer(Trainer):
-    """transformers' Trainer with the published optimisation: clipping by value, decay on every parameter."""
+def _dag_coefficients(optimization: OptimizationRecipe) -> dict[str, float]:
+    return {name: getattr(optimization, f"dag_{name}") for name in ("A_LM", "A_P", "G_LM")}
 
-    def __init__(self, optimization: OptimizationRecipe, **kwargs: Any) -> None:
+
+class PldrTrainer(Trainer):
+    """transformers' Trainer with the published optimisation: clipping by value, decay on every parameter, DAG loss.
+
+    Every log line, evaluations included, also goes to a JSON-lines file.
+    """
+
+    def __init__(self, optimization: OptimizationRecipe, log_file: Path, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.optimization = optimization
+        self.log_file = log_file
+        self.dag_coefficients = {name: value for name, value in _dag_coefficients(optimization).items() if value}
         if optimization.clip_value is not None:
             self.add_callback(_ClipByValue(optimization.clip_value))
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         # Only the loss is wanted, in training as in evaluation: all logits of a batch would fill gigabytes.
-        return super().compute_loss(model, {**inputs, "return_logits": False}, *args, **kwargs)
+        inputs = {**inputs, "return_logits": False}
+        regularised = bool(self.dag_coefficients) and model.training
+        if regularised:
+            inputs["output_deductive_outputs"] = True
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if regularised:
+            for name, coefficient in self.dag_coefficients.items():
+                X = torch.stack([getattr(layer, name) for layer in outputs.deductive_outputs])
+                # The cross-entropies of accumulated batches add up to a mean; so must these.
+                loss = loss + coefficient * dag_loss(X) / self.args.gradient_accumulation_steps
+        return (loss, outputs) if return_outputs else loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        metrics = super().evaluate(*args, **kwargs)
+        model = self.accelerator.unwrap_model(self.model)
+        if model.config.operator == "learned" and len(self.eval_dataset) >= 2:
+            self.log(operator_metrics(model, self.eval_dataset.tensor(slice(_PROBED)).to(model.device)))
+        return metrics
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         return [name for name, _ in model.named_parameters()]
@@ -196,10 +234,39 @@ class PldrTrainer(Trainer):
         if not torch.isfinite(torch.tensor(loss)):
             raise FloatingPointError(f"the loss became {loss} by step {self.state.global_step}; {_ADVICE}")
         super().log(logs, *args, **kwargs)
+        with self.log_file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"step": self.state.global_step, **logs}) + "\n")
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         # Without clipping by norm the Trainer would compute the norm for the log alone, at every step.
         return grad_norm if self.optimization.clip_norm is not None else None
+
+
+@torch.no_grad()
+def operator_metrics(model: PldrForCausalLM, passages: torch.Tensor) -> dict[str, Any]:
+    """Whether G_LM has become a constant: what an evaluation logs beside the loss.
+
+    Args:
+        model: with a learned operator.
+        passages: [B, T], B ≥ 2, held out.
+
+    Returns:
+        "G_variation", of G_LM over the passages, layer by layer (see `pldr.deductive.variation`); "G_frozen_difference",
+        the mean loss of all passages but the first with G_LM frozen from the first, minus that with G_LM computed from
+        each, in nats a token.
+    """
+    was_training = model.training
+    model.eval()
+    frozen = freeze(copy.deepcopy(model), passages[:1])
+    losses = [
+        float(running(passages[1:], labels=passages[1:], use_cache=False, return_logits=False).loss)
+        for running in (frozen, model)
+    ]
+    model.train(was_training)
+    return {
+        "G_variation": variation(deductive_outputs(model, passages).G_LM).tolist(),
+        "G_frozen_difference": losses[0] - losses[1],
+    }
 
 
 class _ClipByValue(TrainerCallback):
