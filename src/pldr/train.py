@@ -221,7 +221,7 @@ class PldrTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         metrics = super().evaluate(*args, **kwargs)
-        model = self.accelerator.unwrap_model(self.model)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if model.config.operator == "learned" and len(self.eval_dataset) >= 2:
             self.log(operator_metrics(model, self.eval_dataset.tensor(slice(_PROBED)).to(model.device)))
         return metrics
