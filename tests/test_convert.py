@@ -401,6 +401,17 @@ class TestStrictness:
             assert back.operator_trainable
             assert {name: getattr(back, name) for name in fields} == fields
 
+    def test_an_identity_need_not_be_stored(self, tmp_path):
+        shutil.copytree(FIXTURES / "v51G-identity" / "hub", tmp_path / "m")
+        file = tmp_path / "m" / "model.safetensors"
+        state = {name: tensor for name, tensor in load_file(file).items() if "past_G" not in name}
+        save_file(state, file, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match="2 missing"):
+            load_model(tmp_path / "m")
+        config = json.loads((tmp_path / "m" / "config.json").read_text())
+        (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"custom_G_type": "identity"}))
+        assert same_state(load_model(tmp_path / "m"), load_model(FIXTURES / "v51G-identity" / "hub"))
+
     def test_base_model_of_a_hub_folder(self):
         """`AutoModel`, without the head, also where G_LM is predefined."""
         from transformers import AutoModel

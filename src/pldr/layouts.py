@@ -77,7 +77,8 @@ def ours_to_published(names: Iterable[str]) -> dict[str, str]:
 
 # --- configuration fields -------------------------------------------------------------------------------------------
 
-_HUB_FIELDS = {"A_dff": "metric_learner_width", "num_reslayerA": "metric_learner_units",
+# Both published layouts name the metric learner alike.
+_METRIC_LEARNER = {"A_dff": "metric_learner_width", "num_reslayerA": "metric_learner_units",
                "num_denseA": "metric_learner_glus"}  # fmt: skip
 # What the published model fixes: any other value describes a model that this library does not implement.
 _HUB_FIXED = {"attention_bias": True, "glu_bias": True, "final_bias": True, "rope_scaling": None}
@@ -94,7 +95,7 @@ def hub_fields_to_ours(fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[
     """
     rest = dict(fields)
     ours: dict[str, Any] = {}
-    for theirs, name in _HUB_FIELDS.items():
+    for theirs, name in _METRIC_LEARNER.items():
         if theirs in rest:
             ours[name] = rest.pop(theirs)
     for name, value in _HUB_FIXED.items():
@@ -123,7 +124,7 @@ def ours_to_hub_fields(config: Any) -> dict[str, Any]:
             "AutoModelForCausalLM": "modeling_pldrllm.PldrllmForCausalLM",
         },
         "model_type": "pldrllm",
-        **{theirs: getattr(config, ours) for theirs, ours in _HUB_FIELDS.items()},
+        **{theirs: getattr(config, ours) for theirs, ours in _METRIC_LEARNER.items()},
         **_HUB_FIXED,
         **{
             name: getattr(config, name)
@@ -145,8 +146,6 @@ def ours_to_hub_fields(config: Any) -> dict[str, Any]:
 _HYPERPARAMETERS = {"num_layers": "num_hidden_layers", "d_model": "hidden_size", "num_heads": "num_attention_heads",
                     "dff": "intermediate_size", "input_vocab_size": "vocab_size",
                     "max_seq_len": "max_position_embeddings"}  # fmt: skip
-_METRIC_LEARNER = {"A_dff": "metric_learner_width", "num_reslayerA": "metric_learner_units",
-                   "num_denseA": "metric_learner_glus"}  # fmt: skip
 
 
 def hyperparameters_to_ours(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
