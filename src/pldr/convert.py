@@ -75,7 +75,8 @@ def load_model(
             path, config=config, dtype=dtype, use_safetensors=True, attn_implementation="sdpa", output_loading_info=True
         )
         # _check_tensors has looked at the same files.
-        assert report["missing_keys"] <= _optional(config) and not report["unexpected_keys"], report
+        assert report["missing_keys"] <= _optional(config), report
+        assert not report["unexpected_keys"], report
     elif path.suffix == ".pth" or (path.is_dir() and any(path.glob("*.pth"))):
         model = _load_reference(path, dtype, rope_pairing, G_LM)
     else:
