@@ -73,7 +73,10 @@ def train(recipe: Recipe, *, overwrite: bool = False, progress: bool = True) -> 
         trainer.remove_callback(PrinterCallback)  # standard output is for results
         bar = ProgressBar(recipe, enabled=progress)
         trainer.add_callback(bar)
-        result = trainer.train()
+        try:
+            result = trainer.train()
+        finally:
+            bar.close()  # also after an error, or the terminal would keep the bar
         tokens = o.steps * o.batch_size * o.accumulation * d.sequence_length
         _check_finite(model, result.training_loss)
         summary = {
@@ -308,5 +311,5 @@ class ProgressBar(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         self.loss = (logs or {}).get("loss", self.loss)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def close(self) -> None:
         self._exit.close()
