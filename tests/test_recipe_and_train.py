@@ -314,6 +314,37 @@ class TestTrain:
             losses.append(dag_loss(deductive_outputs(model, torch.arange(5, 25)[None]).G_LM).item())
         assert losses[1] < 0.5 * losses[0]
 
+    def test_handoff_keeps_the_optimiser_for_what_remains(self, write_recipe, tmp_path, monkeypatch):
+        recipe = load_recipe(write_recipe(optimization__steps=12, optimization__handoff_step=6, log_steps=1))
+        seen = {}
+        original = PldrTrainer.hand_off
+
+        def watched(trainer):
+            query = trainer.model.model.layers[0].self_attn.q_proj.weight
+            before = {name: value.clone() for name, value in trainer.optimizer.state[query].items()}
+            prompts = trainer.eval_dataset.tensor(slice(16))
+            expected = deductive_outputs(trainer.model, prompts).G_LM.mean(1)
+            original(trainer)
+            operators = [layer.self_attn.operator for layer in trainer.model.model.layers]
+            seen["constant"] = all(
+                torch.allclose(operator.G_LM, G, atol=1e-5) for operator, G in zip(operators, expected, strict=True)
+            )
+            after = trainer.optimizer.state[query]
+            seen["kept"] = all(torch.equal(after[name], value) for name, value in before.items())
+            optimised = {p for group in trainer.optimizer.param_groups for p in group["params"]}
+            seen["parameters"] = optimised == set(trainer.model.parameters())
+            seen["states"] = set(trainer.optimizer.state) <= optimised
+            seen["G_LM"] = operators[0].G_LM.detach().clone()
+
+        monkeypatch.setattr(PldrTrainer, "hand_off", watched)
+        train(recipe, progress=False)
+        assert all(seen[name] for name in ("constant", "kept", "parameters", "states"))
+        model = load_model(tmp_path / "out")
+        assert model.config.operator_trainable
+        assert not torch.equal(model.model.layers[0].self_attn.operator.G_LM, seen["G_LM"])  # it learns on
+        losses = [line["loss"] for line in map(json.loads, (tmp_path / "out" / "log.jsonl").open()) if "loss" in line]
+        assert abs(losses[6] - losses[5]) < 0.5  # no jump where the operator changes hands
+
     def test_evaluations_log_how_constant_the_operator_is(self, write_recipe, tmp_path):
         train(load_recipe(write_recipe(eval_steps=6)), progress=False)
         lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
@@ -369,6 +400,11 @@ class TestTrain:
         constant = {"model__config": TINY | {"operator": "constant"}, "optimization__dag_G_LM": 0.1}
         assert "need a learned operator" in message(**constant)
         assert "eval_steps needs data.validation" in message(eval_steps=5, data__validation=[])
+        assert "needs data.validation" in message(optimization__handoff_step=5, data__validation=[])
+        assert "between 1 and steps - 1" in message(optimization__handoff_step=12)
+        assert "needs a learned operator" in message(**(constant | {"optimization__dag_G_LM": 0.0,
+                                                                    "optimization__handoff_step": 5}))  # fmt: skip
+        assert "which handoff_step drops" in message(optimization__handoff_step=5, optimization__dag_A_P=0.1)
         assert "less than one batch of 5000" in message(optimization__batch_size=5000)
         assert "matches no file" in message(data__train=["nothing.txt"], output=str(tmp_path / "a" / "b" / "c"))
         assert not (tmp_path / "a").exists()

@@ -67,6 +67,8 @@ class OptimizationRecipe:
         gradient_checkpointing: recompute activations in the backward pass, for memory.
         dag_A_LM, dag_A_P, dag_G_LM: coefficients of the DAG loss of each deductive output, added to the cross-entropy
             (0.05 each in v51-DAG); they need a learned operator.
+        handoff_step: after this many steps the learned operator, evaluated on held-out passages, becomes a trainable
+            constant and its network is dropped; None keeps the network.
     """
 
     steps: int = 250000
@@ -87,6 +89,7 @@ class OptimizationRecipe:
     dag_A_LM: float = 0.0
     dag_A_P: float = 0.0
     dag_G_LM: float = 0.0
+    handoff_step: int | None = None
 
 
 @dataclass
@@ -121,6 +124,15 @@ class Recipe:
         for name, value in positive.items():
             if value <= 0:
                 raise ValueError(f"recipe: {name} is too small")
+        if o.handoff_step is not None and not 0 < o.handoff_step < o.steps:
+            raise ValueError(f"recipe: optimization.handoff_step must be between 1 and steps - 1, got {o.handoff_step}")
+        for name, coefficient in (("dag_A_LM", o.dag_A_LM), ("dag_A_P", o.dag_A_P), ("dag_G_LM", o.dag_G_LM)):
+            if coefficient and o.handoff_step is not None:
+                raise ValueError(
+                    f"recipe: optimization.{name} regularises a learned operator, which handoff_step drops"
+                )
+        if o.handoff_step is not None and not d.validation:
+            raise ValueError("recipe: optimization.handoff_step needs data.validation, to evaluate the operator on")
         if self.eval_steps is not None and not d.validation:
             raise ValueError("recipe: eval_steps needs data.validation")
         for name in ("learning_rate", "weight_decay", "epsilon", "dag_A_LM", "dag_A_P", "dag_G_LM"):

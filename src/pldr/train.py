@@ -142,6 +142,8 @@ def build_model(recipe: Recipe, tokenizer: Any) -> PldrForCausalLM:
             f"recipe: data.sequence_length={recipe.data.sequence_length} is longer than "
             f"max_position_embeddings={config.max_position_embeddings}"
         )
+    if config.operator != "learned" and recipe.optimization.handoff_step is not None:
+        raise ValueError("recipe: optimization.handoff_step needs a learned operator to hand off")
     if config.operator != "learned" and any(_dag_coefficients(recipe.optimization).values()):
         raise ValueError(
             "recipe: optimization.dag_… need a learned operator, which alone has deductive outputs to regularise"
@@ -205,6 +207,26 @@ class PldrTrainer(Trainer):
         self.dag_coefficients = {name: value for name, value in _dag_coefficients(optimization).items() if value}
         if optimization.clip_value is not None:
             self.add_callback(_ClipByValue(optimization.clip_value))
+        if optimization.handoff_step is not None:
+            self.add_callback(_HandOff(optimization.handoff_step, self))
+
+    def hand_off(self) -> None:
+        """Make the learned operator a trainable constant, from held-out passages, and go on with what remains.
+
+        The optimiser keeps its state for every parameter that stays; the constants start without one.
+        """
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        freeze(model, self.eval_dataset.tensor(slice(_PROBED)).to(model.device), trainable=True)
+        parameters = list(model.parameters())
+        kept = set(parameters)
+        for group in self.optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if p in kept]
+        known = {p for group in self.optimizer.param_groups for p in group["params"]}
+        # Every parameter is decayed alike, so that the first group is the place for new ones.
+        self.optimizer.param_groups[0]["params"] += [p for p in parameters if p not in known]
+        state = self.optimizer.state
+        for parameter in [p for p in state if p not in kept]:
+            del state[parameter]
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -270,6 +292,16 @@ def operator_metrics(model: PldrForCausalLM, passages: torch.Tensor) -> dict[str
         "G_variation": variation(deductive_outputs(model, passages).G_LM).tolist(),
         "G_frozen_difference": losses[0] - losses[1],
     }
+
+
+class _HandOff(TrainerCallback):
+    def __init__(self, step: int, trainer: PldrTrainer) -> None:
+        self.step = step
+        self.trainer = trainer
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step and self.trainer.model.config.operator == "learned":
+            self.trainer.hand_off()
 
 
 class _ClipByValue(TrainerCallback):
