@@ -249,6 +249,19 @@ class TestTrain:
         assert run("generate", tmp_path / "out", "the cat", "--max-new-tokens", 3)[0] == 0
         fails(run("train", tmp_path / "r.yaml"), "exists and is not empty")
 
+    def test_plot(self, run, tmp_path):
+        rows = [{"step": 1, "loss": 2.0}, {"step": 2, "eval_loss": 1.9},
+                {"step": 2, "G_variation": [1e-2, 1e-3], "G_frozen_difference": -1e-6}]  # fmt: skip
+        (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert run("plot", tmp_path)[:2] == (0, f"{tmp_path / 'curves.png'}\n")
+        assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+        assert run("plot", tmp_path, "--output", tmp_path / "other.png")[0] == 0
+        fails(run("plot", tmp_path / "nowhere"), "is not the output of pldr train")
+        (tmp_path / "log.jsonl").write_text('{"step": 1}\n')
+        fails(run("plot", tmp_path), "holds no loss to plot")
+        (tmp_path / "log.jsonl").write_text('{"step"')
+        fails(run("plot", tmp_path), "line 1: not valid JSON")
+
 
 def test_wrong_usage_is_one_line_too(run):
     for arguments in (

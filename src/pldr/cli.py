@@ -185,6 +185,20 @@ def info(model: Model, rope: Rope = None, g_lm: OperatorFile = None, as_json: As
 
 
 @app.command()
+def plot(
+    run: Annotated[Path, typer.Argument(help="Output folder of pldr train.")],
+    output: Annotated[Path | None, typer.Option(help="PNG file; curves.png in the folder by default.")] = None,
+) -> None:
+    """Draw the curves of a training run."""
+    _require("train", "matplotlib")
+    from pldr.report import plot_run
+
+    target = output or run / "curves.png"
+    plot_run(run, target)
+    typer.echo(target)
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for the model, the picture and the table.")] = Path(
         "demo-output"

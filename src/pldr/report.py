@@ -1,5 +1,6 @@
 """What people look at: facts about a model, pictures of its operator."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -107,5 +108,60 @@ def plot_operators(
             figure.colorbar(image, ax=line[-1], fraction=0.05)
     figure.suptitle(title, fontsize=11)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def plot_run(run: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
+    """The curves of a training run: loss, how far G_LM varies, and what freezing it would cost, over steps.
+
+    Args:
+        run: output folder of `pldr train`, with its ``log.jsonl``.
+        path: PNG file to write.
+
+    Raises:
+        FileNotFoundError: the folder has no log.
+        ValueError: the log is damaged (line named) or empty.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    file = Path(run) / "log.jsonl"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file; {run} is not the output of pldr train")
+    lines = []
+    for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file}: line {number}: not valid JSON ({error})") from None
+
+    def curve(name: str) -> tuple[list[int], list[Any]]:
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        return [step for step, _ in points], [value for _, value in points]
+
+    if not curve("loss")[0] and not curve("eval_loss")[0]:
+        raise ValueError(f"{file}: holds no loss to plot")
+    probed = bool(curve("G_variation")[0])
+    figure, axes = pyplot.subplots(
+        1, 3 if probed else 1, figsize=(14 if probed else 5, 4), squeeze=False, layout="constrained"
+    )
+    for name, label in (("loss", "training"), ("eval_loss", "validation")):
+        axes[0, 0].plot(*curve(name), label=label)
+    axes[0, 0].set(title="loss", ylabel="nats a token")
+    if probed:
+        steps, layers = curve("G_variation")
+        for layer, values in enumerate(zip(*layers, strict=True)):
+            axes[0, 1].plot(steps, values, marker=".", label=f"layer {layer}")
+        axes[0, 1].set(title="variation of G_LM over held-out passages", ylabel="relative RMSE", yscale="log")
+        steps, differences = curve("G_frozen_difference")
+        axes[0, 2].plot(steps, [abs(value) for value in differences], marker=".", label="|frozen - computed|")
+        axes[0, 2].set(title="loss with G_LM frozen", ylabel="nats a token", yscale="log")
+    for axis in axes[0]:
+        axis.set_xlabel("step")
+        axis.legend()
+        axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
