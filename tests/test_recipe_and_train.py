@@ -13,7 +13,7 @@ from pldr.data import pack, read_documents
 from pldr.deductive import variation
 from pldr.recipe import Recipe, find_recipe, load_recipe
 from pldr.saving import whole_folder
-from pldr.train import PldrTrainer, build_model, operator_metrics, train, training_arguments
+from pldr.train import PldrTrainer, ProgressBar, build_model, operator_metrics, train, training_arguments
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 TINY = {
@@ -218,6 +218,17 @@ class TestTrain:
         assert train(recipe, progress=False)["train_loss"] == summary["train_loss"]
         again = load_model(tmp_path / "again").state_dict()
         assert all(torch.equal(tensor, again[name]) for name, tensor in model.state_dict().items())
+
+    def test_a_run_that_is_cut_short_reports_what_it_did(self, write_recipe, tmp_path, monkeypatch):
+        original = ProgressBar.on_step_end
+
+        def stop_after_five(self, args, state, control, **kwargs):
+            original(self, args, state, control, **kwargs)
+            control.should_training_stop = state.global_step == 5
+
+        monkeypatch.setattr(ProgressBar, "on_step_end", stop_after_five)
+        summary = train(load_recipe(write_recipe()), progress=False)
+        assert (summary["steps"], summary["tokens"]) == (5, 5 * 4 * 32)
 
     def test_new_tokenizer_and_constant_operator(self, write_recipe, tmp_path):
         path = write_recipe(data__tokenizer=None, data__vocab_size=290, optimization__steps=3)

@@ -77,14 +77,16 @@ def train(recipe: Recipe, *, overwrite: bool = False, progress: bool = True) -> 
             result = trainer.train()
         finally:
             bar.close()  # also after an error, or the terminal would keep the bar
-        tokens = o.steps * o.batch_size * o.accumulation * d.sequence_length
+        # What was done, which a callback may have cut short of what was planned.
+        steps, seconds = trainer.state.global_step, result.metrics["train_runtime"]
+        tokens = steps * o.batch_size * o.accumulation * d.sequence_length
         _check_finite(model, result.training_loss)
         summary = {
-            "steps": o.steps,
+            "steps": steps,
             "tokens": tokens,
             "left_out_tokens": sequences.left_out,
-            "seconds": result.metrics["train_runtime"],
-            "tokens_per_second": tokens / result.metrics["train_runtime"],
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds,
             # Of the last logged steps; of all, where there were too few to log.
             "train_loss": result.training_loss if math.isnan(bar.loss) else bar.loss,
         }
