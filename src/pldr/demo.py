@@ -2,7 +2,9 @@
 
 import copy
 import json
+import shutil
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -189,13 +191,15 @@ def print_demo(result: dict[str, Any]) -> None:
     console.print(verdict)
     console.print(f"\n[bold]{PROMPT}[/bold]{rows[-1]['text']}\n", highlight=False)
     folder = result["folder"]
+    # As it was called, where the command is not on the path (the Makefile keeps it in .venv).
+    pldr = "pldr" if shutil.which("pldr") else sys.argv[0]
     console.print(
         f"Picture of G_LM: {folder}/G_LM.png   numbers: {folder}/demo.json   total: {result['seconds']:.0f} s\n\n"
         "Try next:\n"
-        f'  pldr generate {folder}/model "A class definition" --stream --temperature 0.8\n'
-        f'  pldr generate {folder}/frozen "A class definition" --json\n'
-        f"  pldr info {folder}/frozen\n"
-        f'  pldr freeze {folder}/model my-frozen-model --prompt "Any text will do."\n',
+        f'  {pldr} generate {folder}/model "A class definition" --stream --temperature 0.8\n'
+        f'  {pldr} generate {folder}/frozen "A class definition" --json\n'
+        f"  {pldr} info {folder}/frozen\n"
+        f'  {pldr} freeze {folder}/model my-frozen-model --prompt "Any text will do."\n',
         highlight=False,
         soft_wrap=True,
     )
