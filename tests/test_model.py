@@ -241,6 +241,9 @@ def test_loss_and_logits_to_keep(small_model, ids):
         expected = torch.nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
         assert_close(output.loss, expected, max_error=1e-6)
         assert torch.equal(model(ids, logits_to_keep=2).logits, output.logits[:, -2:])
+        assert torch.equal(model(ids, logits_to_keep=torch.tensor([3, 5])).logits, output.logits[:, [3, 5]])
+    with pytest.raises(ValueError, match="the loss needs the logits of every position"):
+        model(ids, labels=ids, logits_to_keep=1)
 
 
 class TestDeductiveOutputs:

@@ -425,7 +425,12 @@ class PldrForCausalLM(PldrPreTrainedModel, GenerationMixin):
             num_items_in_batch: what to divide the summed loss by, in place of the number of targets, where a batch is
                 accumulated over several forwards.
             the others: see `PldrModel.forward`.
+
+        Raises:
+            ValueError: `labels` together with `logits_to_keep`; and those of `PldrModel.forward`.
         """
+        if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+            raise ValueError("logits_to_keep: the loss needs the logits of every position; leave it out beside labels")
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
