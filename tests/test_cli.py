@@ -259,8 +259,17 @@ class TestTrain:
         fails(run("plot", tmp_path / "nowhere"), "is not the output of pldr train")
         (tmp_path / "log.jsonl").write_text('{"step": 1}\n')
         fails(run("plot", tmp_path), "holds no loss to plot")
-        (tmp_path / "log.jsonl").write_text('{"step"')
-        fails(run("plot", tmp_path), "line 1: not valid JSON")
+        good = '{"step": 1, "loss": 2.0}\n'
+        for line in ('{"step"', "5", '{"loss": 1}', '{"step": 1, "loss": "x"}', '{"step": 1, "G_variation": 3}'):
+            (tmp_path / "log.jsonl").write_text(good + line)
+            fails(run("plot", tmp_path), "line 2: not a line of a training log")
+        (tmp_path / "log.jsonl").write_text(
+            "".join(json.dumps({"step": 1, "G_variation": g}) + "\n" for g in ([1], [1, 2]))
+        )
+        fails(run("plot", tmp_path), "different numbers of layers")
+        (tmp_path / "log.jsonl").write_text(good)
+        assert run("plot", tmp_path, "--output", tmp_path / "new" / "c.png")[0] == 0
+        assert [path.name for path in (tmp_path / "new").iterdir()] == ["c.png"]
 
 
 def test_wrong_usage_is_one_line_too(run):
@@ -330,3 +339,13 @@ def test_the_demo_replaces_only_its_own_folder(run, tmp_path):
     (tmp_path / "work" / "model" / "thesis.txt").write_text("years")
     fails(run("demo", "--output", tmp_path / "work"), "exists and is not empty")
     assert (tmp_path / "work" / "model" / "thesis.txt").read_text() == "years"
+    # An earlier demo stays as it is when the next can not start.
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "demo.json").write_text('{"seconds": 80}')
+    fails(run("demo", "--output", tmp_path / "old", "--recipe", "nosuch"), "no recipe of that name")
+    assert (tmp_path / "old" / "demo.json").read_text() == '{"seconds": 80}'
+    (tmp_path / "r.yaml").write_text("output: x\ndata: {train: [a.txt]}\n")
+    fails(
+        run("demo", "--output", tmp_path / "new", "--recipe", tmp_path / "r.yaml"), "the recipe needs data.validation"
+    )
+    assert not (tmp_path / "new").exists()

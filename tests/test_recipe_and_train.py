@@ -186,7 +186,15 @@ class TestData:
         file.write_bytes(compress(b'{"body": 5}\n'))
         with pytest.raises(ValueError, match="line 1: 'body' is not a text but 5"):
             list(read_documents([str(file)], "body"))
+        file.write_bytes(compress(b'{"body": "lone \\ud800 surrogate"}\n'))
+        with pytest.raises(ValueError, match="line 1: not valid UTF-8 at character 5"):
+            list(read_documents([str(file)], "body"))
         if ending != ".jsonl":
+            broken = bytearray(compress(content * 50))
+            broken[40:80] = bytes(40)
+            file.write_bytes(broken)
+            with pytest.raises(ValueError, match=r"damaged compressed file|not valid UTF-8|no JSON object"):
+                list(read_documents([str(file)], "body"))
             file.write_bytes(compress(content)[:-9])
             with pytest.raises(ValueError, match="damaged compressed file"):
                 list(read_documents([str(file)], "body"))
@@ -302,6 +310,7 @@ class TestTrain:
         model = build_model(recipe, toy_tokenizer).train()
         trainer = PldrTrainer(recipe.optimization, tmp_path / "log.jsonl", model=model,
                               args=training_arguments(recipe, tmp_path))  # fmt: skip
+        trainer.current_gradient_accumulation_steps = 2  # as inside a step of two batches
         loss = trainer.compute_loss(model, {"input_ids": ids, "labels": ids}, num_items_in_batch=45)
         output = model(ids, labels=ids, use_cache=False, output_deductive_outputs=True)
         layers = output.deductive_outputs
@@ -373,6 +382,51 @@ class TestTrain:
         assert metrics["G_frozen_difference"] == pytest.approx(difference.item(), abs=1e-6)
         assert metrics["G_variation"] == pytest.approx(variation(deductive_outputs(model, ids).G_LM).tolist())
 
+    @pytest.mark.parametrize("rows", [1, 7])
+    def test_an_evaluation_is_over_everything(self, write_recipe, toy_tokenizer, tmp_path, rows):
+        """Also where the rows are no multiple of the batch of four, or less than one."""
+        recipe = load_recipe(write_recipe())
+        model = build_model(recipe, toy_tokenizer).eval()
+        held_out = pack(read_documents(recipe.data.validation), toy_tokenizer, 32)
+        held_out.ids = held_out.ids[:rows]
+        trainer = PldrTrainer(recipe.optimization, tmp_path / "log.jsonl", model=model, eval_dataset=held_out,
+                              args=training_arguments(recipe, tmp_path))  # fmt: skip
+        ids = held_out.tensor(slice(None))
+        with torch.no_grad():
+            expected = model(ids, labels=ids, use_cache=False).loss.item()
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-6)
+
+    def test_accumulated_batches_are_one_batch(self, write_recipe, tmp_path):
+        """With DAG loss, and with a last step of fewer batches than the others: 4 × 1, 2 × 2 and 1 × 4 sequences."""
+        losses = []
+        for batch_size in (4, 2, 1):
+            path = write_recipe(
+                output=str(tmp_path / f"out-{batch_size}"), optimization__batch_size=batch_size, log_steps=1,
+                optimization__accumulation=4 // batch_size, optimization__steps=3, optimization__dag_G_LM=0.5,
+            )  # fmt: skip
+            train(load_recipe(path), progress=False)
+            lines = map(json.loads, (tmp_path / f"out-{batch_size}" / "log.jsonl").open())
+            losses.append([line["loss"] for line in lines if "loss" in line])
+        assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+        assert losses[2] == pytest.approx(losses[0], rel=1e-3)
+
+    def test_tokens_are_counted_not_computed(self, write_recipe, tmp_path):
+        """The last step of an epoch has fewer batches than the accumulation asks for."""
+        recipe = load_recipe(write_recipe(optimization__batch_size=7, optimization__accumulation=5))
+        rows = len(pack(read_documents(recipe.data.train), load_tokenizer(recipe.data.tokenizer), 32))
+        summary = train(recipe, progress=False)
+        batches = [min(5, rows // 7 - start) for start in range(0, rows // 7, 5)]
+        expected = sum(batches[step % len(batches)] for step in range(12)) * 7 * 32
+        assert summary["tokens"] == expected < 12 * 5 * 7 * 32
+
+    def test_the_text_column_reaches_the_tokenizer(self, write_recipe, tmp_path, texts):
+        lines = [json.dumps({"text": 5, "story": file.read_text()}) for file in sorted(texts.glob("*.txt"))]
+        (tmp_path / "stories.jsonl").write_text("\n".join(lines) + "\n")
+        path = write_recipe(data__train=[str(tmp_path / "stories.jsonl")], data__text_column="story", data__validation=[],
+                            data__tokenizer=None, data__vocab_size=290, optimization__steps=2,
+                            optimization__warmup_steps=1)  # fmt: skip
+        assert train(load_recipe(path), progress=False)["steps"] == 2
+
     def test_a_short_run_that_diverges_is_not_a_success(self, write_recipe, tmp_path):
         """Shorter than the log interval, so that no log line could show it."""
         recipe = load_recipe(
@@ -416,7 +470,10 @@ class TestTrain:
         assert "needs a learned operator" in message(**(constant | {"optimization__dag_G_LM": 0.0,
                                                                     "optimization__handoff_step": 5}))  # fmt: skip
         assert "which handoff_step drops" in message(optimization__handoff_step=5, optimization__dag_A_P=0.1)
-        assert "less than one batch of 5000" in message(optimization__batch_size=5000)
+        assert "less than one step of 5000 × 1" in message(optimization__batch_size=5000)
+        assert "less than one step of 4 × 5000" in message(optimization__accumulation=5000)
+        assert "beta1 must be at least 0 and less than 1" in message(optimization__beta1=1.0)
+        assert "clip_value must be positive and finite" in message(optimization__clip_value=float("nan"))
         assert "matches no file" in message(data__train=["nothing.txt"], output=str(tmp_path / "a" / "b" / "c"))
         assert not (tmp_path / "a").exists()
         assert "current folder or a mount point" in message(output=".")

@@ -5,6 +5,7 @@ import gzip
 import itertools
 import json
 import lzma
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import Dataset
+
+from pldr.tokenizer import check_text
 
 PYDOC_TOPICS = "pydoc-topics:"
 # Every eighth topic of Python's language reference is held out for validation.
@@ -45,7 +48,7 @@ def read_documents(sources: Iterable[str], text_column: str = "text") -> Iterato
                 yield from _read_file(Path(file), text_column)
             except UnicodeDecodeError as error:
                 raise ValueError(f"data: {file}: not valid UTF-8 at byte {error.start}") from None
-            except (lzma.LZMAError, gzip.BadGzipFile, EOFError) as error:
+            except (lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError) as error:
                 raise ValueError(f"data: {file}: damaged compressed file ({error})") from None
 
 
@@ -65,7 +68,7 @@ def _read_file(file: Path, text_column: str) -> Iterator[str]:
                 ) from None
             if not isinstance(text, str):
                 raise ValueError(f"data: {file}: line {number}: {text_column!r} is not a text but {text!r:.40}")
-            yield text
+            yield check_text(text, f"data: {file}: line {number}")
 
 
 def _pydoc_topics(part: str) -> Iterator[str]:

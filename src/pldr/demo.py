@@ -43,19 +43,25 @@ def run_demo(output: Path, recipe_name: str = "demo-cpu") -> dict[str, Any]:
 
     Raises:
         FileExistsError: the folder holds something that no demo wrote.
+        ValueError: a recipe without validation data or without a learned operator.
     """
     start = time.perf_counter()
-    check_output(output, overwrite=(output / _RECORD).is_file())
-    output.mkdir(parents=True, exist_ok=True)
-    (output / _RECORD).write_text("{}\n", encoding="utf-8")  # the mark of a folder that a later demo may replace
     folder = output / "model"
     recipe = load_recipe(recipe_name, [f"output={folder}"])
+    if not recipe.data.validation or recipe.optimization.handoff_step is not None:
+        raise ValueError("demo: the recipe needs data.validation, and a learned operator to its end (no handoff_step)")
+    if recipe.model.G_LM is not None or recipe.model.config.get("operator", "learned") != "learned":
+        raise ValueError("demo: the recipe must have a learned operator")
+    check_output(output, overwrite=(output / _RECORD).is_file())
+    output.mkdir(parents=True, exist_ok=True)
+    (output / _RECORD).touch()  # the mark of a folder that a later demo may replace
     training = train(recipe, overwrite=True)
     model, tokenizer = load_model(folder), load_tokenizer(folder)
 
     length = recipe.data.sequence_length
-    passages = _sequences(recipe.data.validation, tokenizer, length)[:PASSAGES]
-    calibration = _sequences(recipe.data.train, tokenizer, length)[:1]
+    column = recipe.data.text_column
+    passages = pack(read_documents(recipe.data.validation, column), tokenizer, length).tensor(slice(PASSAGES))
+    calibration = pack(read_documents(recipe.data.train, column), tokenizer, length).tensor(slice(1))
     frozen = freeze(copy.deepcopy(model), calibration)
     with whole_folder(output / "frozen", overwrite=True) as saved:
         frozen.save_pretrained(saved)
@@ -90,10 +96,6 @@ def run_demo(output: Path, recipe_name: str = "demo-cpu") -> dict[str, Any]:
     result["seconds"] = time.perf_counter() - start
     (output / _RECORD).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
-
-
-def _sequences(sources: list[str], tokenizer: Any, length: int) -> torch.Tensor:
-    return pack(read_documents(sources), tokenizer, length).tensor(slice(None))
 
 
 @torch.no_grad()

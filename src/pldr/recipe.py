@@ -143,11 +143,13 @@ class Recipe:
                 "recipe: set optimization.clip_value or optimization.clip_norm to null, not both to a bound"
             )
         for name, bound in (("clip_value", o.clip_value), ("clip_norm", o.clip_norm)):
-            if bound is not None and bound <= 0:
-                raise ValueError(f"recipe: optimization.{name} must be positive or null, got {bound}")
-        for name, fraction in (("final_rate", o.final_rate), ("beta1", o.beta1), ("beta2", o.beta2)):
-            if not 0 <= fraction <= 1:
-                raise ValueError(f"recipe: optimization.{name} must be between 0 and 1, got {fraction}")
+            if bound is not None and not 0 < bound < math.inf:
+                raise ValueError(f"recipe: optimization.{name} must be positive and finite, or null, got {bound}")
+        if not 0 <= o.final_rate <= 1:
+            raise ValueError(f"recipe: optimization.final_rate must be between 0 and 1, got {o.final_rate}")
+        for name, beta in (("beta1", o.beta1), ("beta2", o.beta2)):
+            if not 0 <= beta < 1:
+                raise ValueError(f"recipe: optimization.{name} must be at least 0 and less than 1, got {beta}")
         if not 0 <= o.warmup_steps <= o.steps:
             raise ValueError(f"recipe: optimization.warmup_steps must be between 0 and steps, got {o.warmup_steps}")
         if o.precision not in ("fp32", "bf16"):

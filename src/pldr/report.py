@@ -107,9 +107,43 @@ def plot_operators(
             line[0].set_ylabel(f"layer {layer}\n{label}", fontsize=9)
             figure.colorbar(image, ax=line[-1], fraction=0.05)
     figure.suptitle(title, fontsize=11)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    _save_figure(figure, path)
+
+
+def _save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
+    """Write a PNG, whole or not at all, and let go of the figure."""
+    from matplotlib import pyplot
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        figure.savefig(partial, dpi=110, format="png")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+        pyplot.close(figure)
+
+
+def _read_log(file: Path) -> list[dict[str, Any]]:
+    """
+    Raises:
+        ValueError: a line that no training wrote (named).
+    """
+    lines = []
+    for number, text in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        try:
+            line = json.loads(text)
+            scalars = [line[name] for name in ("step", "loss", "eval_loss", "G_frozen_difference") if name in line]
+            numbers = [*scalars, *line.get("G_variation", [])]
+            if "step" not in line or not all(isinstance(value, (int, float)) for value in numbers):
+                raise ValueError("no step, or a value that is no number")
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{file}: line {number}: not a line of a training log ({error})") from None
+        lines.append(line)
+    if len({len(line["G_variation"]) for line in lines if "G_variation" in line}) > 1:
+        raise ValueError(f"{file}: G_variation has different numbers of layers; this is the log of several runs")
+    return lines
 
 
 def plot_run(run: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
@@ -131,12 +165,7 @@ def plot_run(run: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
     file = Path(run) / "log.jsonl"
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; {run} is not the output of pldr train")
-    lines = []
-    for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file}: line {number}: not valid JSON ({error})") from None
+    lines = _read_log(file)
 
     def curve(name: str) -> tuple[list[int], list[Any]]:
         points = [(line["step"], line[name]) for line in lines if name in line]
@@ -163,5 +192,4 @@ def plot_run(run: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
         axis.set_xlabel("step")
         axis.legend()
         axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    _save_figure(figure, path)

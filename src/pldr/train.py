@@ -42,7 +42,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, progress: bool = True) -> 
         validation data, validation_loss (nats a token, G_LM computed from each full sequence).
 
     Raises:
-        ValueError, OSError: a recipe, data or output folder that can not work; before any training.
+        ValueError, OSError: a recipe, data or output folder that can not work, before any training; a disk that is full.
         FloatingPointError: the loss became NaN or infinite.
     """
     output = check_output(recipe.output, overwrite=overwrite)
@@ -56,8 +56,10 @@ def train(recipe: Recipe, *, overwrite: bool = False, progress: bool = True) -> 
             name = "activation_checkpointing_enable"
             getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")()
         sequences = pack(read_documents(d.train, d.text_column), tokenizer, d.sequence_length)
-        if len(sequences) < o.batch_size:
-            raise ValueError(f"data: {len(sequences)} training sequences are less than one batch of {o.batch_size}")
+        if len(sequences) < o.batch_size * o.accumulation:
+            raise ValueError(
+                f"data: {len(sequences)} training sequences are less than one step of {o.batch_size} × {o.accumulation}"
+            )
         held_out = None
         if d.validation:
             held_out = pack(read_documents(d.validation, d.text_column), tokenizer, d.sequence_length)
@@ -79,7 +81,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, progress: bool = True) -> 
             bar.close()  # also after an error, or the terminal would keep the bar
         # What was done, which a callback may have cut short of what was planned.
         steps, seconds = trainer.state.global_step, result.metrics["train_runtime"]
-        tokens = steps * o.batch_size * o.accumulation * d.sequence_length
+        tokens = trainer.sequences_seen * d.sequence_length
         _check_finite(model, result.training_loss)
         summary = {
             "steps": steps,
@@ -116,7 +118,7 @@ _ADVICE = "lower optimization.learning_rate or raise optimization.warmup_steps"
 def _tokenizer(recipe: Recipe, folder: Path) -> Any:
     if recipe.data.tokenizer is not None:
         return load_tokenizer(recipe.data.tokenizer)
-    documents = read_documents(recipe.data.train)
+    documents = read_documents(recipe.data.train, recipe.data.text_column)
     return load_tokenizer(train_sentencepiece(documents, folder / "tokenizer.model", recipe.data.vocab_size))
 
 
@@ -206,6 +208,7 @@ class PldrTrainer(Trainer):
         super().__init__(**kwargs)
         self.optimization = optimization
         self.log_file = log_file
+        self.sequences_seen = 0  # in training, by all processes
         self.dag_coefficients = {name: value for name, value in _dag_coefficients(optimization).items() if value}
         if optimization.clip_value is not None:
             self.add_callback(_ClipByValue(optimization.clip_value))
@@ -236,14 +239,17 @@ class PldrTrainer(Trainer):
         # Only the loss is wanted, in training as in evaluation: all logits of a batch would fill gigabytes.
         inputs = {**inputs, "return_logits": False}
         regularised = bool(self.dag_coefficients) and model.training
+        if model.training:
+            self.sequences_seen += len(inputs["input_ids"]) * self.args.world_size
         if regularised:
             inputs["output_deductive_outputs"] = True
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if regularised:
             for name, coefficient in self.dag_coefficients.items():
                 X = torch.stack([getattr(layer, name) for layer in outputs.deductive_outputs])
-                # The cross-entropies of accumulated batches add up to a mean; so must these.
-                loss = loss + coefficient * dag_loss(X) / self.args.gradient_accumulation_steps
+                # The cross-entropies of accumulated batches add up to a mean; so must these. The last step of an epoch
+                # has fewer batches.
+                loss = loss + coefficient * dag_loss(X) / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -252,6 +258,14 @@ class PldrTrainer(Trainer):
         if model.config.operator == "learned" and len(self.eval_dataset) >= 2:
             self.log(operator_metrics(model, self.eval_dataset.tensor(slice(_PROBED)).to(model.device)))
         return metrics
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        # Training leaves out the last partial batch of an epoch; an evaluation is over everything.
+        self.args.dataloader_drop_last = False
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = True
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         return [name for name, _ in model.named_parameters()]

@@ -30,7 +30,8 @@ def linear_cross_entropy(
         hidden: [N, M]; under autocast it is rounded to the autocast dtype, as a linear layer would.
         weight: [V, M].
         bias: [V].
-        targets: [N] (int64); rows with reference.IGNORED_TARGET count nothing.
+        targets: [N] (int64), each in [0, V), which the kernel does not check; rows with reference.IGNORED_TARGET count
+            nothing.
 
     Returns:
         A float32 scalar, in nats, differentiable in `hidden`, `weight` and `bias`.
