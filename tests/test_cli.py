@@ -87,6 +87,22 @@ class TestGenerate:
         assert run("generate", folder, "the cat sat", "--max-new-tokens", 6, "--stream")[1] == text
         assert run("generate", folder, "-", "--max-new-tokens", 6, stdin="the cat sat")[1] == text
 
+    def test_the_text_goes_right_behind_the_prompt(self, folder):
+        """With its leading space where it begins a new word: prompt and text together are the decoded whole."""
+        from pldr.generation import generate_text
+
+        model, tokenizer = load_model(folder), pldr.load_tokenizer(folder)
+        word = tokenizer("dog")["input_ids"][0]
+        letter = next(i for i in range(len(tokenizer)) if tokenizer.convert_ids_to_tokens(i) == "s")
+        for token, expected in ((word, " "), (letter, "s")):
+            with torch.no_grad():
+                model.lm_head.bias.zero_()[token] = 1e4
+            result = generate_text(model, tokenizer, "the cat sat", max_new_tokens=3)
+            assert result.token_ids == [token] * 3
+            assert result.text[0] == expected
+            whole = tokenizer("the cat sat")["input_ids"] + result.token_ids
+            assert "the cat sat" + result.text == tokenizer.decode(whole)
+
     def test_cache_modes_and_sampling(self, run, folder):
         model = load_model(folder)
         tokenizer = pldr.load_tokenizer(folder)

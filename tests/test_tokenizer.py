@@ -117,12 +117,13 @@ def test_streamed_pieces_add_up(pair):
     for length in range(1, 30):
         ids = torch.randint(len(tokenizer), (length,), generator=generator).tolist() + emoji + [0]
         pieces = []
-        streamer = _TextStreamer(tokenizer, pieces.append)
-        streamer.put(torch.tensor([[5, 6]]))
+        prompt = tokenizer("the cat")["input_ids"]
+        streamer = _TextStreamer(tokenizer, pieces.append, prompt)
+        streamer.put(torch.tensor([prompt]))
         for token in ids:
             streamer.put(torch.tensor([token]))
         streamer.end()
-        assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=True)
+        assert "the cat" + "".join(pieces) == tokenizer.decode(prompt + ids, skip_special_tokens=True)
 
 
 def test_a_tokenizer_folder_runs_no_code(tmp_path, monkeypatch):
@@ -155,10 +156,11 @@ def test_streaming_a_byte_level_tokenizer():
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
     pieces = []
-    streamer = _TextStreamer(tokenizer, pieces.append)
     import torch
 
-    streamer.put(torch.tensor([[1]]))
+    prompt = tokenizer("x")["input_ids"]
+    streamer = _TextStreamer(tokenizer, pieces.append, prompt)
+    streamer.put(torch.tensor([prompt]))
     for token in tokenizer("a😀b é")["input_ids"]:
         streamer.put(torch.tensor([token]))
     streamer.end()

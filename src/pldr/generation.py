@@ -19,7 +19,8 @@ class Generation:
     """Result of `generate_text`.
 
     Attributes:
-        text: the continuation, without the prompt and without special tokens.
+        text: the continuation, to be put right behind the prompt: with its leading space, where it begins a word, and
+            without special tokens.
         token_ids: ids of the continuation, with [END] where it was reached.
         prompt_tokens: length of the prompt in tokens.
         seconds: wall-clock time of the call to `generate`, prompt included.
@@ -97,12 +98,18 @@ def generate_text(
         use_g_cache=g,
         eos_token_id=None if ignore_end else model.config.eos_token_id,
         pad_token_id=model.config.pad_token_id,
-        streamer=_TextStreamer(tokenizer, on_text) if on_text is not None else None,
+        streamer=_TextStreamer(tokenizer, on_text, ids) if on_text is not None else None,
         **sampling,
     )
     seconds = time.perf_counter() - start
     new = output[0, len(ids) :].tolist()
-    return Generation(tokenizer.decode(new, skip_special_tokens=True), new, len(ids), seconds)
+    return Generation(_continuation(tokenizer, ids, new), new, len(ids), seconds)
+
+
+def _continuation(tokenizer: Any, prompt: list[int], new: list[int]) -> str:
+    """The text of `new` behind `prompt`: a decoder drops the space before a first word, which is none here."""
+    before = tokenizer.decode(prompt, skip_special_tokens=True)
+    return tokenizer.decode([*prompt, *new], skip_special_tokens=True)[len(before) :]
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
@@ -139,9 +146,10 @@ def _sampling(temperature: float | None, top_k: int | None, top_p: float | None,
 class _TextStreamer(BaseStreamer):
     """Hands out text as soon as later tokens can not change it: a run of byte tokens decodes only as a whole."""
 
-    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None], prompt: list[int]) -> None:
         self.tokenizer = tokenizer
         self.on_text = on_text
+        self.prompt = prompt
         self.ids: list[int] = []
         self.shown = 0
         self.prompt_seen = False
@@ -158,10 +166,10 @@ class _TextStreamer(BaseStreamer):
         while settled and (tokens[settled - 1].startswith("<0x") or self.ids[settled - 1] in special):
             settled -= 1
         # Other tokenizers cut characters inside ordinary tokens; what is cut decodes to the replacement character.
-        self._show(self.tokenizer.decode(self.ids[:settled], skip_special_tokens=True).rstrip("\ufffd"))
+        self._show(_continuation(self.tokenizer, self.prompt, self.ids[:settled]).rstrip("\ufffd"))
 
     def end(self) -> None:
-        self._show(self.tokenizer.decode(self.ids, skip_special_tokens=True))
+        self._show(_continuation(self.tokenizer, self.prompt, self.ids))
 
     def _show(self, text: str) -> None:
         if len(text) > self.shown:
