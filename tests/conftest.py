@@ -9,6 +9,10 @@ from pldr import PldrConfig, PldrForCausalLM
 FIXTURES = Path(__file__).parent / "fixtures"
 SHARED = Path(os.environ.get("PLDR_SHARED", Path(__file__).parents[2] / "shared"))
 
+# What the toy tokenizer and the toy texts are made of.
+SENTENCE = "the cat sat on a mat and saw that dog who ran to see him at her red house in old town"
+WORDS = SENTENCE.split()
+
 
 def pytest_collection_modifyitems(items):
     """GPU tests are skipped without a GPU, unless PLDR_REQUIRE_GPU=1 says that there must be one."""
@@ -59,33 +63,9 @@ def toy_model_file(tmp_path_factory):
     """A SentencePiece model of 290 pieces, trained with the library's own function on a few sentences."""
     from pldr.tokenizer import train_sentencepiece
 
-    words = [
-        "the",
-        "cat",
-        "sat",
-        "on",
-        "a",
-        "mat",
-        "and",
-        "saw",
-        "that",
-        "dog",
-        "who",
-        "ran",
-        "to",
-        "see",
-        "him",
-        "at",
-        "her",
-        "red",
-        "house",
-        "in",
-        "old",
-        "town",
-    ]
     generator = torch.Generator().manual_seed(0)
     texts = [
-        " ".join(words[i] for i in torch.randint(len(words), (12,), generator=generator)) + f" {n}." for n in range(400)
+        " ".join(WORDS[i] for i in torch.randint(len(WORDS), (12,), generator=generator)) + f" {n}." for n in range(400)
     ]
     return train_sentencepiece(texts, tmp_path_factory.mktemp("tokenizer") / "toy.model", vocab_size=290)
 

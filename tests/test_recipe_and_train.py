@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 
+from conftest import WORDS
 from pldr import dag_loss, deductive_outputs, freeze, load_model, load_tokenizer
 from pldr.data import pack, read_documents
 from pldr.deductive import variation
@@ -26,33 +27,9 @@ TINY = {
 def texts(tmp_path):
     folder = tmp_path / "texts"
     folder.mkdir()
-    words = [
-        "the",
-        "cat",
-        "sat",
-        "on",
-        "a",
-        "mat",
-        "and",
-        "saw",
-        "that",
-        "dog",
-        "who",
-        "ran",
-        "to",
-        "see",
-        "him",
-        "at",
-        "her",
-        "red",
-        "house",
-        "in",
-        "old",
-        "town",
-    ]
     generator = torch.Generator().manual_seed(3)
     for index in range(12):
-        picked = [words[i] for i in torch.randint(len(words), (150,), generator=generator)]
+        picked = [WORDS[i] for i in torch.randint(len(WORDS), (150,), generator=generator)]
         (folder / f"{index:02}.txt").write_text(" ".join(picked) + ".\n")
     return folder
 

@@ -120,9 +120,8 @@ def convert_checkpoint(
     if found is not None:
         check_vocabulary(found[0], model.config.vocab_size)
     if to == "reference":
-        layouts.ours_to_hyperparameters(
-            model.config
-        )  # refuses what that layout can not say, before anything is written
+        # Refuses what that layout can not say, before anything is written.
+        layouts.ours_to_hyperparameters(model.config)
     with whole_folder(destination, overwrite=overwrite) as folder:
         if to == "pldr":
             model.save_pretrained(folder)
@@ -297,7 +296,10 @@ def _check_sums(folder: Path) -> None:
     """
     if not (folder / CHECKSUMS).is_file():
         return
-    sums = dict(line.partition("  ")[::-2] for line in (folder / CHECKSUMS).read_text("utf-8").splitlines())
+    sums = {}  # name → digest
+    for line in (folder / CHECKSUMS).read_text(encoding="utf-8").splitlines():
+        digest, _, name = line.partition("  ")
+        sums[name] = digest
     unlisted = [name for name in _weight_files(folder) if name not in sums]
     if unlisted:
         raise ValueError(f"{folder / CHECKSUMS}: does not list {unlisted[0]}; the folder was changed")
