@@ -55,6 +55,10 @@ def train(recipe: Recipe, *, overwrite: bool = False, progress: bool = True) -> 
             # On the model, because the Trainer's own setting has another name in each transformers release.
             name = "activation_checkpointing_enable"
             getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")()
+        if o.compile:
+            # Layer by layer: all layers share one graph, where compiling the whole model would unroll them all.
+            for layer in model.model.layers:
+                layer.compile()
         sequences = pack(read_documents(d.train, d.text_column), tokenizer, d.sequence_length)
         if len(sequences) < o.batch_size * o.accumulation:
             raise ValueError(
@@ -181,7 +185,6 @@ def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         bf16=o.precision == "bf16",
         use_cpu=not torch.cuda.is_available(),
         dataloader_drop_last=True,
-        torch_compile=o.compile,
         logging_steps=recipe.log_steps,
         logging_nan_inf_filter=False,
         eval_strategy="no" if recipe.eval_steps is None else "steps",
@@ -253,7 +256,9 @@ class PldrTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        metrics = super().evaluate(*args, **kwargs)
+        # Not compiled: other batch sizes and no gradients would compile everything anew.
+        with torch.compiler.set_stance("force_eager"):
+            metrics = super().evaluate(*args, **kwargs)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if model.config.operator == "learned" and len(self.eval_dataset) >= 2:
             self.log(operator_metrics(model, self.eval_dataset.tensor(slice(_PROBED)).to(model.device)))
