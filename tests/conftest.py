@@ -30,6 +30,12 @@ def shared(path: str) -> Path:
     return SHARED / path
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Tokenised data of tests does not land in the user's cache."""
+    os.environ["PLDR_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture
 def small_config():
     def make(**overrides):

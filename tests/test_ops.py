@@ -32,7 +32,10 @@ def test_reference_cross_entropy_by_definition():
     logs = (hidden @ weight.T + bias).log_softmax(-1)
     kept = targets != reference.IGNORED_TARGET
     expected = -logs[torch.arange(7), targets.clamp(min=0)][kept].sum()
-    assert_close(linear_cross_entropy(hidden, weight, bias, targets), expected, max_error=1e-5)
+    loss, correct = linear_cross_entropy(hidden, weight, bias, targets)
+    assert_close(loss, expected, max_error=1e-5)
+    guesses = F.linear(hidden, weight, bias).argmax(1)
+    assert correct == (guesses == targets).sum()
 
 
 def test_loss_without_logits_is_the_loss_with_them(small_model, ids):
@@ -78,9 +81,9 @@ def test_cross_entropy_kernel(rows, vocabulary, dtype, monkeypatch):
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         hidden, weight, bias, targets = problem(rows, 48, vocabulary, "cuda", dtype)
-        loss, grads = gradients(lambda *t: linear_cross_entropy(*t, targets), hidden, weight, bias)
+        loss, grads = gradients(lambda *t: linear_cross_entropy(*t, targets)[0], hidden, weight, bias)
         rounded = [tensor.to(dtype).double() for tensor in (hidden, weight, bias)]
-        expected, wanted = gradients(lambda *t: reference.linear_cross_entropy(*t, targets), *rounded)
+        expected, wanted = gradients(lambda *t: reference.linear_cross_entropy(*t, targets)[0], *rounded)
     finally:
         torch.use_deterministic_algorithms(False)
     # fp32 sums thousands of terms; bf16 rounds each logit and each gradient to 8 bits.

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from pldr.cache import make_cache
 from pldr.convert import load_model
-from pldr.data import pack, read_documents
+from pldr.data import Source, read_passages
 from pldr.deductive import deductive_outputs, log_determinant, numerical_rank, variation
 from pldr.generation import generate_text
 from pldr.operator import freeze
@@ -60,8 +60,8 @@ def run_demo(output: Path, recipe_name: str = "demo-cpu") -> dict[str, Any]:
 
     length = recipe.data.sequence_length
     column = recipe.data.text_column
-    passages = pack(read_documents(recipe.data.validation, column), tokenizer, length).tensor(slice(PASSAGES))
-    calibration = pack(read_documents(recipe.data.train, column), tokenizer, length).tensor(slice(1))
+    passages = read_passages(Source(recipe.data.validation, column), tokenizer, length, PASSAGES)
+    calibration = read_passages(Source(recipe.data.train, column), tokenizer, length, 1)
     frozen = freeze(copy.deepcopy(model), calibration)
     with whole_folder(output / "frozen", overwrite=True) as saved:
         frozen.save_pretrained(saved)

@@ -57,10 +57,12 @@ class PldrCausalLMOutput(CausalLMOutputWithPast):
 
     Attributes:
         loss: mean cross-entropy in nats a target, where labels were given.
+        accuracy: fraction of the targets that have the highest logit (ties count), where labels were given.
         logits: [B, T, V].
         deductive_outputs: with `output_deductive_outputs=True`, one `DeductiveOutputs` a layer.
     """
 
+    accuracy: torch.Tensor | None = None
     deductive_outputs: tuple[DeductiveOutputs, ...] | None = None
 
 
@@ -387,6 +389,18 @@ class PldrModel(PldrPreTrainedModel):
         return torch.arange(tokens, device=device)[None] + past_length
 
 
+class LanguageModelHead(nn.Linear):
+    """Hidden states to logits; or, given targets, straight to the summed loss and the number of right guesses.
+
+    Both within one module's forward, which is where sharded training (FSDP) gathers the weights.
+    """
+
+    def forward(self, hidden: torch.Tensor, targets: torch.Tensor | None = None) -> Any:
+        if targets is None:
+            return super().forward(hidden)
+        return linear_cross_entropy(hidden, self.weight, self.bias, targets)
+
+
 class PldrForCausalLM(PldrPreTrainedModel, GenerationMixin):
     """PLDR-LLM with its language-model head.
 
@@ -398,7 +412,7 @@ class PldrForCausalLM(PldrPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = PldrModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.lm_head = LanguageModelHead(config.hidden_size, config.vocab_size)
         self.post_init()
 
     @can_return_tuple
@@ -441,21 +455,24 @@ class PldrForCausalLM(PldrPreTrainedModel, GenerationMixin):
             use_g_cache=use_g_cache,
             **kwargs,
         )
-        logits = loss = None
+        logits = loss = accuracy = None
         if return_logits or labels is None:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(outputs.last_hidden_state[:, keep])
         if labels is not None:
             targets = F.pad(labels, (0, 1), value=reference.IGNORED_TARGET)[:, 1:].flatten()
             if logits is None:
-                hidden = outputs.last_hidden_state.flatten(0, 1)
-                total = linear_cross_entropy(hidden, self.lm_head.weight, self.lm_head.bias, targets)
+                total, correct = self.lm_head(outputs.last_hidden_state.flatten(0, 1), targets)
             else:
-                total = F.cross_entropy(logits.float().flatten(0, 1), targets, reduction="sum")
-            count = (targets != reference.IGNORED_TARGET).sum() if num_items_in_batch is None else num_items_in_batch
-            loss = total / count
+                flat = logits.float().flatten(0, 1)
+                total = F.cross_entropy(flat, targets, reduction="sum")
+                correct = reference.right_guesses(flat.detach(), targets)
+            count = (targets != reference.IGNORED_TARGET).sum()
+            loss = total / (count if num_items_in_batch is None else num_items_in_batch)
+            accuracy = correct / count
         return PldrCausalLMOutput(
             loss=loss,
+            accuracy=accuracy,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,

@@ -31,21 +31,47 @@ class DataRecipe:
     """What to train on.
 
     Attributes:
-        train, validation: paths or glob patterns of text files (one document a file) and JSON lines (one a line), also
-            compressed (.gz, .xz); or "pydoc-topics:train" and "pydoc-topics:validation", the language reference that
-            every Python carries.
-        text_column: key of the text in a JSON line.
+        train, validation, test: any of: paths or glob patterns of text files (one document a file), JSON lines
+            (``.jsonl``) and Parquet (``.parquet``), the first two also compressed (.gz, .xz, .zst);
+            "hub:owner/name" or "hub:owner/name:configuration", a data set of the Hugging Face hub;
+            "pydoc-topics:train" and "pydoc-topics:validation", the language reference that every Python carries.
+        train_split, validation_split, test_split: splits of hub data sets.
+        train_interval, validation_interval, test_interval: which documents, "start:stop" by index or percent
+            ("0:16000000", "98%:99%"); "" for all.
+        text_column: of JSON lines, Parquet files and hub data sets.
         tokenizer: a model folder or SentencePiece file; None trains one on the training text.
         vocab_size: pieces of a newly trained tokenizer.
-        sequence_length: tokens of one packed training sequence.
+        sequence_length: tokens of a full training sequence.
+        layout: "packed": documents one after another, [END] between them, sequences cut where they are full.
+            "padded": so within groups of 3,200 documents, the last sequence of a group filled with [PAD];
+            "unpadded": the same, that sequence left short.
+        streaming: tokenise the training data as it is read, again in every pass, rather than once into the cache.
+        shuffle_buffer: documents that a streamed pass is mixed through; 0 keeps their order. Data that is not streamed
+            is shuffled as a whole.
+        workers: processes that load data beside each training process.
+        strict: refuse bad rows (no text, empty, not valid UTF-8) rather than skip and count them.
+        cache: folder for tokenised data; None for $PLDR_CACHE or ~/.cache/pldr.
     """
 
     train: list[str]
     validation: list[str] = field(default_factory=list)
+    test: list[str] = field(default_factory=list)
+    train_split: str = "train"
+    validation_split: str = "validation"
+    test_split: str = "test"
+    train_interval: str = ""
+    validation_interval: str = ""
+    test_interval: str = ""
     text_column: str = "text"
     tokenizer: str | None = None
     vocab_size: int = 32000
     sequence_length: int = 1024
+    layout: str = "packed"
+    streaming: bool = False
+    shuffle_buffer: int = 20000
+    workers: int = 0
+    strict: bool = False
+    cache: str | None = None
 
 
 @dataclass
@@ -63,12 +89,14 @@ class OptimizationRecipe:
         clip_value: bound on every element of the gradient (published), or None.
         clip_norm: bound on the gradient's norm, or None.
         precision: "fp32" or "bf16" (autocast).
-        compile: run the model through torch.compile.
+        compile: run the decoder layers through torch.compile, all with the same graph.
         gradient_checkpointing: recompute activations in the backward pass, for memory.
         dag_A_LM, dag_A_P, dag_G_LM: coefficients of the DAG loss of each deductive output, added to the cross-entropy
             (0.05 each in v51-DAG); they need a learned operator.
         handoff_step: after this many steps the learned operator, evaluated on held-out passages, becomes a trainable
             constant and its network is dropped; None keeps the network.
+        skip_nonfinite: how many steps whose loss is NaN or infinite are left out before the run stops. Above 0 every
+            step waits for its loss.
     """
 
     steps: int = 250000
@@ -90,6 +118,23 @@ class OptimizationRecipe:
     dag_A_P: float = 0.0
     dag_G_LM: float = 0.0
     handoff_step: int | None = None
+    skip_nonfinite: int = 0
+
+
+@dataclass
+class DistributedRecipe:
+    """How several processes share a run (started by torchrun or accelerate launch). One process ignores it.
+
+    Attributes:
+        sharding: "none": every process holds the whole model (DDP); "full": weights, gradients and optimiser are cut among
+            all processes (FSDP2); "hybrid": cut within each of `replicas` groups.
+        replicas: groups of hybrid sharding; as many as there are machines, usually.
+        cpu_offload: keep sharded weights and optimiser in host memory.
+    """
+
+    sharding: str = "none"
+    replicas: int = 2
+    cpu_offload: bool = False
 
 
 @dataclass
@@ -101,16 +146,23 @@ class Recipe:
         seed: of initialisation and data order.
         log_steps: steps between two log lines.
         eval_steps: steps between two evaluations on the validation data, None for one at the end. With a learned operator
-            each also measures how far G_LM varies over passages and the loss with G_LM frozen.
+            each also measures how far G_LM varies over passages, the loss with G_LM frozen, and the DAG losses.
+        save_steps: steps between two checkpoints, None for none but that of an interruption or a hand-off.
+        keep_checkpoints: how many of the newest are kept.
+        report_to: where else numbers go: any of tensorboard, wandb, trackio.
     """
 
     output: str
     data: DataRecipe
     model: ModelRecipe = field(default_factory=ModelRecipe)
     optimization: OptimizationRecipe = field(default_factory=OptimizationRecipe)
+    distributed: DistributedRecipe = field(default_factory=DistributedRecipe)
     seed: int = 1234
     log_steps: int = 50
     eval_steps: int | None = None
+    save_steps: int | None = None
+    keep_checkpoints: int = 2
+    report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
 
     def __post_init__(self) -> None:
         o, d = self.optimization, self.data
@@ -120,6 +172,8 @@ class Recipe:
             "optimization.epsilon": o.epsilon, "data.sequence_length": d.sequence_length - 1,
             "data.vocab_size": d.vocab_size, "log_steps": self.log_steps, "data.train": len(d.train),
             "eval_steps": 1 if self.eval_steps is None else self.eval_steps,
+            "save_steps": 1 if self.save_steps is None else self.save_steps,
+            "keep_checkpoints": self.keep_checkpoints, "distributed.replicas": self.distributed.replicas,
         }  # fmt: skip
         for name, value in positive.items():
             if value <= 0:
@@ -152,8 +206,22 @@ class Recipe:
                 raise ValueError(f"recipe: optimization.{name} must be at least 0 and less than 1, got {beta}")
         if not 0 <= o.warmup_steps <= o.steps:
             raise ValueError(f"recipe: optimization.warmup_steps must be between 0 and steps, got {o.warmup_steps}")
-        if o.precision not in ("fp32", "bf16"):
-            raise ValueError(f"recipe: optimization.precision must be fp32 or bf16, got {o.precision!r}")
+        choices = [
+            ("optimization.precision", o.precision, ("fp32", "bf16")),
+            ("data.layout", d.layout, ("packed", "padded", "unpadded")),
+            ("distributed.sharding", self.distributed.sharding, ("none", "full", "hybrid")),
+            *(("report_to", name, ("tensorboard", "wandb", "trackio")) for name in self.report_to),
+        ]
+        for name, value, allowed in choices:
+            if value not in allowed:
+                raise ValueError(f"recipe: {name} must be {', '.join(allowed[:-1])} or {allowed[-1]}, got {value!r}")
+        for name, count in [
+            ("optimization.skip_nonfinite", o.skip_nonfinite),
+            ("data.shuffle_buffer", d.shuffle_buffer),
+            ("data.workers", d.workers),
+        ]:
+            if count < 0:
+                raise ValueError(f"recipe: {name} must be at least 0, got {count}")
 
 
 def find_recipe(name: str | os.PathLike[str]) -> Path:

@@ -1,129 +1,247 @@
-"""Training: a recipe through transformers' Trainer."""
+"""Training: a recipe to a model, in a folder that a stopped run can go on from."""
 
 import contextlib
-import copy
+import dataclasses
 import json
 import math
-import time
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from huggingface_hub.errors import StrictDataclassFieldValidationError
-from transformers import (
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    default_data_collator,
-    set_seed,
-)
+from transformers import PrinterCallback, set_seed
 
+from pldr import checkpoint as files
 from pldr.configuration_pldr import PldrConfig
-from pldr.data import pack, read_documents
-from pldr.deductive import dag_loss, deductive_outputs, variation
+from pldr.data import Source, TokenRows, TokenStream, cached_rows, collate, read_documents
 from pldr.modeling_pldr import PldrForCausalLM
 from pldr.operator import freeze
-from pldr.recipe import OptimizationRecipe, Recipe
-from pldr.saving import check_output, whole_folder
+from pldr.recipe import Recipe
+from pldr.saving import check_output
 from pldr.tokenizer import load_tokenizer, train_sentencepiece
+from pldr.trainer import ADVICE, PROBED, PldrTrainer, ProgressBar, dag_coefficients, training_arguments
+
+_RECIPE = "recipe.json"
+# What may change when a run goes on: everything that does not change its losses.
+_FREE = ("output", "log_steps", "eval_steps", "save_steps", "keep_checkpoints", "report_to", "distributed",
+         "optimization.compile", "optimization.gradient_checkpointing", "data.cache")  # fmt: skip
 
 
-def train(recipe: Recipe, *, overwrite: bool = False, progress: bool = True) -> dict[str, float]:
-    """Train a model and save it, with its tokenizer and ``log.jsonl``, in the recipe's output folder.
+class TrainingInterrupted(RuntimeError):
+    """The run was asked to stop, and saved a checkpoint first.
+
+    Attributes:
+        signal: number of the signal.
+    """
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.signal = signal_number
+
+
+def train(
+    recipe: Recipe, *, overwrite: bool = False, resume: bool | str | os.PathLike[str] = False, progress: bool = True
+) -> dict[str, float]:
+    """Train a model into the recipe's output folder.
+
+    The folder holds checkpoints and ``log.jsonl`` during the run; the model and its tokenizer appear at the end. The
+    processes of torchrun or accelerate launch share the work.
 
     Args:
         recipe: what to train, on what, and how.
         overwrite: replace an output folder that is not empty.
+        resume: go on from the newest checkpoint in the output folder, or from the one named.
         progress: show a progress bar.
 
     Returns:
-        steps, tokens, left_out_tokens (of the last partial sequence), seconds, tokens_per_second, train_loss and, with
-        validation data, validation_loss (nats a token, G_LM computed from each full sequence).
+        steps, tokens, left_out_tokens (of the last partial sequence), seconds and tokens_per_second (of this call),
+        train_loss, train_accuracy and, with such data, validation_loss, validation_accuracy, test_loss and test_accuracy
+        (nats a token and fractions, G_LM computed from each full sequence).
 
     Raises:
-        ValueError, OSError: a recipe, data or output folder that can not work, before any training; a disk that is full.
-        FloatingPointError: the loss became NaN or infinite.
+        ValueError, OSError: a recipe, data, checkpoint or output folder that can not work, before any training; a disk
+            that is full, with the older checkpoints left whole.
+        FloatingPointError: the loss became NaN or infinite more often than the recipe allows.
+        TrainingInterrupted: SIGTERM or SIGINT came, and a checkpoint was written.
     """
-    output = check_output(recipe.output, overwrite=overwrite)
+    process = PartialState(cpu=not torch.cuda.is_available())
+    output = Path(recipe.output)
+    start = _checkpoint_to_resume(recipe, resume)
+    if start is None and process.is_main_process:
+        check_output(output, overwrite=overwrite)
+    _check_distributed(recipe, process.num_processes)
     set_seed(recipe.seed)
-    o, d = recipe.optimization, recipe.data
-    with whole_folder(output, overwrite=overwrite) as folder:
-        tokenizer = _tokenizer(recipe, folder)
+    with _run_folder(output, start, process) as folder:
+        tokenizer = _tokenizer(recipe, folder, process)
         model = build_model(recipe, tokenizer)
-        if o.gradient_checkpointing:
-            # On the model, because the Trainer's own setting has another name in each transformers release.
-            name = "activation_checkpointing_enable"
-            getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")()
-        if o.compile:
-            # Layer by layer: all layers share one graph, where compiling the whole model would unroll them all.
-            for layer in model.model.layers:
-                layer.compile()
-        sequences = pack(read_documents(d.train, d.text_column), tokenizer, d.sequence_length)
-        if len(sequences) < o.batch_size * o.accumulation:
-            raise ValueError(
-                f"data: {len(sequences)} training sequences are less than one step of {o.batch_size} × {o.accumulation}"
-            )
-        held_out = None
-        if d.validation:
-            held_out = pack(read_documents(d.validation, d.text_column), tokenizer, d.sequence_length)
-        trainer = PldrTrainer(
-            o,
-            folder / "log.jsonl",
-            model=model,
-            args=training_arguments(recipe, folder),
-            train_dataset=sequences,
-            eval_dataset=held_out,
-            data_collator=default_data_collator,
-        )
-        trainer.remove_callback(PrinterCallback)  # standard output is for results
-        bar = ProgressBar(recipe, enabled=progress)
-        trainer.add_callback(bar)
-        try:
-            result = trainer.train()
-        finally:
-            bar.close()  # also after an error, or the terminal would keep the bar
-        # What was done, which a callback may have cut short of what was planned.
-        steps, seconds = trainer.state.global_step, result.metrics["train_runtime"]
-        tokens = trainer.sequences_seen * d.sequence_length
-        _check_finite(model, result.training_loss)
-        summary = {
-            "steps": steps,
-            "tokens": tokens,
-            "left_out_tokens": sequences.left_out,
-            "seconds": seconds,
-            "tokens_per_second": tokens / seconds,
-            # Of the last logged steps; of all, where there were too few to log.
-            "train_loss": result.training_loss if math.isnan(bar.loss) else bar.loss,
-        }
-        if held_out is not None:
-            summary["validation_loss"] = trainer.evaluate()["eval_loss"]
-        model.config.use_cache = True  # the Trainer switches it off
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    return summary
+        datasets = _datasets(recipe, tokenizer, process)
+        if process.is_main_process:
+            files.write_json(folder / _RECIPE, dataclasses.asdict(recipe))
+            _cut_log(folder / "log.jsonl", 0 if start is None else files.step_of(start))
+        summary: dict[str, float] = {}
+        while True:
+            trainer = _trainer(recipe, model, tokenizer, folder, datasets, start)
+            bar = ProgressBar(recipe, enabled=progress and process.is_main_process)
+            trainer.add_callback(bar)
+            with _stop_on_signals(trainer), bar:
+                result = trainer.train(resume_from_checkpoint=None if start is None else str(start))
+            summary["seconds"] = summary.get("seconds", 0.0) + result.metrics["train_runtime"]
+            summary["new_tokens"] = summary.get("new_tokens", 0) + trainer.new_sequences * recipe.data.sequence_length
+            if trainer.stop_signal is not None:
+                _interrupted(trainer, folder, recipe)
+            if not trainer.must_hand_off:
+                break
+            # The checkpoint that was just written holds all that the second part of the run needs.
+            start = files.checkpoints(folder)[0]
+            trainer.accelerator.free_memory()
+            model = build_model(recipe, tokenizer)
+        # Of the last logged steps; of all, where there were too few to log.
+        if math.isnan(bar.last["loss"]):
+            bar.last = {"loss": result.training_loss, "accuracy": trainer.accuracy()}
+        return _finish(trainer, summary | bar.last, datasets, tokenizer, folder)
 
 
-def _check_finite(model: PldrForCausalLM, loss: float) -> None:
+def _trainer(
+    recipe: Recipe, model: PldrForCausalLM, tokenizer: Any, folder: Path, datasets: dict[str, Any], start: Path | None
+) -> PldrTrainer:
+    """The trainer of what is left of a run: from its beginning, a checkpoint, or its hand-off."""
+    handed_off = _match_operator(recipe, model, start, datasets.get("validation"))
+    o = recipe.optimization
+    if o.gradient_checkpointing:
+        # On the model, because the Trainer's own setting has another name in each transformers release.
+        name = "activation_checkpointing_enable"
+        getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")()
+    if o.compile:
+        # Layer by layer: all layers share one graph, where compiling the whole model would unroll them all.
+        for layer in model.model.layers:
+            layer.compile()
+    full = recipe.data.sequence_length if recipe.data.layout == "padded" else None
+    trainer = PldrTrainer(
+        recipe,
+        folder,
+        weights_loaded=handed_off,
+        model=model,
+        args=training_arguments(recipe, folder),
+        train_dataset=datasets["train"],
+        eval_dataset=datasets.get("validation"),
+        data_collator=partial(collate, pad_token_id=model.config.pad_token_id or 0, length=full),
+    )
+    trainer.remove_callback(PrinterCallback)  # standard output is for results
+    return trainer
+
+
+def _match_operator(recipe: Recipe, model: PldrForCausalLM, start: Path | None, held_out: TokenRows | None) -> bool:
+    """Give a model the operator that its checkpoint has or, at the hand-off, must get now.
+
+    Returns:
+        Whether the hand-off happens here; the weights are then already in the model.
+    """
+    step = recipe.optimization.handoff_step
+    if start is None or step is None or files.step_of(start) < step:
+        return False
+    operator = json.loads((start / "config.json").read_text(encoding="utf-8"))["operator"]
+    if operator == "constant":
+        H, D = model.config.num_attention_heads, model.config.head_dim
+        freeze(model, G_LM=torch.zeros(model.config.num_hidden_layers, H, D, D), trainable=True)
+        return False
+    assert held_out is not None  # the recipe was checked
+    saved = files.SavedTensors(start, "model")
+    for name, tensor in model.state_dict().items():
+        files.copy_into(tensor, saved[name])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    freeze(model.to(device), held_out.full_rows(PROBED).to(device), trainable=True)
+    model.train()
+    return True
+
+
+def _datasets(recipe: Recipe, tokenizer: Any, process: PartialState) -> dict[str, Any]:
     """
     Raises:
-        FloatingPointError: the run diverged after its last log line; the weights are not worth keeping.
+        ValueError, OSError: see `pldr.data`; or less training data than one step needs.
     """
+    d, o = recipe.data, recipe.optimization
+    # Of all processes the main one tokenises; the others then read what it wrote.
+    with process.main_process_first():
+        found: dict[str, Any] = {}
+        for part in ("train", "validation", "test"):
+            names = getattr(d, part)
+            if not names:
+                continue
+            source = Source(names, d.text_column, getattr(d, f"{part}_split"), getattr(d, f"{part}_interval"))
+            if part == "train" and d.streaming:
+                found[part] = TokenStream(source, tokenizer, d, seed=recipe.seed, rank=process.process_index,
+                                          world_size=process.num_processes)  # fmt: skip
+            else:
+                say = _say if process.is_main_process else _ignore
+                found[part] = cached_rows(source, tokenizer, d, report=say)
+    needed = o.batch_size * o.accumulation * process.num_processes
+    if not d.streaming and len(found["train"]) < needed:
+        raise ValueError(f"data: {len(found['train'])} training sequences are less than one step of {needed}")
+    if o.handoff_step is not None and len(found["validation"].full_rows(1)) == 0:
+        raise ValueError("data.validation: the hand-off needs one full sequence to evaluate the operator on")
+    return found
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)  # noqa: T201
+
+
+def _ignore(line: str) -> None:
+    pass
+
+
+def _finish(
+    trainer: PldrTrainer, summary: dict[str, float], datasets: dict[str, Any], tokenizer: Any, folder: Path
+) -> dict[str, float]:
+    model = trainer.whole_model()
     broken = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
-    if broken or not math.isfinite(loss):
-        raise FloatingPointError(f"the training diverged ({broken[0] if broken else 'loss'} is not finite); {_ADVICE}")
+    if broken:
+        raise FloatingPointError(f"the training diverged ({broken[0]} is not finite); {ADVICE}")
+    new_tokens, seconds = summary["new_tokens"], summary["seconds"]
+    result = {
+        # What was done, which a callback may have cut short of what was planned.
+        "steps": trainer.state.global_step,
+        "tokens": trainer.totals["sequences"] * trainer.recipe.data.sequence_length,
+        "left_out_tokens": 0 if trainer.recipe.data.streaming else datasets["train"].facts["left_out_tokens"],
+        "seconds": seconds,
+        "tokens_per_second": new_tokens / seconds,
+        "train_loss": summary["loss"],
+        "train_accuracy": summary["accuracy"],
+    }
+    for part, name in (("validation", "eval"), ("test", "test")):
+        if part in datasets:
+            metrics = trainer.evaluate(datasets[part], metric_key_prefix=name)
+            result |= {f"{part}_{key}": metrics[f"{name}_{key}"] for key in ("loss", "accuracy")}
+    if trainer.is_world_process_zero():
+        model.config.use_cache = True  # the Trainer switches it off
+        # Files move to their places one by one, the configuration last: until then nothing takes the folder for a model.
+        with tempfile.TemporaryDirectory(prefix=".model-", dir=folder) as partial_folder:
+            model.save_pretrained(partial_folder)
+            tokenizer.save_pretrained(partial_folder)
+            for file in sorted(Path(partial_folder).iterdir(), key=lambda file: file.name == "config.json"):
+                os.replace(file, folder / file.name)
+    trainer.accelerator.wait_for_everyone()
+    return result
 
 
-# Held-out passages that an evaluation measures the operator on.
-_PROBED = 16
-_ADVICE = "lower optimization.learning_rate or raise optimization.warmup_steps"
-
-
-def _tokenizer(recipe: Recipe, folder: Path) -> Any:
+def _tokenizer(recipe: Recipe, folder: Path, process: PartialState) -> Any:
     if recipe.data.tokenizer is not None:
         return load_tokenizer(recipe.data.tokenizer)
-    documents = read_documents(recipe.data.train, recipe.data.text_column)
-    return load_tokenizer(train_sentencepiece(documents, folder / "tokenizer.model", recipe.data.vocab_size))
+    model_file = folder / "tokenizer.model"
+    with process.main_process_first():
+        if not model_file.is_file():
+            documents = read_documents(recipe.data.train, recipe.data.text_column, strict=recipe.data.strict)
+            train_sentencepiece(documents, model_file, recipe.data.vocab_size)
+    return load_tokenizer(model_file)
 
 
 def build_model(recipe: Recipe, tokenizer: Any) -> PldrForCausalLM:
@@ -152,10 +270,11 @@ def build_model(recipe: Recipe, tokenizer: Any) -> PldrForCausalLM:
         )
     if config.operator != "learned" and recipe.optimization.handoff_step is not None:
         raise ValueError("recipe: optimization.handoff_step needs a learned operator to hand off")
-    if config.operator != "learned" and any(_dag_coefficients(recipe.optimization).values()):
+    if config.operator != "learned" and any(dag_coefficients(recipe.optimization).values()):
         raise ValueError(
             "recipe: optimization.dag_… need a learned operator, which alone has deductive outputs to regularise"
         )
+    set_seed(recipe.seed)
     model = PldrForCausalLM(config)
     if recipe.model.G_LM is not None:
         from pldr.convert import load_predefined_G
@@ -164,205 +283,115 @@ def build_model(recipe: Recipe, tokenizer: Any) -> PldrForCausalLM:
     return model
 
 
-def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
-    o = recipe.optimization
-    return TrainingArguments(
-        output_dir=str(folder),
-        seed=recipe.seed,
-        max_steps=o.steps,
-        per_device_train_batch_size=o.batch_size,
-        per_device_eval_batch_size=o.batch_size,
-        gradient_accumulation_steps=o.accumulation,
-        learning_rate=o.learning_rate,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": o.final_rate},
-        warmup_steps=o.warmup_steps,
-        weight_decay=o.weight_decay,
-        adam_beta1=o.beta1,
-        adam_beta2=o.beta2,
-        adam_epsilon=o.epsilon,
-        max_grad_norm=o.clip_norm or 0.0,
-        bf16=o.precision == "bf16",
-        use_cpu=not torch.cuda.is_available(),
-        dataloader_drop_last=True,
-        logging_steps=recipe.log_steps,
-        logging_nan_inf_filter=False,
-        eval_strategy="no" if recipe.eval_steps is None else "steps",
-        eval_steps=recipe.eval_steps,
-        save_strategy="no",
-        prediction_loss_only=True,
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available(),
+# --- the run's folder, its resumption and its interruption ----------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _run_folder(output: Path, start: Path | None, process: PartialState) -> Iterator[Path]:
+    """The output folder. One that is overwritten is set aside, and comes back if the run leaves nothing to go on from."""
+    aside = None
+    made = output  # the first folder of the path that was not there
+    if start is None and process.is_main_process:
+        while not made.parent.exists():
+            made = made.parent
+        if output.is_dir():
+            aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.old-", dir=output.absolute().parent))
+            os.replace(output, aside / output.name)
+        output.mkdir(parents=True)
+    process.wait_for_everyone()
+    try:
+        yield output
+    except BaseException:
+        if start is None and process.is_main_process and not files.checkpoints(output):
+            shutil.rmtree(made)
+            if aside is not None:
+                os.replace(aside / output.name, output)
+        raise
+    finally:
+        if aside is not None:
+            shutil.rmtree(aside)
+
+
+def _checkpoint_to_resume(recipe: Recipe, resume: bool | str | os.PathLike[str]) -> Path | None:
+    """
+    Raises:
+        ValueError: there is no checkpoint, it is damaged, or the run was another one.
+    """
+    if resume is False:
+        return None
+    output = Path(recipe.output)
+    if resume is True:
+        found = files.checkpoints(output)
+        if not found:
+            raise ValueError(f"{output}: holds no checkpoint to go on from; leave out --resume to begin anew")
+        start = found[0]
+    else:
+        start = Path(resume)
+        if start not in files.checkpoints(output):
+            raise ValueError(f"{start}: is not a checkpoint in the output folder {output}")
+    files.check(start)
+    earlier = json.loads((output / _RECIPE).read_text(encoding="utf-8"))
+    for name, old, new in _differences(earlier, dataclasses.asdict(recipe)):
+        raise ValueError(f"recipe: {name} was {old!r} when {output} was begun and is {new!r} now; a run goes on as it was")
+    return start
+
+
+def _differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if name in _FREE:
+        return
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            yield from _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+    elif old != new:
+        yield name, old, new
+
+
+def _check_distributed(recipe: Recipe, processes: int) -> None:
+    d = recipe.distributed
+    if processes > 1 and d.sharding == "hybrid" and processes % d.replicas:
+        raise ValueError(f"recipe: distributed.replicas={d.replicas} does not divide {processes} processes")
+
+
+def _cut_log(log_file: Path, step: int) -> None:
+    """Forget what was logged after a step: it will be done again."""
+    if not log_file.is_file():
+        return
+    kept = []
+    for line in log_file.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):  # a line that a killed run left half written
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+    partial_file = log_file.with_suffix(".partial")
+    partial_file.write_text("".join(kept), encoding="utf-8")
+    os.replace(partial_file, log_file)
+
+
+@contextlib.contextmanager
+def _stop_on_signals(trainer: PldrTrainer) -> Iterator[None]:
+    """SIGTERM and the first SIGINT end the run after a checkpoint; the second SIGINT ends it at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may listen
+        return
+
+    def note(number: int, frame: Any) -> None:
+        if trainer.stop_signal == signal.SIGINT == number:
+            raise KeyboardInterrupt
+        trainer.stop_signal = number
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _interrupted(trainer: PldrTrainer, folder: Path, recipe: Recipe) -> None:
+    assert trainer.stop_signal is not None
+    saved = files.checkpoints(folder)[0]
+    name = signal.Signals(trainer.stop_signal).name
+    raise TrainingInterrupted(
+        f"stopped by {name} after step {files.step_of(saved)} of {recipe.optimization.steps}; saved in {saved}; go on with "
+        "the same command and --resume",
+        trainer.stop_signal,
     )
-
-
-def _dag_coefficients(optimization: OptimizationRecipe) -> dict[str, float]:
-    return {name: getattr(optimization, f"dag_{name}") for name in ("A_LM", "A_P", "G_LM")}
-
-
-class PldrTrainer(Trainer):
-    """transformers' Trainer with the published optimisation: clipping by value, decay on every parameter, DAG loss.
-
-    Every log line, evaluations included, also goes to a JSON-lines file.
-    """
-
-    def __init__(self, optimization: OptimizationRecipe, log_file: Path, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.optimization = optimization
-        self.log_file = log_file
-        self.sequences_seen = 0  # in training, by all processes
-        self.dag_coefficients = {name: value for name, value in _dag_coefficients(optimization).items() if value}
-        if optimization.clip_value is not None:
-            self.add_callback(_ClipByValue(optimization.clip_value))
-        if optimization.handoff_step is not None:
-            self.add_callback(_HandOff(optimization.handoff_step, self))
-
-    def hand_off(self) -> None:
-        """Make the learned operator a trainable constant, from held-out passages, and go on with what remains.
-
-        The optimiser keeps its state for every parameter that stays; the constants start without one.
-        """
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        freeze(model, self.eval_dataset.tensor(slice(_PROBED)).to(model.device), trainable=True)
-        parameters = list(model.parameters())
-        kept = set(parameters)
-        for group in self.optimizer.param_groups:
-            group["params"] = [p for p in group["params"] if p in kept]
-        known = {p for group in self.optimizer.param_groups for p in group["params"]}
-        # Every parameter is decayed alike, so that the first group is the place for new ones.
-        self.optimizer.param_groups[0]["params"] += [p for p in parameters if p not in known]
-        state = self.optimizer.state
-        for parameter in [p for p in state if p not in kept]:
-            del state[parameter]
-
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        # Only the loss is wanted, in training as in evaluation: all logits of a batch would fill gigabytes.
-        inputs = {**inputs, "return_logits": False}
-        regularised = bool(self.dag_coefficients) and model.training
-        if model.training:
-            self.sequences_seen += len(inputs["input_ids"]) * self.args.world_size
-        if regularised:
-            inputs["output_deductive_outputs"] = True
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if regularised:
-            for name, coefficient in self.dag_coefficients.items():
-                X = torch.stack([getattr(layer, name) for layer in outputs.deductive_outputs])
-                # The cross-entropies of accumulated batches add up to a mean; so must these. The last step of an epoch
-                # has fewer batches.
-                loss = loss + coefficient * dag_loss(X) / self.current_gradient_accumulation_steps
-        return (loss, outputs) if return_outputs else loss
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        # Not compiled: other batch sizes and no gradients would compile everything anew.
-        with torch.compiler.set_stance("force_eager"):
-            metrics = super().evaluate(*args, **kwargs)
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        if model.config.operator == "learned" and len(self.eval_dataset) >= 2:
-            self.log(operator_metrics(model, self.eval_dataset.tensor(slice(_PROBED)).to(model.device)))
-        return metrics
-
-    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        # Training leaves out the last partial batch of an epoch; an evaluation is over everything.
-        self.args.dataloader_drop_last = False
-        try:
-            return super().get_eval_dataloader(*args, **kwargs)
-        finally:
-            self.args.dataloader_drop_last = True
-
-    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
-        return [name for name, _ in model.named_parameters()]
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        loss = logs.get("loss", 0.0)
-        if not torch.isfinite(torch.tensor(loss)):
-            raise FloatingPointError(f"the loss became {loss} by step {self.state.global_step}; {_ADVICE}")
-        super().log(logs, *args, **kwargs)
-        with self.log_file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"step": self.state.global_step, **logs}) + "\n")
-
-    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
-        # Without clipping by norm the Trainer would compute the norm for the log alone, at every step.
-        return grad_norm if self.optimization.clip_norm is not None else None
-
-
-@torch.no_grad()
-def operator_metrics(model: PldrForCausalLM, passages: torch.Tensor) -> dict[str, Any]:
-    """Whether G_LM has become a constant: what an evaluation logs beside the loss.
-
-    Args:
-        model: with a learned operator.
-        passages: [B, T], B ≥ 2, held out.
-
-    Returns:
-        "G_variation", of G_LM over the passages, layer by layer (see `pldr.deductive.variation`); "G_frozen_difference",
-        the mean loss of all passages but the first with G_LM frozen from the first, minus that with G_LM computed from
-        each, in nats a token.
-    """
-    was_training = model.training
-    model.eval()
-    frozen = freeze(copy.deepcopy(model), passages[:1])
-    losses = [
-        float(running(passages[1:], labels=passages[1:], use_cache=False, return_logits=False).loss)
-        for running in (frozen, model)
-    ]
-    model.train(was_training)
-    return {
-        "G_variation": variation(deductive_outputs(model, passages).G_LM).tolist(),
-        "G_frozen_difference": losses[0] - losses[1],
-    }
-
-
-class _HandOff(TrainerCallback):
-    def __init__(self, step: int, trainer: PldrTrainer) -> None:
-        self.step = step
-        self.trainer = trainer
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step and self.trainer.model.config.operator == "learned":
-            self.trainer.hand_off()
-
-
-class _ClipByValue(TrainerCallback):
-    def __init__(self, bound: float) -> None:
-        self.bound = bound
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        torch.nn.utils.clip_grad_value_(model.parameters(), self.bound)
-
-
-class ProgressBar(TrainerCallback):
-    """One line on standard error: steps, loss, learning rate, tokens a second, time left."""
-
-    def __init__(self, recipe: Recipe, *, enabled: bool) -> None:
-        self.loss = float("nan")
-        self.enabled = enabled
-        o = recipe.optimization
-        self.tokens_per_step = o.batch_size * o.accumulation * recipe.data.sequence_length
-        self._exit = contextlib.ExitStack()
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (
-            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"),
-            TimeRemainingColumn(),
-        )  # fmt: skip
-        self.bar = self._exit.enter_context(Progress(*columns, console=Console(stderr=True), disable=not self.enabled))
-        self.task = self.bar.add_task("", total=state.max_steps)
-        self.start = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        speed = self.tokens_per_step * state.global_step * args.world_size / (time.perf_counter() - self.start)
-        self.bar.update(
-            self.task, completed=state.global_step, description=f"loss {self.loss:.3f} · {speed:,.0f} tokens/s"
-        )
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        self.loss = (logs or {}).get("loss", self.loss)
-
-    def close(self) -> None:
-        self._exit.close()

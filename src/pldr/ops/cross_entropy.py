@@ -23,8 +23,8 @@ _CHUNK_BYTES = 512 * 2**20
 
 def linear_cross_entropy(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, targets: torch.Tensor
-) -> torch.Tensor:
-    """Sum over rows of the cross-entropy of `hidden @ weightᵀ + bias` against `targets`.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum over rows of the cross-entropy of `hidden @ weightᵀ + bias` against `targets`, and of their right guesses.
 
     Args:
         hidden: [N, M]; under autocast it is rounded to the autocast dtype, as a linear layer would.
@@ -34,24 +34,26 @@ def linear_cross_entropy(
             nothing.
 
     Returns:
-        A float32 scalar, in nats, differentiable in `hidden`, `weight` and `bias`.
+        The loss, a float32 scalar in nats, differentiable in `hidden`, `weight` and `bias`; and how many targets have
+        the highest logit of their row (ties count), a float32 scalar.
     """
     if not hidden.is_cuda or triton is None:
         return reference.linear_cross_entropy(hidden, weight, bias, targets)
     if torch.is_autocast_enabled("cuda"):
         hidden = hidden.to(torch.get_autocast_dtype("cuda"))
-    loss, *_ = _loss_and_gradients(hidden, weight, bias, targets)
-    return loss
+    loss, correct, *_ = _loss_and_gradients(hidden, weight, bias, targets)
+    return loss, correct
 
 
 @torch.library.custom_op("pldr::linear_cross_entropy", mutates_args=())
 def _loss_and_gradients(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, targets: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The summed loss and its gradients by hidden (its dtype), weight and bias (float32)."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The summed loss, right guesses, and the loss's gradients by hidden (its dtype), weight and bias (float32)."""
     rows, vocabulary = hidden.shape[0], weight.shape[0]
     weight, bias = weight.to(hidden.dtype), bias.to(hidden.dtype)
     losses = torch.empty(rows, dtype=torch.float32, device=hidden.device)
+    correct = torch.empty(rows, dtype=torch.float32, device=hidden.device)
     grad_hidden = torch.empty_like(hidden)
     grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=hidden.device)
     grad_bias = torch.zeros(vocabulary, dtype=torch.float32, device=hidden.device)
@@ -60,20 +62,21 @@ def _loss_and_gradients(
         part = hidden[start : start + step]
         logits = torch.addmm(bias, part, weight.t())
         _softmax_gradient[(len(part),)](
-            logits, targets[start:], losses[start:], vocabulary, logits.stride(0),
+            logits, targets[start:], losses[start:], correct[start:], vocabulary, logits.stride(0),
             IGNORED=reference.IGNORED_TARGET, BLOCK=4096, num_warps=8,
         )  # fmt: skip
         torch.mm(logits, weight, out=grad_hidden[start : start + step])
         grad_weight += logits.t() @ part
         grad_bias += logits.sum(0, dtype=torch.float32)
-    return losses.sum(), grad_hidden, grad_weight, grad_bias
+    return losses.sum(), correct.sum(), grad_hidden, grad_weight, grad_bias
 
 
 @_loss_and_gradients.register_fake
 def _(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, targets: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     return (
+        hidden.new_empty((), dtype=torch.float32),
         hidden.new_empty((), dtype=torch.float32),
         torch.empty_like(hidden),
         weight.new_empty(weight.shape, dtype=torch.float32),
@@ -82,7 +85,8 @@ def _(
 
 
 def _save_gradients(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    _, grad_hidden, grad_weight, grad_bias = output
+    _, correct, grad_hidden, grad_weight, grad_bias = output
+    ctx.mark_non_differentiable(correct)
     ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
     ctx.dtypes = [tensor.dtype for tensor in inputs[:3]]
 
@@ -97,8 +101,10 @@ _loss_and_gradients.register_autograd(_backward, setup_context=_save_gradients)
 if triton is not None:
 
     @triton.jit
-    def _softmax_gradient(logits, targets, losses, vocabulary, stride, IGNORED: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-        """One row: its loss, and softmax - one-hot in place of its logits (zeros where the target is ignored)."""
+    def _softmax_gradient(  # type: ignore[no-untyped-def]
+        logits, targets, losses, correct, vocabulary, stride, IGNORED: tl.constexpr, BLOCK: tl.constexpr
+    ):
+        """One row: its loss, whether its target has the highest logit, and softmax - one-hot in place of its logits (zeros where the target is ignored)."""
         row = tl.program_id(0).to(tl.int64)
         target = tl.load(targets + row)
         base = logits + row * stride
@@ -107,6 +113,7 @@ if triton is not None:
                 columns = start + tl.arange(0, BLOCK)
                 tl.store(base + columns, tl.zeros([BLOCK], logits.dtype.element_ty), mask=columns < vocabulary)
             tl.store(losses + row, 0.0)
+            tl.store(correct + row, 0.0)
             return
         highest = -float("inf")
         total = 0.0
@@ -116,7 +123,9 @@ if triton is not None:
             new = tl.maximum(highest, tl.max(x, 0))
             total = total * tl.exp(highest - new) + tl.sum(tl.exp(x - new), 0)
             highest = new
-        tl.store(losses + row, tl.log(total) + highest - tl.load(base + target).to(tl.float32))
+        target_logit = tl.load(base + target).to(tl.float32)
+        tl.store(losses + row, tl.log(total) + highest - target_logit)
+        tl.store(correct + row, tl.where(target_logit >= highest, 1.0, 0.0))
         tl.debug_barrier()  # the target's logit is read before any warp overwrites it
         for start in range(0, vocabulary, BLOCK):
             columns = start + tl.arange(0, BLOCK)

@@ -79,8 +79,8 @@ IGNORED_TARGET = -100
 
 def linear_cross_entropy(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, targets: torch.Tensor
-) -> torch.Tensor:
-    """Sum over rows of the cross-entropy of `hidden @ weightᵀ + bias` against `targets`.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum over rows of the cross-entropy of `hidden @ weightᵀ + bias` against `targets`, and of their right guesses.
 
     Args:
         hidden: [N, M].
@@ -89,7 +89,15 @@ def linear_cross_entropy(
         targets: [N] (int64); rows with `IGNORED_TARGET` count nothing.
 
     Returns:
-        A float32 scalar, in nats.
+        The loss, a float32 scalar in nats; and the number of right guesses, see `right_guesses`.
     """
     logits = F.linear(hidden, weight, bias).float()
-    return F.cross_entropy(logits, targets, ignore_index=IGNORED_TARGET, reduction="sum")
+    loss = F.cross_entropy(logits, targets, ignore_index=IGNORED_TARGET, reduction="sum")
+    return loss, right_guesses(logits.detach(), targets)
+
+
+def right_guesses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """How many targets have the highest logit of their row (ties count). [N, V], [N] → float32 scalar."""
+    counted = targets != IGNORED_TARGET
+    of_target = logits.gather(1, targets.where(counted, 0)[:, None])[:, 0]
+    return ((of_target >= logits.amax(1)) & counted).sum().float()

@@ -1,0 +1,216 @@
+"""Checkpoints of a training run: folders `checkpoint-STEP` that are there whole or not at all, without a pickle.
+
+A checkpoint holds the model and the optimiser by parameter name, in safetensors: one file each, or, where a run is
+sharded, one file each a rank (`model-2-of-4.safetensors`), every tensor cut along its first dimension. Either loads on
+any number of ranks.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+_SHARD = re.compile(r"(?P<kind>\w+)-(?P<rank>\d+)-of-(?P<ranks>\d+)\.safetensors")
+SUMS = "CHECKPOINT.SHA256"
+
+
+def checkpoints(run: str | os.PathLike[str]) -> list[Path]:
+    """The checkpoints of a run, newest first."""
+    found = [(int(match[1]), path) for path in Path(run).glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint was written after."""
+    match = _NAME.fullmatch(checkpoint.name)
+    assert match is not None
+    return int(match[1])
+
+
+def commit(partial: Path, checkpoint: Path, keep: int) -> None:
+    """Move a finished checkpoint to its place, and drop all but the newest `keep` ones.
+
+    Raises:
+        OSError: the disk is full, or the like; older checkpoints are then still there.
+    """
+    lines = []
+    for file in sorted(path for path in partial.rglob("*") if path.is_file() and path.name != SUMS):
+        with file.open("rb") as stream:
+            lines.append(f"{hashlib.file_digest(stream, 'sha256').hexdigest()}  {file.relative_to(partial)}\n")
+            os.fsync(stream.fileno())
+    (partial / SUMS).write_text("".join(lines), encoding="utf-8")
+    if checkpoint.exists():  # a run that went on from an older one
+        shutil.rmtree(checkpoint)
+    os.replace(partial, checkpoint)
+    for old in checkpoints(checkpoint.parent)[keep:]:
+        # Out of sight first: what is half removed must not look like a checkpoint.
+        hidden = old.with_name(f".{old.name}.old")
+        os.replace(old, hidden)
+        shutil.rmtree(hidden)
+
+
+def check(checkpoint: Path) -> None:
+    """
+    Raises:
+        ValueError: a file is missing or does not match its sum; the checkpoint before is named, if there is one.
+    """
+    fault = _fault(checkpoint)
+    if fault is None:
+        return
+    older = [path for path in checkpoints(checkpoint.parent) if step_of(path) < step_of(checkpoint)]
+    whole = next((path for path in older if _fault(path) is None), None)
+    advice = f"go on from the one before it: --resume-from {whole}" if whole else "no older checkpoint is whole"
+    raise ValueError(f"{checkpoint}: damaged checkpoint ({fault}); {advice}")
+
+
+def _fault(checkpoint: Path) -> str | None:
+    if not (checkpoint / SUMS).is_file():
+        return f"no {SUMS}"
+    for line in (checkpoint / SUMS).read_text(encoding="utf-8", errors="replace").splitlines():
+        digest, _, name = line.partition("  ")
+        if not (checkpoint / name).is_file():
+            return f"{name} is missing"
+        with (checkpoint / name).open("rb") as stream:
+            if hashlib.file_digest(stream, "sha256").hexdigest() != digest:
+                return f"{name} does not match its sum"
+    return None
+
+
+# --- tensors, whole or sharded --------------------------------------------------------------------------------------
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], folder: Path, kind: str, *, rank: int, main: bool) -> None:
+    """Write tensors under their names: this rank's shards of distributed ones, or, on the main process, whole ones.
+
+    Args:
+        tensors: whole or distributed (DTensor, cut along its first dimension) ones.
+        folder: where to write; exists.
+        kind: first part of the file's name.
+        rank: of this process.
+        main: whether this process writes what is not distributed.
+
+    Raises:
+        OSError: the file could not be written.
+    """
+    shards, ranks = {}, 1
+    for name, tensor in tensors.items():
+        if (place := _shard_place(tensor)) is None:
+            continue
+        shard, ranks, writes = place
+        if writes:
+            rank = shard
+            shards[name] = tensor.to_local().detach().cpu().contiguous()  # type: ignore[attr-defined]
+    whole = {name: t.detach().cpu().contiguous() for name, t in tensors.items() if _shard_place(t) is None}
+    try:
+        if shards:
+            save_file(shards, folder / f"{kind}-{rank + 1}-of-{ranks}.safetensors", metadata={"format": "pt"})
+        if main and whole:
+            save_file(whole, folder / f"{kind}.safetensors", metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{folder}: {kind} could not be written ({error})") from None
+
+
+def _shard_place(tensor: torch.Tensor) -> tuple[int, int, bool] | None:
+    """Of a distributed tensor: the index of this rank's shard, their number, and whether this rank's copy is written."""
+    if not hasattr(tensor, "device_mesh"):
+        return None
+    mesh, placements = tensor.device_mesh, tensor.placements
+    (dimension,) = [i for i, placement in enumerate(placements) if placement.is_shard()]
+    copies = [i for i in range(len(placements)) if i != dimension]
+    first = all(mesh.get_local_rank(i) == 0 for i in copies)
+    return mesh.get_local_rank(dimension), mesh.size(dimension), first
+
+
+class SavedTensors:
+    """The tensors of one kind in a checkpoint, read one at a time.
+
+    Raises:
+        ValueError: files are missing.
+    """
+
+    def __init__(self, folder: Path, kind: str) -> None:
+        whole = folder / f"{kind}.safetensors"
+        shards = sorted(
+            (int(match["rank"]), int(match["ranks"]), path)
+            for path in folder.glob(f"{kind}-*.safetensors")
+            if (match := _SHARD.fullmatch(path.name)) and match["kind"] == kind
+        )
+        if shards and [rank for rank, _, _ in shards] != list(range(1, shards[0][1] + 1)):
+            raise ValueError(f"{folder}: {len(shards)} of {shards[0][1]} {kind} files are there")
+        self._files = [path for _, _, path in shards] + ([whole] if whole.is_file() else [])
+        if not self._files:
+            raise ValueError(f"{folder}: holds no {kind} tensors")
+        self._places: dict[str, list[Path]] = {}
+        for path in self._files:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (not a dictionary)
+                    self._places.setdefault(name, []).append(path)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
+    def names(self) -> Iterable[str]:
+        return self._places
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        parts = []
+        for path in self._places[name]:
+            with safe_open(path, framework="pt") as file:
+                parts.append(file.get_tensor(name))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+@torch.no_grad()
+def copy_into(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy a whole tensor into one that is whole or distributed; of the latter, each rank takes its shard."""
+    if hasattr(target, "device_mesh"):
+        target.to_local().copy_(like(target, source).to_local())  # type: ignore[attr-defined]
+    else:
+        target.copy_(source)
+
+
+def like(target: torch.Tensor, source: torch.Tensor) -> Any:
+    """A whole tensor, distributed as `target` is."""
+    if not hasattr(target, "device_mesh"):
+        return source.to(target.device, copy=True)
+    from torch.distributed.tensor import distribute_tensor
+
+    # No rank sends anything: each has read the whole tensor.
+    return distribute_tensor(source.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
+
+
+def optimizer_tensors(names: dict[torch.Tensor, str], optimizer: Any) -> dict[str, torch.Tensor]:
+    """AdamW's state as "parameter.step", "parameter.exp_avg" and "parameter.exp_avg_sq"."""
+    return {
+        f"{names[parameter]}.{key}": value
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer(names: dict[torch.Tensor, str], optimizer: Any, saved: SavedTensors) -> None:
+    """The inverse of `optimizer_tensors`; a parameter without saved state starts without."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            prefix = names[parameter]
+            if f"{prefix}.step" not in saved:
+                continue
+            moments = {key: like(parameter, saved[f"{prefix}.{key}"]) for key in ("exp_avg", "exp_avg_sq")}
+            step = saved[f"{prefix}.step"]
+            # Fused kernels keep the step beside the parameter, the others on the host.
+            on_device = bool(group.get("fused") or group.get("capturable"))
+            optimizer.state[parameter] = {"step": step.to(parameter.device) if on_device else step, **moments}
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value) + "\n", encoding="utf-8")

@@ -1,0 +1,494 @@
+"""transformers' Trainer for PLDR-LLMs: the published optimisation, what to log, and checkpoints that can be trusted."""
+
+import contextlib
+import copy
+import json
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from pldr import checkpoint as files
+from pldr.data import TokenStream
+from pldr.deductive import dag_loss, deductive_outputs, variation
+from pldr.modeling_pldr import PldrForCausalLM
+from pldr.operator import freeze
+from pldr.recipe import OptimizationRecipe, Recipe
+
+# Held-out passages that an evaluation measures the operator on.
+PROBED = 16
+ADVICE = "lower optimization.learning_rate or raise optimization.warmup_steps"
+# Several processes agree on a signal every so many steps; one looks after each.
+_SIGNAL_STEPS = 10
+_STATE = "run.json"
+
+
+def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
+    """A recipe in the Trainer's terms."""
+    o, d = recipe.optimization, recipe.distributed
+    sharding: dict[str, Any] = {}
+    if d.sharding != "none" and torch.distributed.is_initialized():
+        sharding["fsdp"] = True
+        sharding["fsdp_config"] = {
+            "version": 2,
+            "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+            "transformer_layer_cls_to_wrap": ["PldrDecoderLayer"],
+            "cpu_offload": d.cpu_offload,
+        }
+        if d.sharding == "hybrid":
+            from accelerate.parallelism_config import ParallelismConfig
+
+            processes = torch.distributed.get_world_size()
+            sharding["parallelism_config"] = ParallelismConfig(
+                dp_replicate_size=d.replicas, dp_shard_size=processes // d.replicas
+            )
+    return TrainingArguments(
+        output_dir=str(folder),
+        seed=recipe.seed,
+        max_steps=o.steps,
+        per_device_train_batch_size=o.batch_size,
+        per_device_eval_batch_size=o.batch_size,
+        gradient_accumulation_steps=o.accumulation,
+        learning_rate=o.learning_rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": o.final_rate},
+        warmup_steps=o.warmup_steps,
+        weight_decay=o.weight_decay,
+        adam_beta1=o.beta1,
+        adam_beta2=o.beta2,
+        adam_epsilon=o.epsilon,
+        max_grad_norm=o.clip_norm or 0.0,
+        bf16=o.precision == "bf16",
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_drop_last=True,
+        dataloader_num_workers=recipe.data.workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+        logging_steps=recipe.log_steps,
+        logging_nan_inf_filter=o.skip_nonfinite > 0,
+        eval_strategy="no" if recipe.eval_steps is None else "steps",
+        eval_steps=recipe.eval_steps,
+        save_strategy="no" if recipe.save_steps is None else "steps",
+        save_steps=recipe.save_steps or 500,
+        prediction_loss_only=True,
+        report_to=[name for name in recipe.report_to if name != "tensorboard"] or "none",
+        disable_tqdm=True,
+        **sharding,
+    )
+
+
+def dag_coefficients(optimization: OptimizationRecipe) -> dict[str, float]:
+    """Of the DAG loss of each deductive output."""
+    return {name: getattr(optimization, f"dag_{name}") for name in ("A_LM", "A_P", "G_LM")}
+
+
+class PldrTrainer(Trainer):
+    """transformers' Trainer with the published optimisation: clipping by value, decay on every parameter, DAG loss.
+
+    Every log line, evaluations included, also goes to a JSON-lines file.
+
+    Attributes:
+        totals: sums over the run so far: sequences, steps, loss and accuracy (each times steps), skipped steps.
+        new_sequences: those of this call alone.
+        stop_signal: set by a signal handler; the run ends after the step, with a checkpoint.
+        must_hand_off: the run ended, with a checkpoint, where the recipe hands the operator over.
+    """
+
+    def __init__(self, recipe: Recipe, folder: Path, *, weights_loaded: bool = False, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.recipe = recipe
+        self.folder = folder
+        self.weights_loaded = weights_loaded
+        self.totals = {"sequences": 0, "steps": 0, "loss": 0.0, "accuracy": 0.0, "skipped": 0}
+        self.new_sequences = 0
+        self.stop_signal: int | None = None
+        self.must_hand_off = False
+        self.dag_coefficients = {name: value for name, value in dag_coefficients(recipe.optimization).items() if value}
+        self._staging: Path | None = None  # where a checkpoint is being written
+        self._guesses = torch.zeros(2, device=self.args.device)  # accuracy summed over batches, batches
+        self._losses: list[tuple[int, torch.Tensor, torch.Tensor]] = []  # step, loss, rows: not looked at yet
+        self._broken_step = False
+        if recipe.optimization.clip_value is not None:
+            self.add_callback(_ClipByValue(recipe.optimization.clip_value))
+        self.add_callback(_Stops(self))
+        if "tensorboard" in recipe.report_to and self.is_world_process_zero():
+            self.add_callback(_tensorboard(folder / "tensorboard"))
+
+    # --- one step ---------------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        # Only the loss is wanted, in training as in evaluation: all logits of a batch would fill gigabytes.
+        inputs = {**inputs, "return_logits": False}
+        inputs.pop("row", None)
+        regularised = bool(self.dag_coefficients) and model.training
+        if model.training:
+            self.new_sequences += len(inputs["input_ids"]) * self.args.world_size
+            self.totals["sequences"] += len(inputs["input_ids"]) * self.args.world_size
+        if regularised:
+            inputs["output_deductive_outputs"] = True
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        self._guesses[0] += outputs.accuracy.detach()
+        self._guesses[1] += 1
+        if regularised:
+            for name, coefficient in self.dag_coefficients.items():
+                X = torch.stack([getattr(layer, name) for layer in outputs.deductive_outputs])
+                # The cross-entropies of accumulated batches add up to a mean; so must these. The last step of an epoch
+                # has fewer batches.
+                loss = loss + coefficient * dag_loss(X) / self.current_gradient_accumulation_steps
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.recipe.optimization.skip_nonfinite == 0:
+            self._losses.append((self.state.global_step + 1, loss, inputs["row"]))
+            return loss
+        finite = self.accelerator.reduce(torch.isfinite(loss).float(), "mean")
+        if finite < 1:
+            self._note_broken_step(self.state.global_step + 1, inputs["row"])
+        return loss
+
+    def _note_broken_step(self, step: int, rows: torch.Tensor) -> None:
+        if not self._broken_step:
+            self.totals["skipped"] += 1
+        self._broken_step = True
+        if self.totals["skipped"] > self.recipe.optimization.skip_nonfinite:
+            raise FloatingPointError(
+                f"the loss of {self.totals['skipped']} steps was NaN or infinite (optimization.skip_nonfinite="
+                f"{self.recipe.optimization.skip_nonfinite}), the last at {self._where(step, rows)}"
+            )
+
+    def check_losses(self) -> None:
+        """Look at the losses since the last look: once in a while, so that the device need not be waited for.
+
+        Raises:
+            FloatingPointError: one of them is NaN or infinite.
+        """
+        pending, self._losses = self._losses, []
+        if not pending:
+            return
+        broken = (~torch.isfinite(torch.stack([loss for _, loss, _ in pending]))).nonzero()
+        if len(broken):
+            step, loss, rows = pending[int(broken[0])]
+            raise FloatingPointError(f"the loss became {loss.item()} at {self._where(step, rows)}")
+
+    def _where(self, step: int, rows: torch.Tensor) -> str:
+        saved = files.checkpoints(self.folder)
+        last = f"last good checkpoint: {saved[0]}" if saved else "no checkpoint was written yet"
+        return f"step {step} (data rows {', '.join(map(str, rows.tolist()))}); {last}; {ADVICE}"
+
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        return [name for name, _ in model.named_parameters()]
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        # Without clipping by norm the Trainer would compute the norm for the log alone, at every step.
+        return grad_norm if self.recipe.optimization.clip_norm is not None else None
+
+    # --- data -------------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        if not isinstance(self.train_dataset, TokenStream):
+            return super().get_train_dataloader()
+        # A stream shares itself out among processes and data workers.
+        return DataLoader(
+            self.train_dataset,
+            batch_size=self.args.per_device_train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        # Training leaves out the last partial batch of an epoch; an evaluation is over everything.
+        self.args.dataloader_drop_last = False
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = True
+
+    # --- numbers ----------------------------------------------------------------------------------------------------
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        """Loss and accuracy on held-out data; with a learned operator, `operator_metrics` too."""
+        guesses, self._guesses = self._guesses, torch.zeros_like(self._guesses)
+        self._evaluated: dict[str, float] = {}
+        self._prefix = metric_key_prefix
+        try:
+            # Not compiled: other batch sizes and no gradients would compile everything anew.
+            with torch.compiler.set_stance("force_eager"):
+                metrics = super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        finally:
+            self._guesses = guesses
+        metrics |= self._evaluated
+        model = self.whole_model()
+        passages = self.eval_dataset.full_rows(PROBED) if self.eval_dataset is not None else ()
+        if model.config.operator == "learned" and len(passages) >= 2:
+            with torch.compiler.set_stance("force_eager"):
+                self.log(operator_metrics(model, passages.to(self.args.device)))
+        return metrics
+
+    def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        self.check_losses()
+        if "loss" in logs:
+            steps = self.state.global_step - self.totals["steps"]
+            logs["accuracy"] = self.accuracy()
+            self.totals["steps"] = self.state.global_step
+            for name in ("loss", "accuracy"):
+                self.totals[name] += logs[name] * steps
+                logs[f"global_{name}"] = self.totals[name] / self.totals["steps"]
+            if self.totals["skipped"]:
+                logs["skipped_steps"] = self.totals["skipped"]
+        elif f"{getattr(self, '_prefix', '')}_loss" in logs:
+            self._evaluated = {f"{self._prefix}_accuracy": self.accuracy()}
+            logs |= self._evaluated
+        flat = {k: v for k, v in logs.items() if not isinstance(v, list)}
+        flat |= {f"{k}/layer_{i}": x for k, v in logs.items() if isinstance(v, list) for i, x in enumerate(v)}
+        super().log(flat, *args, **kwargs)
+        if self.is_world_process_zero():
+            with (self.folder / "log.jsonl").open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps({"step": self.state.global_step, **logs}) + "\n")
+
+    def accuracy(self) -> float:
+        """Mean over the batches since the last call, and over processes."""
+        summed, count = self.accelerator.reduce(self._guesses, "sum").tolist()
+        self._guesses.zero_()
+        return summed / count if count else math.nan
+
+    def whole_model(self) -> PldrForCausalLM:
+        """The model itself or, of a sharded one, a copy put together (on every process: they must all ask)."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if not self.is_fsdp_enabled:
+            return model
+        whole = PldrForCausalLM(model.config)
+        if model.config.operator == "constant":
+            freeze(whole, G_LM=torch.zeros_like(_stacked(whole)), trainable=model.config.operator_trainable)
+        tensors = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in model.state_dict().items()}
+        whole.load_state_dict(tensors)
+        return whole.to(self.args.device)
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging or self.folder)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.check_losses()
+        name = f"checkpoint-{self.state.global_step}"
+        self._staging = self.folder / ".partial"
+        try:
+            if self.is_world_process_zero():
+                shutil.rmtree(self._staging, ignore_errors=True)
+                (self._staging / name).mkdir(parents=True)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            if self.is_world_process_zero():
+                logged = {"tr_loss": self._tr_loss.item(), "last_logged": self._globalstep_last_logged}
+                state = {"totals": self.totals, "guesses": self._guesses.tolist(), **logged}
+                files.write_json(self._staging / name / _STATE, state)
+            self.accelerator.wait_for_everyone()
+            if self.is_world_process_zero():
+                files.commit(self._staging / name, self.folder / name, self.recipe.keep_checkpoints)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            saved = files.checkpoints(self.folder)
+            last = f"{saved[0]} is whole" if saved else "there is none before it"
+            raise OSError(f"{self.folder / name}: could not be written ({_first_line(error)}); {last}") from error
+        finally:
+            if self.is_world_process_zero():
+                shutil.rmtree(self._staging, ignore_errors=True)
+            self._staging = None
+        self.accelerator.wait_for_everyone()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The model's tensors and configuration, each rank its own shards."""
+        folder = Path(output_dir or self.folder)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        self._save_tensors(model.state_dict(), folder, "model")
+        if self.is_world_process_zero():
+            model.config.save_pretrained(folder)
+
+    def _save_tensors(self, tensors: dict[str, torch.Tensor], folder: Path, kind: str) -> None:
+        main = self.is_world_process_zero()
+        files.save_tensors(tensors, folder, kind, rank=self.args.process_index, main=main)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        self._save_tensors(files.optimizer_tensors(self._names(), self.optimizer), Path(output_dir), "optimizer")
+        if self.is_world_process_zero():
+            state = {k: v for k, v in self.lr_scheduler.state_dict().items() if k != "lr_lambdas"}
+            files.write_json(Path(output_dir) / "scheduler.json", state)
+
+    def _names(self) -> dict[torch.Tensor, str]:
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        return {parameter: name for name, parameter in model.named_parameters()}
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.weights_loaded:
+            return
+        saved = files.SavedTensors(Path(resume_from_checkpoint), "model")
+        for name, tensor in self.accelerator.unwrap_model(self.model, keep_torch_compile=False).state_dict().items():
+            files.copy_into(tensor, saved[name])
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        folder = Path(checkpoint)
+        files.load_optimizer(self._names(), self.optimizer, files.SavedTensors(folder, "optimizer"))
+        state = json.loads((folder / "scheduler.json").read_text(encoding="utf-8"))
+        self.lr_scheduler.load_state_dict({**state, "lr_lambdas": [None] * len(state["base_lrs"])})
+        for group, rate in zip(self.optimizer.param_groups, state["_last_lr"], strict=True):
+            group["lr"] = rate
+
+    def restore_run(self, checkpoint: Path) -> None:
+        """What the Trainer forgets: sums that the next log line goes on from."""
+        state = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+        self.totals = state["totals"]
+        self._guesses += torch.tensor(state["guesses"], device=self._guesses.device)
+        self._tr_loss += state["tr_loss"]
+        self._globalstep_last_logged = state["last_logged"]
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+        self._start = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+
+def _stacked(model: PldrForCausalLM) -> torch.Tensor:
+    return torch.stack([layer.self_attn.operator.G_LM for layer in model.model.layers])
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+@torch.no_grad()
+def operator_metrics(model: PldrForCausalLM, passages: torch.Tensor) -> dict[str, Any]:
+    """Whether G_LM has become a constant: what an evaluation logs beside the loss.
+
+    Args:
+        model: with a learned operator.
+        passages: [B, T], B ≥ 2, held out.
+
+    Returns:
+        "G_variation", of G_LM over the passages, layer by layer (see `pldr.deductive.variation`); "G_frozen_difference",
+        the mean loss of all passages but the first with G_LM frozen from the first, minus that with G_LM computed from
+        each, in nats a token; "dag_A_LM", "dag_A_P" and "dag_G_LM", the DAG loss of each deductive output.
+    """
+    was_training = model.training
+    model.eval()
+    frozen = freeze(copy.deepcopy(model), passages[:1])
+    losses = [
+        float(running(passages[1:], labels=passages[1:], use_cache=False, return_logits=False).loss)
+        for running in (frozen, model)
+    ]
+    outputs = deductive_outputs(model, passages)
+    model.train(was_training)
+    return {
+        "G_variation": variation(outputs.G_LM).tolist(),
+        "G_frozen_difference": losses[0] - losses[1],
+        **{f"dag_{name}": float(dag_loss(getattr(outputs, name))) for name in ("A_LM", "A_P", "G_LM")},
+    }
+
+
+def _tensorboard(folder: Path) -> TrainerCallback:
+    """
+    Raises:
+        ModuleNotFoundError: TensorBoard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            "report_to: needs tensorboard: pip install 'pldr[train]', or set report_to=[] in the recipe"
+        ) from None
+    from transformers.integrations import TensorBoardCallback
+
+    return TensorBoardCallback(tb_writer=SummaryWriter(log_dir=str(folder)))
+
+
+class _Stops(TrainerCallback):
+    """Ends the run, with a checkpoint, at a signal and at the hand-off; restores its sums where it goes on."""
+
+    def __init__(self, trainer: PldrTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer._start is not None:
+            self.trainer.restore_run(self.trainer._start)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if self.trainer._broken_step:  # without gradients AdamW leaves weights and moments as they are
+            for parameter in model.parameters():
+                parameter.grad = None
+            self.trainer._broken_step = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        step = trainer.recipe.optimization.handoff_step
+        trainer.must_hand_off = state.global_step == step and trainer.model.config.operator == "learned"
+        stopped = trainer.stop_signal or 0
+        if args.world_size > 1:
+            if state.global_step % _SIGNAL_STEPS:
+                stopped = 0
+            else:
+                everyone = torch.tensor(stopped, device=args.device)
+                torch.distributed.all_reduce(everyone, torch.distributed.ReduceOp.MAX)
+                stopped = int(everyone)
+                trainer.stop_signal = stopped or None
+        if trainer.must_hand_off or stopped:
+            control.should_save = control.should_training_stop = True
+
+
+class _ClipByValue(TrainerCallback):
+    def __init__(self, bound: float) -> None:
+        self.bound = bound
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        torch.nn.utils.clip_grad_value_(model.parameters(), self.bound)
+
+
+class ProgressBar(TrainerCallback):
+    """One line on standard error: steps, loss, learning rate, tokens a second, time left. Use it as a context.
+
+    Attributes:
+        last: the last logged loss and accuracy.
+    """
+
+    def __init__(self, recipe: Recipe, *, enabled: bool) -> None:
+        self.last = {"loss": math.nan, "accuracy": math.nan}
+        self.enabled = enabled
+        o = recipe.optimization
+        self.tokens_per_step = o.batch_size * o.accumulation * recipe.data.sequence_length
+        self._exit = contextlib.ExitStack()
+
+    def __enter__(self) -> "ProgressBar":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._exit.close()  # also after an error, or the terminal would keep the bar
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+        )  # fmt: skip
+        self.bar = self._exit.enter_context(Progress(*columns, console=Console(stderr=True), disable=not self.enabled))
+        self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step)
+        self.first, self.start = state.global_step, time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        seconds = time.perf_counter() - self.start
+        speed = self.tokens_per_step * (state.global_step - self.first) * args.world_size / seconds
+        self.bar.update(
+            self.task, completed=state.global_step, description=f"loss {self.last['loss']:.3f} · {speed:,.0f} tokens/s"
+        )
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        for name in self.last:
+            self.last[name] = (logs or {}).get(name, self.last[name])

@@ -1,0 +1,357 @@
+import gzip
+import itertools
+import json
+import lzma
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+
+from pldr import data as data_module
+from pldr.data import (
+    BadRows,
+    Share,
+    Source,
+    TokenStream,
+    cached_rows,
+    collate,
+    parse_interval,
+    read_documents,
+    read_passages,
+    read_pieces,
+    rows_of,
+    shuffled,
+    write_rows,
+)
+from pldr.recipe import DataRecipe
+
+pyarrow = pytest.importorskip("pyarrow")
+TEXTS = ["the cat", "grüße 😀\nnext line", "that dog ran", "see him at her house"]
+
+
+def zstd(content: bytes) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(content)
+    return sink.getvalue().to_pybytes()
+
+
+COMPRESS = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstd}
+
+
+def json_lines(texts, column="text"):
+    return "".join(json.dumps({"title": "t", column: text}) + "\n" for text in texts).encode()
+
+
+def pieces(texts):
+    return [data_module.Piece(text, True) for text in texts]
+
+
+def token_ids(tokenizer, texts):
+    return [i for text in texts for i in [*tokenizer(text, add_special_tokens=False)["input_ids"], 3]]
+
+
+class TestReading:
+    def test_pydoc_topics_are_split_without_overlap(self):
+        train_texts = set(read_documents(["pydoc-topics:train"]))
+        held_out = set(read_documents(["pydoc-topics:validation"]))
+        assert train_texts
+        assert held_out
+        assert not train_texts & held_out
+
+    @pytest.mark.parametrize("ending", COMPRESS)
+    def test_json_lines(self, tmp_path, ending):
+        file = tmp_path / f"books.jsonl{ending}"
+        file.write_bytes(COMPRESS[ending](json_lines(TEXTS, "body")))
+        assert list(read_documents([str(file)], "body")) == TEXTS
+        with pytest.raises(ValueError, match=r"books.*: line 1: no JSON object with 'text'"):
+            list(read_documents([str(file)]))
+
+    @pytest.mark.parametrize("ending", COMPRESS)
+    def test_text_files(self, tmp_path, ending, monkeypatch):
+        """One document a file, also where it is read in pieces; nothing of it is lost or changed."""
+        monkeypatch.setattr(data_module, "_PIECE_BYTES", 50)
+        text = "".join(f"line {i} grüße 😀\r\n\n" for i in range(40)) + "no newline at the end"
+        for name in ("a", "b"):
+            (tmp_path / f"{name}.txt{ending}").write_bytes(COMPRESS[ending](text.encode()))
+        found = list(read_pieces(Source([f"{tmp_path}/*.txt*"]), BadRows()))
+        assert len(found) > 10
+        assert sum(piece.ends for piece in found) == 2
+        assert list(read_documents([f"{tmp_path}/*.txt*"])) == [text, text]
+
+    def test_parquet(self, tmp_path):
+        from pyarrow import parquet
+
+        file = tmp_path / "books.parquet"
+        parquet.write_table(pyarrow.table({"body": [*TEXTS, None, ""], "n": list(range(6))}), file)
+        bad = BadRows()
+        assert [piece.text for piece in read_pieces(Source([str(file)], "body"), bad)] == TEXTS
+        assert bad.summary().startswith("1 skipped: 'body' is not a text (first: ")
+        assert "row 5" in bad.first["'body' is not a text"]
+        with pytest.raises(ValueError, match=r"no column 'text'; it has body, n"):
+            list(read_documents([str(file)]))
+        file.write_bytes(file.read_bytes()[:-20])
+        with pytest.raises(ValueError, match="damaged Parquet file"):
+            list(read_documents([str(file)], "body"))
+
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_hub_data_set_by_its_folder(self, tmp_path, streaming):
+        """What `datasets` makes of a data set's repository: here one on disk, with two splits in Parquet."""
+        pytest.importorskip("datasets")
+        from pyarrow import parquet
+
+        for split, texts in (("train", [*TEXTS, ""]), ("validation", TEXTS[:1])):
+            (tmp_path / "set" / "data").mkdir(parents=True, exist_ok=True)
+            parquet.write_table(pyarrow.table({"content": texts}), tmp_path / "set/data" / f"{split}-0.parquet")
+
+        def read(split="train", interval="", share=None, column="content"):
+            source = Source([f"hub:{tmp_path}/set"], column, split, interval)
+            found = read_pieces(source, bad, streaming=streaming, share=share or Share())
+            return [piece.text for piece in found]
+
+        bad = BadRows()
+        assert read() == TEXTS
+        assert bad.counts == {"empty": 1}
+        assert read("validation") == TEXTS[:1]
+        assert read(interval="1:3") == TEXTS[1:3]
+        assert read(interval="2:") == TEXTS[2:]
+        if not streaming:
+            assert read(interval="20%:60%") == TEXTS[1:3]
+        shares = [read(share=Share(rank, 2)) for rank in range(2)]
+        assert sorted(itertools.chain(*shares)) == sorted(TEXTS)
+        assert all(shares)
+        with pytest.raises(ValueError, match=r"split 'test'"):
+            read("test")
+        with pytest.raises(ValueError, match=r"no column 'text' \(data.text_column\); it has content"):
+            read(column="text")
+
+    def test_a_data_set_that_is_not_there(self):
+        pytest.importorskip("datasets")
+        with pytest.raises(ValueError, match=r"hub:/nowhere/set"):
+            list(read_documents(["hub:/nowhere/set"]))
+
+    @pytest.mark.parametrize("ending", COMPRESS)
+    def test_bad_rows_are_counted_or_refused(self, tmp_path, ending):
+        rows = [b'{"text": "good"}', b'{"text": 5}', b"not json", b'{"other": "x"}', b'{"text": "  "}',
+                b'{"text": "caf\xe9"}', b'{"text": "lone \\ud800"}', b"[" * 100_000, b'{"text": "also good"}']  # fmt: skip
+        file = tmp_path / f"rows.jsonl{ending}"
+        file.write_bytes(COMPRESS[ending](b"\n".join(rows) + b"\n"))
+        (tmp_path / "latin.txt").write_bytes(b"good\n" * 10 + b"bad \xff")
+        (tmp_path / "cut.txt").write_bytes("grü".encode()[:-1])
+        (tmp_path / "blank.txt").write_bytes(b" \n\n")
+        bad = BadRows()
+        names = [str(file), f"{tmp_path}/*.txt"]
+        assert [piece.text for piece in read_pieces(Source(names), bad)] == ["good", "also good"]
+        assert bad.counts == {"'text' is not a text": 1, "not JSON": 2, "no JSON object with 'text'": 1, "empty": 2,
+                              "not valid UTF-8": 4}  # fmt: skip
+        assert "4 skipped: not valid UTF-8 (first: " in bad.summary()
+        with pytest.raises(ValueError, match=r"line 2: 'text' is not a text"):
+            list(read_documents([str(file)]))
+        with pytest.raises(ValueError, match=r"cut.txt: not valid UTF-8"):
+            list(read_documents([f"{tmp_path}/cut.txt"]))
+
+    @pytest.mark.parametrize("ending", [".gz", ".xz", ".zst"])
+    def test_damaged_files(self, tmp_path, ending):
+        content = json_lines(np.random.default_rng(0).bytes(3000).hex() for _ in range(50))
+        packed = COMPRESS[ending](content)
+        file = tmp_path / f"rows.jsonl{ending}"
+        file.write_bytes(packed[: len(packed) // 2])
+        with pytest.raises(ValueError, match="damaged file"):
+            list(read_documents([str(file)], strict=False))
+        file.write_bytes(packed[:100] + bytes(64) + packed[164:])
+        with pytest.raises(ValueError, match=r"damaged file|not JSON|not valid UTF-8"):
+            list(read_documents([str(file)]))
+
+    def test_errors(self, tmp_path, toy_tokenizer):
+        with pytest.raises(FileNotFoundError, match=r"nothing\*.txt matches no file"):
+            list(read_documents([str(tmp_path / "nothing*.txt")]))
+        with pytest.raises(ValueError, match="the parts are train and validation"):
+            list(read_documents(["pydoc-topics:test"]))
+        with pytest.raises(ValueError, match="tokens are less than one sequence of 64"):
+            write_rows(pieces(["the cat"]), toy_tokenizer, 64, tmp_path)
+        (tmp_path / "a.txt").write_text("the cat")
+        with pytest.raises(ValueError, match="less than one sequence of 64 tokens"):
+            read_passages(Source([f"{tmp_path}/a.txt"]), toy_tokenizer, 64, 1)
+
+
+class TestIntervals:
+    def test_forms(self):
+        assert parse_interval("", None) == (0, float("inf"))
+        assert parse_interval("3:7", None) == (3, 7)
+        assert parse_interval(":7", None) == (0, 7)
+        assert parse_interval("3:", None) == (3, float("inf"))
+        assert parse_interval("25%:50%", 200) == (50, 100)
+        assert parse_interval("12.5%:", 80) == (10, float("inf"))
+        for wrong in ("a:b", "5", "1:2:3", "-1:5", "101%:"):
+            with pytest.raises(ValueError, match="interval"):
+                parse_interval(wrong, 10)
+        for empty in ("7:7", "7:3"):
+            with pytest.raises(ValueError, match="holds no document"):
+                parse_interval(empty, None)
+        with pytest.raises(ValueError, match="holds no document of 3"):
+            parse_interval("40%:45%", 3)
+
+    def test_parts_of_local_files_do_not_overlap(self, tmp_path):
+        """Bad rows keep their index, so that training and validation intervals stay apart."""
+        texts = [f"text {i}" if i % 4 else "" for i in range(40)]
+        (tmp_path / "a.jsonl").write_bytes(json_lines(texts[:25]))
+        (tmp_path / "b.jsonl").write_bytes(json_lines(texts[25:]))
+
+        def read(interval):
+            return [p.text for p in read_pieces(Source([f"{tmp_path}/*.jsonl"], interval=interval), BadRows())]
+
+        assert read("0%:75%") + read("75%:100%") == [text for text in texts if text]
+        assert read("4:10") == [text for text in texts[4:10] if text]
+
+
+class TestRows:
+    def test_packing_loses_only_the_last_partial_block(self, toy_tokenizer, tmp_path):
+        ids = token_ids(toy_tokenizer, TEXTS)
+        rows = write_rows(pieces(TEXTS), toy_tokenizer, 7, tmp_path)
+        assert torch.cat([row["input_ids"] for row in rows]).tolist() == ids[: len(ids) // 7 * 7]
+        facts = rows.facts
+        assert (facts["tokens"], facts["left_out_tokens"]) == (len(ids), len(ids) % 7)
+        assert (facts["documents"], len(rows)) == (4, len(ids) // 7)
+        assert rows[1]["input_ids"].dtype == torch.int64
+        assert rows[1]["row"] == 1
+        assert torch.equal(rows.full_rows(2), torch.stack([rows[0]["input_ids"], rows[1]["input_ids"]]))
+        with pytest.raises(IndexError):
+            rows[len(rows)]
+
+    def test_pieces_of_a_document_are_tokenised_as_one(self, toy_tokenizer):
+        text = "the cat sat\non a mat\n\nand saw that dog\n"
+        whole = pieces([text])
+        cut = [data_module.Piece(line, index == 3) for index, line in enumerate(text.splitlines(keepends=True))]
+        one, other = (np.concatenate([ids for ids, _ in data_module.tokenize(p, toy_tokenizer)]) for p in (whole, cut))
+        assert one.tolist() == other.tolist()
+
+    @pytest.mark.parametrize("layout", ["padded", "unpadded"])
+    def test_short_rows(self, toy_tokenizer, tmp_path, monkeypatch, layout):
+        """Documents are laid out together in groups, here of two; the last row of each group is short."""
+        monkeypatch.setattr(data_module, "GROUP_DOCUMENTS", 2)
+        rows = write_rows(pieces(TEXTS), toy_tokenizer, 7, tmp_path, layout)
+        expected = []
+        for pair in (TEXTS[:2], TEXTS[2:]):
+            ids = token_ids(toy_tokenizer, pair)
+            expected += [ids[i : i + 7] for i in range(0, len(ids), 7)]
+        assert [row["input_ids"].tolist() for row in rows] == expected
+        assert rows.facts["left_out_tokens"] == 0
+        assert all(len(row) == 7 for row in rows.full_rows(100))
+        batch = collate(list(rows), pad_token_id=0, length=9 if layout == "padded" else None)
+        assert batch["input_ids"].shape[1] == (9 if layout == "padded" else 7)
+        for ids, labels, mask, want in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], expected,
+                                           strict=True):  # fmt: skip
+            assert ids[: len(want)].tolist() == labels[: len(want)].tolist() == want
+            assert ids[len(want) :].tolist() == [0] * (len(ids) - len(want))
+            assert set(labels[len(want) :].tolist()) <= {-100}
+            assert mask.sum() == len(want)
+
+    def test_cache(self, tmp_path, toy_tokenizer, monkeypatch):
+        file = tmp_path / "a.jsonl"
+        file.write_bytes(json_lines(TEXTS) + b"bad\n")
+        recipe = DataRecipe([str(file)], sequence_length=7, cache=str(tmp_path / "cache"))
+        said = []
+        first = cached_rows(Source([str(file)]), toy_tokenizer, recipe, report=said.append)
+        assert said == [f"data: 1 skipped: not JSON (first: {file}: line 5)"]
+
+        def fail(*args, **kwargs):
+            raise AssertionError("tokenised again")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(data_module, "write_rows", fail)
+            again = cached_rows(Source([str(file)]), toy_tokenizer, recipe, report=said.append)
+            assert len(said) == 2
+            assert torch.equal(again.full_rows(9), first.full_rows(9))
+            # Everything that the rows depend on makes another entry.
+            for change in ({"sequence_length": 5}, {"layout": "padded"}):
+                with pytest.raises(AssertionError):
+                    cached_rows(Source([str(file)]), toy_tokenizer, DataRecipe(**(vars(recipe) | change)))
+            with pytest.raises(AssertionError):
+                cached_rows(Source([str(file)], interval="0:2"), toy_tokenizer, recipe)
+            file.write_bytes(json_lines(TEXTS[::-1]))
+            with pytest.raises(AssertionError):
+                cached_rows(Source([str(file)]), toy_tokenizer, recipe)
+        assert len(list((tmp_path / "cache" / "tokens").iterdir())) == 1  # nothing half-written
+        file.write_bytes(json_lines(TEXTS) + b"bad\n")
+        with pytest.raises(ValueError, match="line 5: not JSON"):
+            cached_rows(Source([str(file)]), toy_tokenizer, DataRecipe(**(vars(recipe) | {"strict": True})))
+
+
+class TestStream:
+    def stream(self, tokenizer, file, **settings):
+        recipe = DataRecipe([str(file)], sequence_length=7, **({"shuffle_buffer": 3} | settings))
+        return recipe, lambda **kwargs: TokenStream(Source([str(file)]), tokenizer, recipe, seed=1, **kwargs)
+
+    @pytest.fixture
+    def file(self, tmp_path):
+        generator = np.random.default_rng(0)
+        texts = [" ".join(generator.choice("the cat sat on a mat".split(), 9)) for _ in range(30)]
+        (tmp_path / "a.jsonl").write_bytes(json_lines(texts))
+        return tmp_path / "a.jsonl"
+
+    def test_every_pass_has_every_token_once(self, toy_tokenizer, file):
+        _, make = self.stream(toy_tokenizer, file)
+        per_pass = len(token_ids(toy_tokenizer, read_documents([str(file)])))
+        ids = torch.cat([row["input_ids"] for row in itertools.islice(make(), 3 * per_pass // 7)]).tolist()
+        documents = [tuple(g) for is_end, g in itertools.groupby(ids, lambda i: i == 3) if not is_end]
+        wanted = sorted(tuple(token_ids(toy_tokenizer, [text])[:-1]) for text in read_documents([str(file)]))
+        first, second = documents[:30], documents[30:60]
+        assert sorted(first) == sorted(second) == wanted  # also the document that spans two passes' rows
+        assert first != second
+
+    def test_consumers_share_the_documents(self, toy_tokenizer, file):
+        _, make = self.stream(toy_tokenizer, file, shuffle_buffer=0)
+        texts = list(read_documents([str(file)]))
+        for rank in range(3):
+            mine = token_ids(toy_tokenizer, texts[rank::3])
+            rows = itertools.islice(make(rank=rank, world_size=3), len(mine) // 7)
+            assert torch.cat([row["input_ids"] for row in rows]).tolist() == mine[: len(mine) // 7 * 7]
+        loader = torch.utils.data.DataLoader(make(), batch_size=None, num_workers=2)
+        rows = [row["input_ids"].tolist() for row in itertools.islice(loader, 6)]
+        halves = [token_ids(toy_tokenizer, texts[worker::2]) for worker in range(2)]
+        assert rows == [halves[i % 2][i // 2 * 7 : i // 2 * 7 + 7] for i in range(6)]
+
+    def test_too_many_consumers(self, toy_tokenizer, file):
+        _, make = self.stream(toy_tokenizer, file)
+        with pytest.raises(ValueError, match="no document for consumer 31 of 31"):
+            next(iter(make(rank=30, world_size=31)))
+
+    def test_shuffled(self):
+        import random
+
+        mixed = list(shuffled(iter(range(100)), 10, random.Random(1)))
+        assert sorted(mixed) == list(range(100))
+        assert mixed != list(range(100))
+        assert all(value - place <= 10 for place, value in enumerate(mixed))
+        assert list(shuffled(iter(range(5)), 0, random.Random(1))) == list(range(5))
+
+
+def test_rows_of_keeps_everything():
+    parts = [(np.arange(i, i + 5, dtype=np.uint16), True) for i in range(0, 50, 5)]
+    assert np.concatenate(list(rows_of(iter(parts), 7, "packed"))).tolist() == list(range(50))
+
+
+def test_memory_does_not_grow_with_the_data(tmp_path, toy_model_file):
+    """Peak memory of tokenising and reading 4 and 24 MB: the difference stays far below that of the data."""
+    code = """
+        import resource, sys
+        from pldr import load_tokenizer
+        from pldr.data import Source, cached_rows
+        from pldr.recipe import DataRecipe
+        recipe = DataRecipe([sys.argv[1]], sequence_length=128, cache=sys.argv[2])
+        rows = cached_rows(Source([sys.argv[1]]), load_tokenizer(sys.argv[3]), recipe)
+        sum(int(row["input_ids"][0]) for row in rows)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    """
+    line = json_lines(["the cat sat on a mat and saw that dog " * 100])
+    peaks = []
+    for megabytes in (4, 24):
+        file = tmp_path / f"{megabytes}.jsonl"
+        file.write_bytes(line * (megabytes * 2**20 // len(line)))
+        command = [sys.executable, "-c", textwrap.dedent(code), str(file), str(tmp_path / "cache"), str(toy_model_file)]
+        run = subprocess.run(command, check=True, capture_output=True, text=True)
+        peaks.append(int(run.stdout.split()[-1]) / 1024)
+    assert peaks[1] - peaks[0] < 10, peaks
