@@ -87,9 +87,14 @@ def train(
     recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of one that comes with the package.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value pairs, e.g. optimization.steps=100.")] = None,
     overwrite: Overwrite = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the output.")] = False,
+    resume_from: Annotated[Path | None, typer.Option(help="Go on from this checkpoint.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse bad rows of the data, rather than skip them.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train a model from a recipe."""
+    """Train a model from a recipe: alone, or in each process of torchrun or accelerate launch."""
+    if sum((overwrite, resume, resume_from is not None)) > 1:
+        raise ValueError("--overwrite, --resume and --resume-from: choose one")
     from pldr.recipe import load_recipe
 
     parsed = load_recipe(recipe, overrides)
@@ -97,7 +102,10 @@ def train(
     _require("train", "accelerate")
     from pldr.train import train as run
 
-    summary = run(parsed, overwrite=overwrite)
+    parsed.data.strict |= strict
+    summary = run(parsed, overwrite=overwrite, resume=resume_from or resume)
+    if os.environ.get("RANK", "0") != "0":
+        return
     if as_json:
         _print_json({"output": parsed.output} | summary)
     else:
@@ -233,6 +241,9 @@ def main() -> NoReturn:
             _report(f"{message} See: pldr --help" if not message.startswith("Usage") else message)
         sys.exit(error.exit_code)
     except Exception as error:
+        if isinstance(error, RuntimeError) and hasattr(error, "signal"):  # training that was asked to stop, and saved
+            _report(str(error))
+            sys.exit(128 + error.signal)
         if os.environ.get("PLDR_TRACEBACK"):
             raise
         expected = isinstance(error, (ValueError, OSError, FloatingPointError, ModuleNotFoundError))
