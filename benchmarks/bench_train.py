@@ -1,10 +1,13 @@
 """Training speed and memory of one step on a GPU: learned operator, constant operator, and a Llama of the same size.
 
-    python benchmarks/bench_train.py [--preset v51-110M-1] [--batch 64] [--length 1024] [--steps 20] [--output FILE]
+    python benchmarks/bench_train.py [--preset v51-110M-1] [--batch 64] [--length 1024] [--steps 40] [--output FILE]
 
 bf16 autocast, AdamW (fused), gradients clipped by value, torch.compile. Before timing, the compiled loss is compared with
 the eager one in fp32. The floor is the time of the matrix products alone (6 FLOPs a weight and token, attention and
 metric learner counted) at a measured matrix rate.
+
+"trainer" is the learned operator through what `pldr train` runs: the Trainer with its callbacks and log lines, and the
+data loader over memory-mapped rows (of random tokens).
 """
 
 import argparse
@@ -13,8 +16,12 @@ import json
 import platform
 import statistics
 import subprocess
+import tempfile
 import time
+from functools import partial
 from pathlib import Path
+
+import numpy as np
 
 import torch
 import transformers
@@ -63,10 +70,17 @@ def measure(make, batch, steps, warmup=6):
     ids = torch.randint(4, 32000, (batch[0], batch[1]), device="cuda")
     with torch.no_grad(), torch.autocast("cuda", dtype=torch.bfloat16):
         eager = model(input_ids=ids[:2], labels=ids[:2], use_cache=False).loss.item()
+    with torch.no_grad():
+        whole = sum(model(input_ids=part, labels=part, use_cache=False).loss.item() for part in ids.split(4))
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=1e-4, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.1, fused=True
     )
-    compiled = torch.compile(model)
+    if isinstance(model, PldrForCausalLM):
+        for layer in model.model.layers:  # as in training: one graph for all layers
+            layer.compile()
+        compiled = model
+    else:
+        compiled = torch.compile(model)
     parameters = list(model.parameters())
 
     extra = {"return_logits": False} if isinstance(model, PldrForCausalLM) else {}
@@ -85,7 +99,6 @@ def measure(make, batch, steps, warmup=6):
 
     with torch.no_grad():
         first = loss_of(ids).item()
-        whole = sum(model(input_ids=part, labels=part, use_cache=False).loss.item() for part in ids.split(4))
     reference = whole / (batch[0] / 4)
     assert abs(first - reference) < 2e-2 * reference, f"compiled bf16 loss {first}, eager fp32 {reference} ({eager})"
     for _ in range(warmup):
@@ -114,13 +127,58 @@ def measure(make, batch, steps, warmup=6):
     }
 
 
+def measure_trainer(preset, batch, steps, warmup=20):
+    from transformers import TrainerCallback
+
+    from pldr.data import TokenRows, collate
+    from pldr.recipe import DataRecipe, OptimizationRecipe, Recipe
+    from pldr.trainer import PldrTrainer, training_arguments
+
+    torch.manual_seed(0)
+    times = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step >= warmup and (state.global_step - warmup) % steps == 0:
+                torch.cuda.synchronize()
+                times.append(time.perf_counter())
+                torch.cuda.reset_peak_memory_stats()
+
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        count = batch[0] * (warmup + steps)
+        np.random.default_rng(0).integers(4, 32000, count * batch[1], np.uint16).tofile(folder / "tokens.bin")
+        facts = {"rows": count, "sequence_length": batch[1], "dtype": "uint16", "short_rows": []}
+        (folder / "facts.json").write_text(json.dumps(facts))
+        recipe = Recipe(
+            str(folder), DataRecipe(["-"]), log_steps=10, report_to=[],
+            optimization=OptimizationRecipe(steps=warmup + steps, batch_size=batch[0], warmup_steps=10, learning_rate=1e-4),
+        )  # fmt: skip
+        model = PldrForCausalLM(PldrConfig.preset(preset))
+        for layer in model.model.layers:
+            layer.compile()
+        trainer = PldrTrainer(
+            recipe, folder, model=model, args=training_arguments(recipe, folder), train_dataset=TokenRows(folder),
+            data_collator=partial(collate, pad_token_id=0, length=None), callbacks=[Clock()],
+        )  # fmt: skip
+        trainer.train()
+    seconds = (times[1] - times[0]) / steps
+    return {
+        "parameters": model.num_parameters(),
+        "seconds_per_step": seconds,
+        "tokens_per_second": batch[0] * batch[1] / seconds,
+        "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "flops_per_token": flops_per_token(model.config, True, batch[1]),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--preset", default="v51-110M-1")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--only", nargs="*", default=["learned", "constant", "llama"])
+    parser.add_argument("--only", nargs="*", default=["learned", "trainer", "constant", "llama"])
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
 
@@ -135,7 +193,11 @@ def main() -> None:
     rate = matrix_rate()
     rows = {}
     for name in arguments.only:
-        rows[name] = measure(makers[name], (arguments.batch, arguments.length), arguments.steps)
+        batch = (arguments.batch, arguments.length)
+        if name == "trainer":
+            rows[name] = measure_trainer(arguments.preset, batch, arguments.steps)
+        else:
+            rows[name] = measure(makers[name], batch, arguments.steps)
         torch._dynamo.reset()
         gc.collect()
         torch.cuda.empty_cache()
@@ -143,6 +205,10 @@ def main() -> None:
         row["floor_seconds_per_step"] = row["flops_per_token"] * arguments.batch * arguments.length / rate
         if "llama" in rows:
             row["ratio_to_llama"] = row["tokens_per_second"] / rows["llama"]["tokens_per_second"]
+    if {"learned", "trainer"} <= rows.keys():
+        rows["trainer"]["ratio_to_bare_step"] = (
+            rows["trainer"]["tokens_per_second"] / rows["learned"]["tokens_per_second"]
+        )
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     result = {
         "benchmark": "train", "preset": arguments.preset, "batch": arguments.batch, "length": arguments.length,

@@ -3,7 +3,7 @@ import unicodedata
 import pytest
 import sentencepiece
 
-from conftest import shared
+from conftest import WORDS, shared
 from pldr.tokenizer import check_text, check_vocabulary, load_tokenizer, train_sentencepiece
 
 TRICKY = [
@@ -165,3 +165,22 @@ def test_streaming_a_byte_level_tokenizer():
         streamer.put(torch.tensor([token]))
     streamer.end()
     assert "".join(pieces) == "a😀b é"
+
+
+@pytest.mark.parametrize("text", ["the cat sat on a mat", "  see   him\n at  her house ", "[END] and <0x41> [PAD]", "grüße 😀 123",
+                                  "", "xyzzy catdog", "the the\u3000the"])  # fmt: skip
+def test_bpe_gives_the_ids_of_sentencepiece(tmp_path, text):
+
+
+    texts = [" ".join(WORDS[i:] + WORDS[:i]) for i in range(len(WORDS))] * 4
+    file = train_sentencepiece(texts, tmp_path / "bpe.model", 320, "bpe")
+    tokenizer, reference = load_tokenizer(file), sentencepiece.SentencePieceProcessor(model_file=str(file))
+    assert tokenizer(text, add_special_tokens=False)["input_ids"] == reference.encode(text)
+    assert tokenizer.decode(reference.encode(text)) == reference.decode(reference.encode(text))
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved")(text)["input_ids"] == tokenizer(text)["input_ids"]
+
+
+def test_unknown_model_type(tmp_path):
+    with pytest.raises(ValueError, match="must be unigram or bpe, got 'word'"):
+        train_sentencepiece(["a b"], tmp_path / "x.model", 300, "word")

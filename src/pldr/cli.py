@@ -114,6 +114,53 @@ def train(
         typer.echo(f"{'saved in':>18}  {parsed.output}")
 
 
+tokenizer_app = typer.Typer(no_args_is_help=True, help="Tokenizers.")
+app.add_typer(tokenizer_app, name="tokenizer")
+
+
+@tokenizer_app.command("train")
+def train_tokenizer(
+    sources: Annotated[list[str], typer.Argument(help="Text, .jsonl and .parquet files or patterns, hub:NAME.")],
+    output: Annotated[Path, typer.Option(help="Folder to write.")],
+    vocab_size: Annotated[int, typer.Option(help="Number of pieces.")] = 32000,
+    model: Annotated[str, typer.Option(help="unigram (as published) or bpe.")] = "unigram",
+    text_column: Annotated[str, typer.Option(help="Of JSON lines, Parquet files and hub data sets.")] = "text",
+    split: Annotated[str, typer.Option(help="Of hub data sets.")] = "train",
+    interval: Annotated[str, typer.Option(help="Which documents: start:stop, by index or percent.")] = "",
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse bad rows, rather than skip them.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train a SentencePiece model and save it as a transformers fast tokenizer too."""
+    _quiet()
+    from pldr.data import BadRows, Source, read_pieces
+    from pldr.saving import check_output, whole_folder
+    from pldr.tokenizer import load_tokenizer, train_sentencepiece
+
+    check_output(output, overwrite=overwrite)
+    bad = BadRows(strict)
+    pieces = read_pieces(Source(sources, text_column, split, interval), bad)
+    with whole_folder(output, overwrite=overwrite) as folder:
+        file = train_sentencepiece((piece.text for piece in pieces), folder / "tokenizer.model", vocab_size, model)
+        load_tokenizer(file).save_pretrained(folder)
+    if bad.counts:
+        _report(f"data: {bad.summary()}")
+    typer.echo(f"{output}: {vocab_size:,} pieces ({model})")
+
+
+@app.command()
+def merge(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder of a training run, sharded or not.")],
+    destination: Annotated[Path, typer.Argument(help="Model folder to write.")],
+    overwrite: Overwrite = False,
+) -> None:
+    """Make a model folder of a training checkpoint."""
+    _quiet()
+    from pldr.convert import merge_checkpoint
+
+    model = merge_checkpoint(checkpoint, destination, overwrite=overwrite)
+    typer.echo(f"{destination}: {model.num_parameters():,} parameters, {model.config.operator} operator")
+
+
 @app.command()
 def convert(
     source: Model,

@@ -19,8 +19,10 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from transformers.initialization import no_init_weights
 
 from pldr import layouts
+from pldr import checkpoint as files
 from pldr.configuration_pldr import PldrConfig
 from pldr.modeling_pldr import CHECKSUMS, PldrForCausalLM
 from pldr.operator import ConstantOperator, check_operator_tensor
@@ -135,6 +137,44 @@ def convert_checkpoint(
             if sentencepiece_file is not None:
                 shutil.copyfile(sentencepiece_file, folder / "tokenizer.model")
     return model
+
+
+def merge_checkpoint(
+    checkpoint: str | os.PathLike[str], destination: str | os.PathLike[str], *, overwrite: bool = False
+) -> PldrForCausalLM:
+    """Make a model folder of a training checkpoint, whose tensors may be cut into one file a rank.
+
+    Args:
+        checkpoint: a folder `checkpoint-STEP` of a training run; the run's tokenizer, where it has one, comes along.
+        destination: folder to write.
+        overwrite: replace a folder that is not empty.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: the checkpoint is damaged, or files are missing.
+        FileExistsError, OSError: the destination can not be written.
+    """
+    checkpoint = Path(checkpoint)
+    check_output(destination, overwrite=overwrite)
+    if not (checkpoint / "config.json").is_file():
+        raise FileNotFoundError(f"{checkpoint}: no config.json; this is not a training checkpoint")
+    files.check(checkpoint)
+    config = _read_config(checkpoint)
+    saved = files.SavedTensors(checkpoint, "model")
+    _check_tensors({name: tuple(saved[name].shape) for name in saved.names()}, config, str(checkpoint))
+    with no_init_weights():
+        model = PldrForCausalLM(config)
+    for name, tensor in model.state_dict().items():
+        files.copy_into(tensor, saved[name])
+    with whole_folder(destination, overwrite=overwrite) as folder:
+        model.save_pretrained(folder)
+        for place in (checkpoint.parent / "tokenizer.json", checkpoint.parent / "tokenizer.model"):
+            if place.is_file():
+                load_tokenizer(place if place.suffix == ".model" else place.parent).save_pretrained(folder)
+                break
+    return model.eval()
 
 
 def load_predefined_G(path: str | os.PathLike[str]) -> torch.Tensor:

@@ -14,6 +14,10 @@ CONTROL_PIECES = {"pad": "[PAD]", "unk": "[UNK]", "bos": "[START]", "eos": "[END
 
 # Piece types of the SentencePiece format that can be found in text: NORMAL and USER_DEFINED.
 _FOUND_IN_TEXT = (1, 4)
+# Model types of the format.
+_UNIGRAM, _BPE = 1, 2
+# Lines that a tokenizer is trained on at most, a random sample of more: what keeps memory small.
+_MOST_LINES = 2_000_000
 # Characters that SentencePiece's "nfkc" tables leave alone, each with a noncharacter that no text holds.
 _NOT_NFKC = {"\uff5e": "\ufdd0", "\u0344": "\ufdd1"}
 
@@ -50,18 +54,18 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
 
 
 def from_sentencepiece(path: str | os.PathLike[str]) -> Any:
-    """The fast tokenizer that gives the same ids as SentencePiece does for this unigram model.
+    """The fast tokenizer that gives the same ids as SentencePiece does for this unigram or BPE model.
 
     Control pieces written out in a text ("[END]") are text, as in SentencePiece; the model's own end-of-text token can
     not be smuggled in by a prompt.
 
     Raises:
-        ValueError: not a SentencePiece model, or not a unigram one.
+        ValueError: not a SentencePiece model, or one of another kind.
     """
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
     from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
-    from tokenizers.models import Unigram
+    from tokenizers.models import BPE, Unigram
     from transformers import PreTrainedTokenizerFast
 
     model = sentencepiece_model_pb2.ModelProto()
@@ -71,8 +75,8 @@ def from_sentencepiece(path: str | os.PathLike[str]) -> Any:
         raise ValueError(f"{path}: not a SentencePiece model ({error})") from None
     if not model.pieces:
         raise ValueError(f"{path}: not a SentencePiece model (it has no pieces)")
-    if model.trainer_spec.model_type != 1:
-        raise ValueError(f"{path}: only SentencePiece unigram models are supported")
+    if model.trainer_spec.model_type not in (_UNIGRAM, _BPE):
+        raise ValueError(f"{path}: only SentencePiece unigram and BPE models are supported")
 
     spec = model.trainer_spec
     special = {"pad": spec.pad_id, "unk": spec.unk_id, "bos": spec.bos_id, "eos": spec.eos_id}
@@ -80,7 +84,15 @@ def from_sentencepiece(path: str | os.PathLike[str]) -> Any:
     if outside or spec.unk_id < 0 or not all(math.isfinite(piece.score) for piece in model.pieces):
         raise ValueError(f"{path}: damaged SentencePiece model (scores, or ids of its special pieces)")
     scores = [(piece.piece, piece.score) for piece in model.pieces]
-    tokenizer = Tokenizer(Unigram(scores, model.trainer_spec.unk_id, model.trainer_spec.byte_fallback))
+    if spec.model_type == _UNIGRAM:
+        tokenizer = Tokenizer(Unigram(scores, spec.unk_id, spec.byte_fallback))
+    else:
+        found = {piece.piece: piece.score for piece in model.pieces if piece.type in _FOUND_IN_TEXT}
+        vocabulary = {piece: index for index, (piece, _) in enumerate(scores)}
+        tokenizer = Tokenizer(
+            BPE(vocabulary, _merges(found), unk_token=scores[spec.unk_id][0], fuse_unk=True,
+                byte_fallback=spec.byte_fallback)
+        )  # fmt: skip
     steps: list[Any] = []
     if model.normalizer_spec.precompiled_charsmap:
         if "nfkc" in model.normalizer_spec.name:
@@ -102,12 +114,10 @@ def from_sentencepiece(path: str | os.PathLike[str]) -> Any:
     # keeps them apart from a text that spells one out.
     hidden = [piece.piece for piece in model.pieces if piece.type not in _FOUND_IN_TEXT and len(piece.piece) > 1]
     cuts = "|".join(f"{re.escape(piece[0])}(?={re.escape(piece[1:])})" for piece in hidden)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=True),
-            pre_tokenizers.Split(Regex(cuts), "merged_with_previous"),
-        ]
-    )
+    words: list[Any] = [pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=True)]
+    if spec.model_type == _UNIGRAM:  # in BPE no merge leads to them
+        words.append(pre_tokenizers.Split(Regex(cuts), "merged_with_previous"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(words)
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
@@ -116,6 +126,18 @@ def from_sentencepiece(path: str | os.PathLike[str]) -> Any:
         tokenizer_object=tokenizer, **control, split_special_tokens=True, clean_up_tokenization_spaces=False,
         padding_side="left",
     )  # fmt: skip
+
+
+def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
+    """The merges of a SentencePiece BPE model, best first: every pair of pieces that makes a piece."""
+    ranks = {piece: rank for rank, piece in enumerate(sorted(scores, key=lambda piece: -scores[piece]))}
+    pairs = [
+        (ranks[piece], ranks[piece[:cut]], ranks[piece[cut:]], piece[:cut], piece[cut:])
+        for piece in scores
+        for cut in range(1, len(piece))
+        if piece[:cut] in scores and piece[cut:] in scores
+    ]
+    return [(left, right) for *_, left, right in sorted(pairs)]
 
 
 def check_text(text: str, name: str) -> str:
@@ -143,22 +165,27 @@ def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
         )
 
 
-def train_sentencepiece(texts: Iterable[str], path: str | os.PathLike[str], vocab_size: int = 32000) -> Path:
-    """Train a unigram model with the published settings (byte fallback, single digits, ids 0 [PAD] … 3 [END]).
+def train_sentencepiece(
+    texts: Iterable[str], path: str | os.PathLike[str], vocab_size: int = 32000, model_type: str = "unigram"
+) -> Path:
+    """Train a SentencePiece model with the published settings (byte fallback, single digits, ids 0 [PAD] … 3 [END]).
 
     Args:
         texts: training texts; long ones are cut into lines.
         path: file to write; appears only when whole.
         vocab_size: number of pieces.
+        model_type: "unigram" (as published) or "bpe".
 
     Returns:
         The path written.
 
     Raises:
-        ValueError: SentencePiece cannot make that many pieces of these texts.
+        ValueError: another model type; no text; SentencePiece cannot make that many pieces of these texts.
     """
     import sentencepiece
 
+    if model_type not in ("unigram", "bpe"):
+        raise ValueError(f"tokenizer: the model type must be unigram or bpe, got {model_type!r}")
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
     lines = (line for text in texts for line in text.splitlines() if line.strip())
@@ -166,10 +193,11 @@ def train_sentencepiece(texts: Iterable[str], path: str | os.PathLike[str], voca
         with partial.open("wb") as stream:
             settings: dict[str, Any] = {f"{name}_piece": piece for name, piece in CONTROL_PIECES.items()}
             sentencepiece.SentencePieceTrainer.Train(
-                sentence_iterator=lines, model_writer=stream, model_type="unigram", vocab_size=vocab_size,
+                sentence_iterator=lines, model_writer=stream, model_type=model_type, vocab_size=vocab_size,
                 pad_id=PAD, unk_id=UNK, bos_id=START, eos_id=END,
                 **settings,
                 byte_fallback=True, split_digits=True, max_sentence_length=1 << 16, minloglevel=2,
+                input_sentence_size=_MOST_LINES, shuffle_input_sentence=True,
             )  # fmt: skip
         os.replace(partial, path)
     except RuntimeError as error:

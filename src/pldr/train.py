@@ -350,6 +350,8 @@ def _check_distributed(recipe: Recipe, processes: int) -> None:
     d = recipe.distributed
     if processes > 1 and d.sharding == "hybrid" and processes % d.replicas:
         raise ValueError(f"recipe: distributed.replicas={d.replicas} does not divide {processes} processes")
+    if processes > 1 and d.sharding != "none" and d.cpu_offload and not torch.cuda.is_available():
+        raise ValueError("recipe: distributed.cpu_offload needs GPUs to offload from")
 
 
 def _cut_log(log_file: Path, step: int) -> None:

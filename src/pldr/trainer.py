@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.initialization import no_init_weights
 
 from pldr import checkpoint as files
 from pldr.data import TokenStream
 from pldr.deductive import dag_loss, deductive_outputs, variation
 from pldr.modeling_pldr import PldrForCausalLM
 from pldr.operator import freeze
-from pldr.recipe import OptimizationRecipe, Recipe
+from pldr.recipe import DistributedRecipe, OptimizationRecipe, Recipe
 
 # Held-out passages that an evaluation measures the operator on.
 PROBED = 16
@@ -30,23 +31,7 @@ _STATE = "run.json"
 
 def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
     """A recipe in the Trainer's terms."""
-    o, d = recipe.optimization, recipe.distributed
-    sharding: dict[str, Any] = {}
-    if d.sharding != "none" and torch.distributed.is_initialized():
-        sharding["fsdp"] = True
-        sharding["fsdp_config"] = {
-            "version": 2,
-            "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-            "transformer_layer_cls_to_wrap": ["PldrDecoderLayer"],
-            "cpu_offload": d.cpu_offload,
-        }
-        if d.sharding == "hybrid":
-            from accelerate.parallelism_config import ParallelismConfig
-
-            processes = torch.distributed.get_world_size()
-            sharding["parallelism_config"] = ParallelismConfig(
-                dp_replicate_size=d.replicas, dp_shard_size=processes // d.replicas
-            )
+    o = recipe.optimization
     return TrainingArguments(
         output_dir=str(folder),
         seed=recipe.seed,
@@ -78,13 +63,45 @@ def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         prediction_loss_only=True,
         report_to=[name for name in recipe.report_to if name != "tensorboard"] or "none",
         disable_tqdm=True,
-        **sharding,
     )
 
 
 def dag_coefficients(optimization: OptimizationRecipe) -> dict[str, float]:
     """Of the DAG loss of each deductive output."""
     return {name: getattr(optimization, f"dag_{name}") for name in ("A_LM", "A_P", "G_LM")}
+
+
+def shard(model: PldrForCausalLM, recipe: DistributedRecipe, device: torch.device) -> None:
+    """Cut a model's parameters among the processes (FSDP2), in place: layer by layer, the head and the rest.
+
+    Parameters stay float32; a step in bf16 runs under autocast, as in one process, because the power law needs its range.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+
+    processes = torch.distributed.get_world_size()
+    if recipe.sharding == "hybrid":
+        shape, names = (recipe.replicas, processes // recipe.replicas), ("replicate", "shard")
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    else:
+        mesh = init_device_mesh(device.type, (processes,))
+    policy = CPUOffloadPolicy() if recipe.cpu_offload else OffloadPolicy()
+    model.to(device)
+    for module in (*model.model.layers, model.lm_head, model):
+        fully_shard(module, mesh=mesh, offload_policy=policy)
+
+
+class _ShardedForward(torch.nn.Module):
+    """A sharded model under autocast. Accelerate would do that, and wrap the model in DDP as well."""
+
+    def __init__(self, model: torch.nn.Module, autocast: Any) -> None:
+        super().__init__()
+        self.model = model
+        self._autocast = autocast
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with self._autocast():
+            return self.model(*args, **kwargs)
 
 
 class PldrTrainer(Trainer):
@@ -118,6 +135,34 @@ class PldrTrainer(Trainer):
         self.add_callback(_Stops(self))
         if "tensorboard" in recipe.report_to and self.is_world_process_zero():
             self.add_callback(_tensorboard(folder / "tensorboard"))
+
+    # --- the processes of a run -------------------------------------------------------------------------------------
+
+    @property
+    def sharded(self) -> bool:
+        return self.recipe.distributed.sharding != "none" and self.args.world_size > 1
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        if self.sharded and self.optimizer is None:
+            # First, because it replaces the parameters that the optimiser is made of.
+            shard(self.model, self.recipe.distributed, self.args.device)
+        return super().create_optimizer(*args, **kwargs)
+
+    def _wrap_model(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self.sharded:
+            return super()._wrap_model(model, *args, **kwargs)
+        return _ShardedForward(model, self.accelerator.autocast) if model is self.model else model
+
+    def whole_model(self) -> PldrForCausalLM:
+        """The model itself or, of a sharded one, a copy put together (on every process: they must all ask)."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if not self.sharded:
+            return model
+        with no_init_weights():
+            whole = PldrForCausalLM(model.config)
+        tensors = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in model.state_dict().items()}
+        whole.load_state_dict(tensors)
+        return whole.to(self.args.device)
 
     # --- one step ---------------------------------------------------------------------------------------------------
 
@@ -188,7 +233,9 @@ class PldrTrainer(Trainer):
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         # Without clipping by norm the Trainer would compute the norm for the log alone, at every step.
-        return grad_norm if self.recipe.optimization.clip_norm is not None else None
+        if self.recipe.optimization.clip_norm is None:
+            return None
+        return grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm
 
     # --- data -------------------------------------------------------------------------------------------------------
 
@@ -204,33 +251,49 @@ class PldrTrainer(Trainer):
             pin_memory=self.args.dataloader_pin_memory,
         )
 
-    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        # Training leaves out the last partial batch of an epoch; an evaluation is over everything.
-        self.args.dataloader_drop_last = False
-        try:
-            return super().get_eval_dataloader(*args, **kwargs)
-        finally:
-            self.args.dataloader_drop_last = True
-
     # --- numbers ----------------------------------------------------------------------------------------------------
 
-    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
-        """Loss and accuracy on held-out data; with a learned operator, `operator_metrics` too."""
-        guesses, self._guesses = self._guesses, torch.zeros_like(self._guesses)
-        self._evaluated: dict[str, float] = {}
-        self._prefix = metric_key_prefix
-        try:
-            # Not compiled: other batch sizes and no gradients would compile everything anew.
-            with torch.compiler.set_stance("force_eager"):
-                metrics = super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        finally:
-            self._guesses = guesses
-        metrics |= self._evaluated
-        model = self.whole_model()
-        passages = self.eval_dataset.full_rows(PROBED) if self.eval_dataset is not None else ()
-        if model.config.operator == "learned" and len(passages) >= 2:
-            with torch.compiler.set_stance("force_eager"):
-                self.log(operator_metrics(model, passages.to(self.args.device)))
+    @torch.no_grad()
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Mean loss and accuracy over every target of held-out rows; with a learned operator, `operator_metrics` too.
+
+        The Trainer's own loop would count rows twice to fill the last batches of several processes.
+        """
+        rows = eval_dataset if eval_dataset is not None else self.eval_dataset
+        size, ranks = self.args.per_device_eval_batch_size, self.args.world_size
+        sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)  # loss, right guesses, targets
+        model = self.model_wrapped
+        model.eval()
+        # Not compiled: other batch sizes and no gradients would compile everything anew.
+        with torch.compiler.set_stance("force_eager"):
+            for start in range(0, len(rows), size * ranks):
+                first = start + self.args.process_index * size
+                mine = [rows[row] for row in range(first, min(first + size, len(rows)))]
+                # A process with nothing left takes part in the forward, which may be a common one, and counts nothing.
+                batch = self._prepare_inputs(self.data_collator(mine or [rows[0]]))
+                labels = batch["labels"] if mine else torch.full_like(batch["labels"], -100)
+                with self.compute_loss_context_manager():
+                    outputs = model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"),
+                                    labels=labels, return_logits=False, num_items_in_batch=1)  # fmt: skip
+                targets = (labels[:, 1:] != -100).sum()
+                sums += torch.stack((outputs.loss, (outputs.accuracy * targets).nan_to_num(), targets)).double()
+            loss, correct, targets = self.accelerator.reduce(sums, "sum").tolist()
+            metrics = {
+                f"{metric_key_prefix}_loss": loss / targets,
+                f"{metric_key_prefix}_accuracy": correct / targets,
+            }
+            whole = self.whole_model()
+            passages = rows.full_rows(PROBED)
+            extra = {}
+            if whole.config.operator == "learned" and len(passages) >= 2:
+                extra = operator_metrics(whole, passages.to(self.args.device))
+        model.train()
+        self.log(metrics)
+        if extra:
+            self.log(extra)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
@@ -244,9 +307,6 @@ class PldrTrainer(Trainer):
                 logs[f"global_{name}"] = self.totals[name] / self.totals["steps"]
             if self.totals["skipped"]:
                 logs["skipped_steps"] = self.totals["skipped"]
-        elif f"{getattr(self, '_prefix', '')}_loss" in logs:
-            self._evaluated = {f"{self._prefix}_accuracy": self.accuracy()}
-            logs |= self._evaluated
         flat = {k: v for k, v in logs.items() if not isinstance(v, list)}
         flat |= {f"{k}/layer_{i}": x for k, v in logs.items() if isinstance(v, list) for i, x in enumerate(v)}
         super().log(flat, *args, **kwargs)
@@ -259,18 +319,6 @@ class PldrTrainer(Trainer):
         summed, count = self.accelerator.reduce(self._guesses, "sum").tolist()
         self._guesses.zero_()
         return summed / count if count else math.nan
-
-    def whole_model(self) -> PldrForCausalLM:
-        """The model itself or, of a sharded one, a copy put together (on every process: they must all ask)."""
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        if not self.is_fsdp_enabled:
-            return model
-        whole = PldrForCausalLM(model.config)
-        if model.config.operator == "constant":
-            freeze(whole, G_LM=torch.zeros_like(_stacked(whole)), trainable=model.config.operator_trainable)
-        tensors = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in model.state_dict().items()}
-        whole.load_state_dict(tensors)
-        return whole.to(self.args.device)
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -354,10 +402,6 @@ class PldrTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         self._start = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-
-
-def _stacked(model: PldrForCausalLM) -> torch.Tensor:
-    return torch.stack([layer.self_attn.operator.G_LM for layer in model.model.layers])
 
 
 def _first_line(error: Exception) -> str:
