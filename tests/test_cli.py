@@ -42,6 +42,13 @@ def folder(tmp_path, toy_tokenizer):
     return tmp_path / "model"
 
 
+def test_generate_without_a_model_uses_the_one_that_comes_along(run):
+    code, out, _ = run("generate", "Once upon a time", "--max-new-tokens", "8", "--json")
+    assert code == 0
+    fields = json.loads(out)
+    assert (len(fields["token_ids"]), fields["prompt"]) == (8, "Once upon a time")
+
+
 def fails(result, message):
     code, out, err = result
     lines = [line for line in err.splitlines() if line]

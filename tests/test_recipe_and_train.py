@@ -6,14 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from conftest import WORDS
 from pldr import dag_loss, deductive_outputs, freeze, load_model, load_tokenizer
+from pldr.configuration_pldr import PRESETS
 from pldr.data import Source, cached_rows, collate
 from pldr.deductive import variation
 from pldr.recipe import Recipe, find_recipe, load_recipe
 from pldr.saving import whole_folder
+from pldr.shipped import STORIES
 from pldr.train import build_model, train
 from pldr.trainer import PldrTrainer, ProgressBar, operator_metrics, training_arguments
 
@@ -57,11 +59,27 @@ def write_recipe(tmp_path, texts, toy_model_file):
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_shipped_recipes_parse_and_build(path, toy_tokenizer):
+def test_shipped_recipes_parse_and_build(path, toy_tokenizer, tmp_path):
     recipe = load_recipe(path)
     recipe.model.config["vocab_size"] = len(toy_tokenizer)
+    if recipe.model.G_LM is not None:  # made by the user
+        save_file({"G_LM": torch.randn(5, 14, 64, 64)}, tmp_path / "G.safetensors")
+        recipe.model.G_LM = str(tmp_path / "G.safetensors")
+        recipe.model.config |= {"num_hidden_layers": 5}
+        assert build_model(recipe, toy_tokenizer).config.operator == "constant"
+        return
     with torch.device("meta"):
         assert build_model(recipe, toy_tokenizer).num_parameters() > 0
+
+
+def test_every_published_model_has_a_recipe():
+    assert set(PRESETS) <= {path.stem for path in RECIPES}
+    for name in PRESETS:
+        assert load_recipe(name).model.preset == name
+    assert load_recipe("v51-110M-2").optimization.warmup_steps == 4000
+    assert load_recipe("v52-110M-1").optimization.learning_rate == 1.2e-3
+    dag = load_recipe("v51-DAG-110M").optimization
+    assert dag.dag_A_LM == dag.dag_A_P == dag.dag_G_LM == 0.05
 
 
 def test_recipes_are_found_by_name():
@@ -86,6 +104,7 @@ def test_the_wheel_brings_the_recipes(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert {f"pldr/recipes/{path.name}" for path in RECIPES} <= set(names)
     assert "pldr/py.typed" in names
+    assert {f"pldr/models/stories-10m/{file.name}" for file in STORIES.iterdir()} <= set(names)
 
 
 @pytest.mark.parametrize(
@@ -310,7 +329,7 @@ class TestTrain:
         recipe = load_recipe(write_recipe())
         model = build_model(recipe, toy_tokenizer).eval()
         held_out = cached_rows(Source(recipe.data.validation), toy_tokenizer, recipe.data)
-        held_out.facts["rows"] = rows
+        held_out._count = rows
         trainer = PldrTrainer(recipe, tmp_path, model=model, eval_dataset=held_out,
                               args=training_arguments(recipe, tmp_path),
                               data_collator=partial(collate, pad_token_id=0, length=None))  # fmt: skip
@@ -468,3 +487,38 @@ def test_the_three_losses(small_model, ids):
     assert result["cached"] == pytest.approx(sum(cached) / 3, abs=1e-6)
     assert result["frozen"] == pytest.approx(sum(constant) / 3, abs=1e-6)
     assert len({round(value, 6) for value in result.values()}) == 3
+
+
+def test_part_of_the_training_text_can_be_held_out(write_recipe, tmp_path):
+    recipe = load_recipe(write_recipe(data__validation=[], data__hold_out=0.2, eval_steps=6))
+    summary = train(recipe, progress=False)
+    assert math.isfinite(summary["validation_loss"])
+    for changes, message in [({"data__hold_out": 1.5}, "must be a fraction"),
+                             ({"data__hold_out": 0.1}, "without data.validation"),
+                             ({"data__hold_out": 1e-6, "data__validation": []}, "can not be split so")]:  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            train(load_recipe(write_recipe(**changes)), overwrite=True, progress=False)
+
+
+def test_an_operator_can_come_from_a_model(write_recipe, tmp_path, toy_tokenizer):
+    recipe = load_recipe(write_recipe())
+    train(recipe, progress=False)
+    model = load_model(tmp_path / "out")
+    with pytest.raises(ValueError, match="freeze it first"):
+        build_model(load_recipe(write_recipe(model__G_LM=str(tmp_path / "out"))), toy_tokenizer)
+    G_LM = freeze(model, torch.arange(5, 20)[None]).model.layers[1].self_attn.operator.G_LM
+    model.save_pretrained(tmp_path / "frozen")
+    transferred = build_model(load_recipe(write_recipe(model__G_LM=str(tmp_path / "frozen"))), toy_tokenizer)
+    assert torch.equal(transferred.model.layers[1].self_attn.operator.G_LM, G_LM)
+
+
+def test_the_log_has_what_one_wants_to_watch(write_recipe, tmp_path):
+    train(load_recipe(write_recipe(eval_steps=6, data__test=["pydoc-topics:validation"])), progress=False)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").open()]
+    logged = [line for line in lines if "loss" in line]
+    assert all(0 <= line[name] <= 1 for line in logged for name in ("accuracy", "global_accuracy"))
+    assert logged[-1]["global_loss"] == pytest.approx(sum(line["loss"] for line in logged) / len(logged))
+    probes = [line for line in lines if "G_variation" in line]
+    assert all(line[f"dag_{name}"] >= 0 for line in probes for name in ("A_LM", "A_P", "G_LM"))
+    assert {"eval_accuracy", "test_loss", "test_accuracy"} <= {key for line in lines for key in line}
+    assert list((tmp_path / "out" / "tensorboard").glob("events.*"))

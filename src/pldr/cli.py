@@ -43,8 +43,10 @@ def _version(
 
 @app.command()
 def generate(
-    model: Model,
-    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from standard input.")],
+    model: Annotated[
+        str, typer.Argument(help="Model folder or .pth file; or, with no prompt, the text for the model that comes along.")
+    ],
+    prompt: Annotated[str | None, typer.Argument(help="Text to continue; - reads it from standard input.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Most tokens to add; 64 by default.")] = None,
     cache: Annotated[str, typer.Option(help="What to keep between tokens: kv+g, kv, g or none.")] = "kv+g",
     temperature: Annotated[
@@ -62,14 +64,18 @@ def generate(
     device: Annotated[str, typer.Option(help="Where to run, for example cpu or cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
 ) -> None:
-    """Continue a text."""
+    """Continue a text, with the model named or with the small story model that comes with the package."""
+    from pldr.shipped import STORIES
+
+    if prompt is None:
+        model, prompt = str(STORIES), model
     if stream and as_json:
         raise ValueError("--stream and --json: choose one")
     if prompt == "-":
         prompt = sys.stdin.read()
     from pldr.generation import generate_text
 
-    loaded, text_tokenizer = _load(model, tokenizer, device=device, dtype=dtype, rope=rope, g_lm=g_lm)
+    loaded, text_tokenizer = _load(Path(model), tokenizer, device=device, dtype=dtype, rope=rope, g_lm=g_lm)
     result = generate_text(
         loaded, text_tokenizer, prompt, max_new_tokens=max_new_tokens, cache=cache, temperature=temperature,
         top_k=top_k, top_p=top_p, beams=beams, seed=seed,

@@ -178,10 +178,10 @@ def merge_checkpoint(
 
 
 def load_predefined_G(path: str | os.PathLike[str]) -> torch.Tensor:
-    """A predefined operator from a file: safetensors, or the published pickle of tensors (made on any device).
+    """A predefined operator from a file or a model: safetensors, or the published pickle of tensors (of any device).
 
     Args:
-        path: ``.safetensors`` with one tensor or one called "G_LM"; else a pickle of one tensor a layer, or one
+        path: a model folder whose operator is constant; ``.safetensors`` with one tensor or one called "G_LM"; else a pickle of one tensor a layer, or one
             (A_LM, G_LM) pair a layer.
 
     Returns:
@@ -192,8 +192,13 @@ def load_predefined_G(path: str | os.PathLike[str]) -> torch.Tensor:
         ValueError: anything but tensors in the file, or tensors of other dimensions. Nothing in it is ever executed.
     """
     path = Path(path)
+    if path.is_dir():
+        model = load_model(path)
+        if model.config.operator != "constant":
+            raise ValueError(f"{path}: this model computes its G_LM; freeze it first (pldr freeze)")
+        return _constant_operator(model)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+        raise FileNotFoundError(f"{path}: no such file or folder")
     if path.suffix == ".safetensors":
         try:
             tensors = load_file(path)

@@ -497,19 +497,39 @@ class TokenRows(Dataset[dict[str, Any]]):
         facts: documents, tokens, rows, left_out_tokens (of the last partial row, when packed) and bad_rows.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], first: int = 0, last: int | None = None) -> None:
+        """
+        Args:
+            folder: as `write_rows` leaves it.
+            first, last: the rows to show, all by default.
+        """
         folder = Path(folder)
+        self._folder = folder
         self.facts: dict[str, Any] = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
         self.length: int = self.facts["sequence_length"]
         self._ids = np.memmap(folder / "tokens.bin", np.dtype(self.facts["dtype"]), mode="r")
         # Where each row that is not full ends; all others follow from the length.
         self._short: list[list[int]] = self.facts["short_rows"]
         self._short_rows = [row for row, _ in self._short]
+        self._first = first
+        self._count: int = (self.facts["rows"] if last is None else last) - first
 
     def __len__(self) -> int:
-        return self.facts["rows"]
+        return self._count
+
+    def split(self, fraction: float) -> tuple["TokenRows", "TokenRows"]:
+        """All rows but the last `fraction` of them, and those.
+
+        Raises:
+            ValueError: one of the two would be empty.
+        """
+        first = round(len(self) * (1 - fraction))
+        if not 0 < first < len(self):
+            raise ValueError(f"data.hold_out={fraction}: {len(self)} sequences can not be split so; give more text")
+        return TokenRows(self._folder, 0, first), TokenRows(self._folder, first)
 
     def ids(self, row: int) -> np.ndarray:
+        """Of a row of the whole folder."""
         before = bisect.bisect_left(self._short_rows, row)
         missing = sum(self.length - size for _, size in self._short[:before])
         size = self.length
@@ -521,12 +541,13 @@ class TokenRows(Dataset[dict[str, Any]]):
     def __getitem__(self, row: int) -> dict[str, Any]:
         if not 0 <= row < len(self):
             raise IndexError(row)
+        row += self._first
         return {"input_ids": torch.from_numpy(self.ids(row).astype(np.int64)), "row": row}
 
     def full_rows(self, count: int) -> torch.Tensor:
         """The first rows that are full, at most `count` of them: [rows, length], int64."""
         short = set(self._short_rows)
-        picked = itertools.islice((row for row in range(len(self)) if row not in short), count)
+        picked = itertools.islice((row for row in range(len(self)) if row + self._first not in short), count)
         rows = [self[row]["input_ids"] for row in picked]
         return torch.stack(rows) if rows else torch.empty(0, self.length, dtype=torch.int64)
 
@@ -581,7 +602,8 @@ def cached_rows(
     if not (folder / "facts.json").is_file():
         bad = BadRows(recipe.strict)
         with whole_folder(folder, overwrite=True) as partial:
-            rows = write_rows(read_pieces(source, bad), tokenizer, recipe.sequence_length, partial, recipe.layout)
+            pieces = read_pieces(source, bad, streaming=recipe.streaming)
+            rows = write_rows(pieces, tokenizer, recipe.sequence_length, partial, recipe.layout)
             rows.facts["bad_rows"] = bad.summary()
             (partial / "facts.json").write_text(json.dumps(rows.facts) + "\n", encoding="utf-8")
     rows = TokenRows(folder)
@@ -602,7 +624,9 @@ def _fingerprint(source: Source, tokenizer: Any, recipe: DataRecipe) -> str:
                         recipe.strict, tokenizer.eos_token_id, GROUP_DOCUMENTS]  # fmt: skip
     for name in source.names:
         if name.startswith(HUB):
-            facts.append([name, getattr(load_hub(name.removeprefix(HUB), source, False), "_fingerprint", "")])
+            # What is streamed is not looked at before it is read.
+            rows = None if recipe.streaming else load_hub(name.removeprefix(HUB), source, streaming=False)
+            facts.append([name, getattr(rows, "_fingerprint", "")])
         elif name.startswith(PYDOC_TOPICS):
             facts.append([name, hashlib.sha256("".join(read_documents([name])).encode()).hexdigest()])
         else:

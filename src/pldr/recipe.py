@@ -18,7 +18,8 @@ class ModelRecipe:
     Attributes:
         preset: a published model's name; its shape is the starting point.
         config: fields of PldrConfig that differ from the preset or the defaults.
-        G_LM: file with a predefined operator (.safetensors or .pkl) for operator="constant".
+        G_LM: a predefined operator for operator="constant": a file (.safetensors or .pkl), or a folder with a model that
+            has a constant one.
     """
 
     preset: str | None = None
@@ -38,6 +39,7 @@ class DataRecipe:
         train_split, validation_split, test_split: splits of hub data sets.
         train_interval, validation_interval, test_interval: which documents, "start:stop" by index or percent
             ("0:16000000", "98%:99%"); "" for all.
+        hold_out: where there is no validation data, the last so many of the training sequences, as a fraction.
         text_column: of JSON lines, Parquet files and hub data sets.
         tokenizer: a model folder or SentencePiece file; None trains one on the training text.
         vocab_size: pieces of a newly trained tokenizer.
@@ -62,6 +64,7 @@ class DataRecipe:
     train_interval: str = ""
     validation_interval: str = ""
     test_interval: str = ""
+    hold_out: float = 0.0
     text_column: str = "text"
     tokenizer: str | None = None
     vocab_size: int = 32000
@@ -185,10 +188,15 @@ class Recipe:
                 raise ValueError(
                     f"recipe: optimization.{name} regularises a learned operator, which handoff_step drops"
                 )
-        if o.handoff_step is not None and not d.validation:
+        if not 0 <= d.hold_out < 1:
+            raise ValueError(f"recipe: data.hold_out must be a fraction between 0 and 1, got {d.hold_out}")
+        if d.hold_out and (d.validation or d.streaming):
+            raise ValueError("recipe: data.hold_out splits training data that is not streamed, without data.validation")
+        held_out = bool(d.validation or d.hold_out)
+        if o.handoff_step is not None and not held_out:
             raise ValueError("recipe: optimization.handoff_step needs data.validation, to evaluate the operator on")
-        if self.eval_steps is not None and not d.validation:
-            raise ValueError("recipe: eval_steps needs data.validation")
+        if self.eval_steps is not None and not held_out:
+            raise ValueError("recipe: eval_steps needs data.validation (or data.hold_out)")
         for name in ("learning_rate", "weight_decay", "epsilon", "dag_A_LM", "dag_A_P", "dag_G_LM"):
             if not 0 <= getattr(o, name) < math.inf:
                 raise ValueError(f"recipe: optimization.{name} must be a finite number ≥ 0, got {getattr(o, name)}")

@@ -183,6 +183,8 @@ def _datasets(recipe: Recipe, tokenizer: Any, process: PartialState) -> dict[str
             else:
                 say = _say if process.is_main_process else _ignore
                 found[part] = cached_rows(source, tokenizer, d, report=say)
+    if d.hold_out:
+        found["train"], found["validation"] = found["train"].split(d.hold_out)
     needed = o.batch_size * o.accumulation * process.num_processes
     if not d.streaming and len(found["train"]) < needed:
         raise ValueError(f"data: {len(found['train'])} training sequences are less than one step of {needed}")
@@ -340,8 +342,8 @@ def _differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any,
     if name in _FREE:
         return
     if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted(old.keys() | new.keys()):
-            yield from _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+        for key in sorted(old.keys() & new.keys()):  # a key that an earlier version did not know had its default
+            yield from _differences(old[key], new[key], f"{name}.{key}" if name else key)
     elif old != new:
         yield name, old, new
 
