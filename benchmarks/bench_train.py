@@ -22,7 +22,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-
 import torch
 import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -128,7 +127,7 @@ def measure(make, batch, steps, warmup=6):
 
 
 def measure_trainer(preset, batch, steps, warmup=20):
-    from transformers import TrainerCallback
+    from transformers import PrinterCallback, TrainerCallback
 
     from pldr.data import TokenRows, collate
     from pldr.recipe import DataRecipe, OptimizationRecipe, Recipe
@@ -141,8 +140,9 @@ def measure_trainer(preset, batch, steps, warmup=20):
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step >= warmup and (state.global_step - warmup) % steps == 0:
                 torch.cuda.synchronize()
+                if not times:
+                    torch.cuda.reset_peak_memory_stats()
                 times.append(time.perf_counter())
-                torch.cuda.reset_peak_memory_stats()
 
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -161,6 +161,7 @@ def measure_trainer(preset, batch, steps, warmup=20):
             recipe, folder, model=model, args=training_arguments(recipe, folder), train_dataset=TokenRows(folder),
             data_collator=partial(collate, pad_token_id=0, length=None), callbacks=[Clock()],
         )  # fmt: skip
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
     seconds = (times[1] - times[0]) / steps
     return {
@@ -220,7 +221,7 @@ def main() -> None:
     print(f"{'':>9} {'tokens/s':>10} {'ms/step':>8} {'floor ms':>9} {'GiB':>6} {'× llama':>8}")
     for name, row in rows.items():
         print(f"{name:>9} {row['tokens_per_second']:10,.0f} {1e3 * row['seconds_per_step']:8.1f} "
-              f"{1e3 * row['floor_seconds_per_step']:9.1f} {row['peak_memory_gib']:6.1f} "
+              f"{1e3 * row['floor_seconds_per_step']:9.1f} {row.get('peak_memory_gib', float('nan')):6.1f} "
               f"{row.get('ratio_to_llama', float('nan')):8.2f}")  # fmt: skip
     if arguments.output:
         arguments.output.write_text(json.dumps(result, indent=1) + "\n")

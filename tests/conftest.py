@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.utils import logging
 
 from pldr import PldrConfig, PldrForCausalLM
 
@@ -34,6 +35,12 @@ def shared(path: str) -> Path:
 def own_cache(tmp_path_factory):
     """Tokenised data of tests does not land in the user's cache."""
     os.environ["PLDR_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_progress_bars():
+    """The library's own bars would be taken for what a command prints."""
+    logging.disable_progress_bar()
 
 
 @pytest.fixture

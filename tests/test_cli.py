@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import pldr
-from conftest import FIXTURES
+from conftest import FIXTURES, WORDS
 from pldr import PldrConfig, PldrForCausalLM, deductive_outputs, load_model
 from pldr.cli import main
 
@@ -297,7 +297,7 @@ class TestTrain:
 
 def test_wrong_usage_is_one_line_too(run):
     for arguments in (
-        ["generate", "m"],
+        ["generate"],
         ["generate", "m", "p", "--top-p", "abc"],
         ["info", "m", "--nothing"],
         ["what"],
@@ -357,6 +357,31 @@ def test_a_full_disk(tmp_path, to):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_model_without_a_prompt(run, folder):
+    fails(run("generate", folder), "say what text it should continue")
+
+
+def test_training_flags_exclude_each_other(run):
+    fails(run("train", "demo-cpu", "--resume", "--overwrite"), "choose one")
+
+
+def test_tokenizer_train_and_merge(run, tmp_path):
+    lines = [json.dumps({"text": " ".join(WORDS[i:] + WORDS[:i])}) for i in range(len(WORDS))] * 3
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines, "bad"]))
+    out = tmp_path / "tokenizer"
+    for model in ("unigram", "bpe"):
+        code, shown, err = run("tokenizer", "train", tmp_path / "a.jsonl", "--output", out, "--vocab-size", "290",
+                               "--model", model, "--overwrite")  # fmt: skip
+        assert code == 0
+        assert f"290 pieces ({model})" in shown
+        assert "1 skipped: not JSON" in err
+        assert len(pldr.load_tokenizer(out)) == 290
+    fails(run("tokenizer", "train", tmp_path / "a.jsonl", "--output", out), "exists and is not empty")
+    fails(run("tokenizer", "train", tmp_path / "a.jsonl", "--output", tmp_path / "b", "--strict"), "not JSON")
+    assert not (tmp_path / "b").exists()
+    fails(run("merge", tmp_path, tmp_path / "c"), "not a training checkpoint")
+
+
 def test_the_demo_replaces_only_its_own_folder(run, tmp_path):
     (tmp_path / "work" / "model").mkdir(parents=True)
     (tmp_path / "work" / "model" / "thesis.txt").write_text("years")
@@ -365,10 +390,11 @@ def test_the_demo_replaces_only_its_own_folder(run, tmp_path):
     # An earlier demo stays as it is when the next can not start.
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "demo.json").write_text('{"seconds": 80}')
-    fails(run("demo", "--output", tmp_path / "old", "--recipe", "nosuch"), "no recipe of that name")
+    fails(run("demo", "--output", tmp_path / "old", "--train", "--recipe", "nosuch"), "no recipe of that name")
     assert (tmp_path / "old" / "demo.json").read_text() == '{"seconds": 80}'
     (tmp_path / "r.yaml").write_text("output: x\ndata: {train: [a.txt]}\n")
     fails(
-        run("demo", "--output", tmp_path / "new", "--recipe", tmp_path / "r.yaml"), "the recipe needs data.validation"
+        run("demo", "--output", tmp_path / "new", "--train", "--recipe", tmp_path / "r.yaml"),
+        "the recipe needs data.validation",
     )
     assert not (tmp_path / "new").exists()

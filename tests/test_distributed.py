@@ -20,7 +20,8 @@ from test_recipe_and_train import TINY, texts, write_recipe  # noqa: F401 (fixtu
 
 pytestmark = pytest.mark.slow
 VARIANTS = {
-    "dag": {"optimization__dag_G_LM": 0.1}, "learned": {},
+    "dag": {"optimization__dag_G_LM": 0.1},
+    "learned": {},
     "constant": {"model__config": TINY | {"operator": "constant", "operator_init": "random"}},
     "handed off": {"optimization__handoff_step": 10},
 }
@@ -58,7 +59,6 @@ def test_two_processes_train_as_one(write_recipe, tmp_path, sharding, variant): 
     expected = train(alone, progress=False)
     path = write_recipe(**changes, optimization__batch_size=2, distributed={"sharding": sharding})
     summary = json.loads(finish(launch(path, "--json")))
-    print([f"{a-b:.1e}" for a, b in zip(losses(tmp_path / "out"), losses(alone.output))])
     assert losses(tmp_path / "out") == pytest.approx(losses(alone.output), abs=1e-5)
     assert summary["tokens"] == expected["tokens"]
     for name in ("validation_loss", "validation_accuracy", "train_accuracy"):
@@ -81,7 +81,9 @@ def test_sharded_checkpoints_load_on_another_number_of_processes(write_recipe, t
         "optimizer-2-of-2.safetensors", "optimizer.safetensors",
     ]  # fmt: skip
     merged = tmp_path / "merged"
-    subprocess.run([sys.executable, "-m", "pldr", "merge", str(saved[15]), str(merged)], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "pldr", "merge", str(saved[15]), str(merged)], check=True, capture_output=True
+    )
     reference = load_model(Path(alone.output) / "checkpoint-15").state_dict()
     for name, tensor in load_model(merged).state_dict().items():
         assert torch.allclose(tensor, reference[name], atol=1e-4), name
@@ -103,7 +105,6 @@ def test_hybrid_sharding_and_offload(write_recipe, tmp_path):  # noqa: F811
     path = write_recipe(**changes, optimization__batch_size=2, distributed={"sharding": "hybrid", "replicas": 2},
                         save_steps=3)  # fmt: skip
     finish(launch(path))
-    print([f"{a-b:.1e}" for a, b in zip(losses(tmp_path / "out"), losses(alone.output))])
     assert losses(tmp_path / "out") == pytest.approx(losses(alone.output), abs=1e-5)
     path = write_recipe(**changes, output=str(tmp_path / "other"), optimization__batch_size=2,
                         distributed={"sharding": "full"}, optimization__clip_value=None, optimization__clip_norm=1.0,

@@ -234,7 +234,8 @@ class TestTrain:
     def test_infinite_loss_stops_and_leaves_nothing(self, write_recipe, tmp_path):
         recipe = load_recipe(write_recipe(optimization__learning_rate=1e30, optimization__clip_value=None))
         with pytest.raises(
-            FloatingPointError, match=r"became nan at step \d+ \(data rows .*no checkpoint.*lower optimization.learning_rate"
+            FloatingPointError,
+            match=r"became nan at step \d+ \(data rows .*no checkpoint.*lower optimization.learning_rate",
         ):
             train(recipe, progress=False)
         assert not (tmp_path / "out").exists()
@@ -288,7 +289,9 @@ class TestTrain:
             names = {parameter: name for name, parameter in trainer.model.named_parameters()}
             optimised = [p for group in trainer.optimizer.param_groups for p in group["params"]]
             seen["parameters"] = set(optimised) == set(names)
-            seen["states"] = {names[p] for p in trainer.optimizer.state} == {n for n in names.values() if "G_LM" not in n}
+            seen["states"] = {names[p] for p in trainer.optimizer.state} == {
+                n for n in names.values() if "G_LM" not in n
+            }
             seen["kept"] = all(
                 torch.equal(value, saved[f"{names[p]}.{key}"])
                 for p, state in trainer.optimizer.state.items() for key, value in state.items()
@@ -452,18 +455,22 @@ def test_demo_measures_what_it_says(write_recipe, tmp_path, monkeypatch):
     """The demo on a recipe of seconds: every number is there, and the losses are those of separate computations."""
     from pldr import demo
 
-    monkeypatch.setattr(demo, "PROMPT", "the cat sat on")
+    monkeypatch.setattr(demo, "REFERENCE_PROMPT", "the cat sat on")
     monkeypatch.setattr(demo, "NEW_TOKENS", 12)
     path = write_recipe(optimization__steps=20, data__sequence_length=48)
     result = demo.run_demo(tmp_path / "demo", str(path))
     assert json.loads((tmp_path / "demo" / "demo.json").read_text()) == json.loads(json.dumps(result))
-    assert (tmp_path / "demo" / "G_LM.png").read_bytes().startswith(b"\x89PNG")
-    assert [row["mode"] for row in result["generation"]] == ["no cache", "KV", "KV+G", "frozen G"]
-    assert all(len(row["token_ids"]) == 12 for row in result["generation"])
-    # KV and KV+G differ only in what they keep, never in what they compute.
-    assert result["generation"][1]["token_ids"] == result["generation"][2]["token_ids"]
-    assert len(result["operator"]) == 2
-    assert load_model(tmp_path / "demo" / "frozen").config.operator == "constant"
+    for name, layers in (("stories", 7), ("trained", 2)):
+        measured = result[name]
+        assert (tmp_path / "demo" / f"{name}-G_LM.png").read_bytes().startswith(b"\x89PNG")
+        assert [row["mode"] for row in measured["generation"]] == ["no cache", "KV", "KV+G", "frozen G"]
+        assert all(len(row["token_ids"]) == 12 for row in measured["generation"])
+        # KV and KV+G differ only in what they keep, never in what they compute.
+        assert measured["generation"][1]["token_ids"] == measured["generation"][2]["token_ids"]
+        assert len(measured["operator"]) == layers
+        assert load_model(tmp_path / "demo" / f"{name}-frozen").config.operator == "constant"
+    loss = result["stories"]["losses"]
+    assert max(abs(loss[name] - loss["full"]) for name in ("cached", "frozen")) <= 1e-5
     demo.print_demo(result)
 
 

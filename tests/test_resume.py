@@ -122,7 +122,9 @@ def test_a_checkpoint_is_a_model_and_holds_no_pickle(write_recipe):  # noqa: F81
     one, other = load_model(saved).state_dict(), load_model(recipe.output).state_dict()
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
     # The state of the random generators is read without executing anything (torch.load, weights_only).
-    assert [path.name for path in saved.iterdir() if path.suffix in (".bin", ".pt", ".pkl", ".pth")] == ["rng_state.pth"]
+    assert [path.name for path in saved.iterdir() if path.suffix in (".bin", ".pt", ".pkl", ".pth")] == [
+        "rng_state.pth"
+    ]
     names = {name.rpartition(".")[0] for name in SavedTensors(saved, "optimizer").names()}
     assert names == {name for name, _ in load_model(saved).named_parameters()}
 

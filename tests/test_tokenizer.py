@@ -171,7 +171,6 @@ def test_streaming_a_byte_level_tokenizer():
                                   "", "xyzzy catdog", "the the\u3000the"])  # fmt: skip
 def test_bpe_gives_the_ids_of_sentencepiece(tmp_path, text):
 
-
     texts = [" ".join(WORDS[i:] + WORDS[:i]) for i in range(len(WORDS))] * 4
     file = train_sentencepiece(texts, tmp_path / "bpe.model", 320, "bpe")
     tokenizer, reference = load_tokenizer(file), sentencepiece.SentencePieceProcessor(model_file=str(file))

@@ -123,7 +123,7 @@ def _shard_place(tensor: torch.Tensor) -> tuple[int, int, bool] | None:
     """Of a distributed tensor: the index of this rank's shard, their number, and whether this rank's copy is written."""
     if not hasattr(tensor, "device_mesh"):
         return None
-    mesh, placements = tensor.device_mesh, tensor.placements
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
     (dimension,) = [i for i, placement in enumerate(placements) if placement.is_shard()]
     copies = [i for i in range(len(placements)) if i != dimension]
     first = all(mesh.get_local_rank(i) == 0 for i in copies)
@@ -185,7 +185,8 @@ def like(target: torch.Tensor, source: torch.Tensor) -> Any:
     from torch.distributed.tensor import distribute_tensor
 
     # No rank sends anything: each has read the whole tensor.
-    return distribute_tensor(source.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
+    mesh, placements = target.device_mesh, target.placements  # type: ignore[attr-defined]
+    return distribute_tensor(source.to(target.device), mesh, placements, src_data_rank=None)
 
 
 def optimizer_tensors(names: dict[torch.Tensor, str], optimizer: Any) -> dict[str, torch.Tensor]:

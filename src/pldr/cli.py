@@ -44,7 +44,8 @@ def _version(
 @app.command()
 def generate(
     model: Annotated[
-        str, typer.Argument(help="Model folder or .pth file; or, with no prompt, the text for the model that comes along.")
+        str,
+        typer.Argument(help="Model folder or .pth file; or, with no prompt, the text for the model that comes along."),
     ],
     prompt: Annotated[str | None, typer.Argument(help="Text to continue; - reads it from standard input.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Most tokens to add; 64 by default.")] = None,
@@ -68,6 +69,8 @@ def generate(
     from pldr.shipped import STORIES
 
     if prompt is None:
+        if Path(model).exists():
+            raise ValueError(f"generate: {model} is a model or a file; say what text it should continue")
         model, prompt = str(STORIES), model
     if stream and as_json:
         raise ValueError("--stream and --json: choose one")
@@ -95,7 +98,9 @@ def train(
     overwrite: Overwrite = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the output.")] = False,
     resume_from: Annotated[Path | None, typer.Option(help="Go on from this checkpoint.")] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Refuse bad rows of the data, rather than skip them.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse bad rows of the data, rather than skip them.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a model from a recipe: alone, or in each process of torchrun or accelerate launch."""
@@ -264,15 +269,16 @@ def demo(
     output: Annotated[Path, typer.Option(help="Folder for the model, the picture and the table.")] = Path(
         "demo-output"
     ),
-    recipe: Annotated[str, typer.Option(help="Recipe to train.")] = "demo-cpu",
+    train: Annotated[bool, typer.Option("--train", help="Also train a small model here, and compare it too.")] = False,
+    recipe: Annotated[str, typer.Option(help="What --train trains.")] = "demo-cpu",
     as_json: AsJson = False,
 ) -> None:
-    """Train a small model on real text, then cache and freeze its operator, and compare."""
+    """Cache and freeze the operator of the model that comes along, and compare; with --train, of a new one too."""
     _quiet()
     _require("train", "accelerate", "matplotlib")
     from pldr.demo import print_demo, run_demo
 
-    result = run_demo(output, recipe)
+    result = run_demo(output, recipe if train else None)
     if as_json:
         _print_json(result)
     else:

@@ -21,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers.initialization import no_init_weights
 
-from pldr import layouts
 from pldr import checkpoint as files
+from pldr import layouts
 from pldr.configuration_pldr import PldrConfig
 from pldr.modeling_pldr import CHECKSUMS, PldrForCausalLM
 from pldr.operator import ConstantOperator, check_operator_tensor

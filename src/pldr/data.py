@@ -81,7 +81,9 @@ class BadRows:
 
     def summary(self) -> str:
         """One line for people, empty if every row was good."""
-        return "; ".join(f"{count:,} skipped: {fault} (first: {self.first[fault]})" for fault, count in self.counts.items())
+        return "; ".join(
+            f"{count:,} skipped: {fault} (first: {self.first[fault]})" for fault, count in self.counts.items()
+        )
 
 
 def read_documents(sources: Iterable[str], text_column: str = "text", *, strict: bool = True) -> Iterator[str]:
@@ -125,16 +127,16 @@ class Share(NamedTuple):
     workers: int = 1
 
     @property
-    def index(self) -> int:
+    def number(self) -> int:
         return self.rank * self.workers + self.worker
 
     @property
-    def count(self) -> int:
+    def consumers(self) -> int:
         return self.world_size * self.workers
 
 
 def read_pieces(
-    source: Source, bad: BadRows, *, streaming: bool = False, share: Share = Share()
+    source: Source, bad: BadRows, *, streaming: bool = False, share: Share | None = None
 ) -> Iterator[Piece]:
     """Every document of a source, long text files in pieces, bad rows left out.
 
@@ -150,6 +152,7 @@ def read_pieces(
     """
     count = sum(_count(name, source, streaming) for name in source.names) if "%" in source.interval else None
     start, stop = parse_interval(source.interval, count)
+    share = share or Share()
     index = 0
     for name in source.names:
         if name.startswith(HUB):
@@ -165,7 +168,7 @@ def read_pieces(
         else:
             pieces, mine = _read(name, source.text_column, bad), share
         for piece in pieces:
-            if start <= index < stop and index % mine.count == mine.index and piece.text:
+            if start <= index < stop and index % mine.consumers == mine.number and piece.text:
                 yield piece
             index += piece.ends
             if index >= stop:
@@ -209,7 +212,9 @@ def parse_interval(interval: str, count: int | None) -> tuple[int, float]:
 
     start, stop = bound(match[1], 0), bound(match[2], float("inf"))
     if start >= stop and not ("%" in interval and count is None):
-        raise ValueError(f"data: interval {interval!r} holds no document" + (f" of {count}" if count is not None else ""))
+        raise ValueError(
+            f"data: interval {interval!r} holds no document" + (f" of {count}" if count is not None else "")
+        )
     return int(start), stop
 
 
@@ -235,7 +240,7 @@ def _read(name: str, column: str, bad: BadRows) -> Iterator[Piece]:
         read = {".jsonl": _read_json_lines, ".parquet": _read_parquet}.get(kind, _read_text)
         try:
             yield from read(file, column, bad)
-        except (EOFError, *_damaged()) as error:
+        except _damaged() as error:
             raise ValueError(f"data: {file}: damaged file ({error})") from None
 
 
@@ -244,7 +249,7 @@ def _damaged() -> tuple[type[Exception], ...]:
     import lzma
     import zlib
 
-    return lzma.LZMAError, gzip.BadGzipFile, zlib.error
+    return EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error
 
 
 @contextlib.contextmanager
@@ -262,8 +267,8 @@ def _open(file: Path) -> Iterator[Any]:
     import gzip
     import lzma
 
-    opener: Callable[..., Any] = {"gzip": gzip.open, "xz": lzma.open}.get(compression or "", open)
-    with opener(file, "rb") as stream:
+    openers: dict[str | None, Callable[..., Any]] = {"gzip": gzip.open, "xz": lzma.open, None: open}
+    with openers[compression](file, "rb") as stream:
         yield stream
 
 
@@ -662,7 +667,7 @@ class TokenStream(IterableDataset[dict[str, Any]]):
         share = Share(self.rank, self.world_size, worker_id, workers)
         tokens = tokenize(self._pieces(share), self.tokenizer)
         for number, row in enumerate(rows_of(tokens, self.recipe.sequence_length, self.recipe.layout)):
-            yield {"input_ids": torch.from_numpy(row.astype(np.int64)), "row": number * share.count + share.index}
+            yield {"input_ids": torch.from_numpy(row.astype(np.int64)), "row": number * share.consumers + share.number}
 
     def _pieces(self, share: Share) -> Iterator[Piece]:
         for number in itertools.count():
@@ -670,13 +675,15 @@ class TokenStream(IterableDataset[dict[str, Any]]):
             documents = _documents(read_pieces(self.source, bad, streaming=True, share=share))
             empty = True
             for document in shuffled(
-                documents, self.recipe.shuffle_buffer, random.Random(f"{self.seed}:{number}:{share.index}")
+                documents, self.recipe.shuffle_buffer, random.Random(f"{self.seed}:{number}:{share.number}")
             ):
                 empty = False
                 yield from document
             if empty:
-                raise ValueError(f"data: no document for consumer {share.index + 1} of {share.count}; use fewer processes "
-                                 "or data.workers")
+                raise ValueError(
+                    f"data: no document for consumer {share.number + 1} of {share.consumers}; use fewer processes "
+                    "or data.workers"
+                )
             if number == 0 and bad.counts:
                 warnings.warn(f"data: {bad.summary()}", stacklevel=2)
 

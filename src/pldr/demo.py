@@ -1,4 +1,4 @@
-"""The paper's main claim on two CPU cores: train a PLDR-LLM, then cache and freeze the operator it learned."""
+"""The paper's main claim on two CPU cores: cache and freeze the operator that a PLDR-LLM learned, and compare."""
 
 import copy
 import json
@@ -17,68 +17,102 @@ from pldr.convert import load_model
 from pldr.data import Source, read_passages
 from pldr.deductive import deductive_outputs, log_determinant, numerical_rank, variation
 from pldr.generation import generate_text
+from pldr.modeling_pldr import PldrForCausalLM
 from pldr.operator import freeze
-from pldr.recipe import load_recipe
+from pldr.recipe import Recipe, load_recipe
 from pldr.report import plot_operators
 from pldr.saving import check_output, whole_folder
+from pldr.shipped import HELD_OUT, STORIES
 from pldr.tokenizer import load_tokenizer
-from pldr.train import build_model, train
+from pldr.train import train
 
-PROMPT = "The list of names is a comma-separated list of expressions. An expression"
+STORY_PROMPT = "The old man looked out over the sea and"
+REFERENCE_PROMPT = "The list of names is a comma-separated list of expressions. An expression"
 PASSAGES = 32
+STORY_LENGTH = 512  # tokens of a passage, as in its training
 NEW_TOKENS = 96
 REPEATS = 3
 _RECORD = "demo.json"
 
 
-def run_demo(output: Path, recipe_name: str = "demo-cpu") -> dict[str, Any]:
-    """Train the recipe's model into ``output/model`` and measure what caching and freezing its operator changes.
+def run_demo(output: Path, recipe_name: str | None = None) -> dict[str, Any]:
+    """Measure what caching and freezing its operator changes, of the model that comes along and of a newly trained one.
 
     Args:
         output: folder; an earlier demo in it is replaced, anything else is not.
-        recipe_name: see `pldr.recipe.find_recipe`.
+        recipe_name: also train this recipe's model into ``output/model`` first (see `pldr.recipe.find_recipe`).
 
     Returns:
-        The numbers of the table, as `print_demo` shows them and ``output/demo.json`` holds them.
+        The numbers of the tables, as `print_demo` shows them and ``output/demo.json`` holds them: "stories" and, with a
+        recipe, "trained".
 
     Raises:
         FileExistsError: the folder holds something that no demo wrote.
         ValueError: a recipe without validation data or without a learned operator.
     """
     start = time.perf_counter()
-    folder = output / "model"
-    recipe = load_recipe(recipe_name, [f"output={folder}"])
+    recipe = None if recipe_name is None else _checked_recipe(recipe_name, output)
+    check_output(output, overwrite=(output / _RECORD).is_file())
+    output.mkdir(parents=True, exist_ok=True)
+    (output / _RECORD).touch()  # the mark of a folder that a later demo may replace
+
+    model, tokenizer = load_model(STORIES), load_tokenizer(STORIES)
+    passages = read_passages(Source([str(HELD_OUT)]), tokenizer, STORY_LENGTH, PASSAGES)
+    # Frozen from one passage, compared on all the others.
+    result: dict[str, Any] = {
+        "stories": measure(model, tokenizer, passages[1:], passages[:1], STORY_PROMPT, output / "stories")
+    }
+    if recipe is not None:
+        training = train(recipe, overwrite=True)
+        model, tokenizer = load_model(recipe.output), load_tokenizer(recipe.output)
+        d = recipe.data
+        passages = read_passages(Source(d.validation, d.text_column), tokenizer, d.sequence_length, PASSAGES)
+        calibration = read_passages(Source(d.train, d.text_column), tokenizer, d.sequence_length, 1)
+        measured = measure(model, tokenizer, passages, calibration, REFERENCE_PROMPT, output / "trained")
+        result["trained"] = measured | {"training": training}
+    result |= {"folder": str(output), "seconds": time.perf_counter() - start}
+    (output / _RECORD).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return result
+
+
+def _checked_recipe(name: str, output: Path) -> Recipe:
+    recipe = load_recipe(name, [f"output={output / 'model'}"])
     if not recipe.data.validation or recipe.optimization.handoff_step is not None:
         raise ValueError("demo: the recipe needs data.validation, and a learned operator to its end (no handoff_step)")
     if recipe.model.G_LM is not None or recipe.model.config.get("operator", "learned") != "learned":
         raise ValueError("demo: the recipe must have a learned operator")
-    check_output(output, overwrite=(output / _RECORD).is_file())
-    output.mkdir(parents=True, exist_ok=True)
-    (output / _RECORD).touch()  # the mark of a folder that a later demo may replace
-    training = train(recipe, overwrite=True)
-    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    return recipe
 
-    length = recipe.data.sequence_length
-    column = recipe.data.text_column
-    passages = read_passages(Source(recipe.data.validation, column), tokenizer, length, PASSAGES)
-    calibration = read_passages(Source(recipe.data.train, column), tokenizer, length, 1)
+
+def measure(
+    model: Any, tokenizer: Any, passages: torch.Tensor, calibration: torch.Tensor, prompt: str, output: Path
+) -> dict[str, Any]:
+    """What `run_demo` reports of one model; also writes its frozen form and a picture of its operators.
+
+    Args:
+        model: with a learned operator.
+        tokenizer: of the model.
+        passages: [B, T], held out.
+        calibration: [B, T], what G_LM is frozen from.
+        prompt: continued in every mode.
+        output: begins the names of what is written: "…-frozen" and "…-G_LM.png".
+    """
     frozen = freeze(copy.deepcopy(model), calibration)
-    with whole_folder(output / "frozen", overwrite=True) as saved:
+    with whole_folder(f"{output}-frozen", overwrite=True) as saved:
         frozen.save_pretrained(saved)
         tokenizer.save_pretrained(saved)
-
-    torch.manual_seed(recipe.seed)
-    untrained = deductive_outputs(build_model(recipe, tokenizer), passages).G_LM
+    torch.manual_seed(0)
+    untrained = deductive_outputs(PldrForCausalLM(model.config), passages).G_LM
     G_LM = deductive_outputs(model, passages).G_LM
     plot_operators(
         {"untrained": untrained[:, 0], "trained": G_LM[:, 0], "trained, other text": G_LM[:, 1]},
-        output / "G_LM.png",
+        Path(f"{output}-G_LM.png"),
+        layers=sorted({0, len(G_LM) // 2, len(G_LM) - 1}),
         title="G_LM before and after training, on two held-out passages",
     )
-    result = {
-        "training": training,
+    return {
         # G_LM is cached from the first half of each passage; losses are taken over the second, in every mode alike.
-        "losses": losses(model, frozen, passages, prefix=length // 2),
+        "losses": losses(model, frozen, passages, prefix=passages.shape[1] // 2),
         "operator": [
             {
                 "layer": layer,
@@ -90,12 +124,9 @@ def run_demo(output: Path, recipe_name: str = "demo-cpu") -> dict[str, Any]:
             for layer in range(len(G_LM))
         ],
         "head_dim": model.config.head_dim,
-        "generation": generations(model, frozen, tokenizer),
-        "folder": str(output),
+        "prompt": prompt,
+        "generation": generations(model, frozen, tokenizer, prompt),
     }
-    result["seconds"] = time.perf_counter() - start
-    (output / _RECORD).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return result
 
 
 @torch.no_grad()
@@ -124,14 +155,14 @@ def losses(model: Any, frozen: Any, passages: torch.Tensor, prefix: int) -> dict
     }
 
 
-def generations(model: Any, frozen: Any, tokenizer: Any) -> list[dict[str, Any]]:
+def generations(model: Any, frozen: Any, tokenizer: Any, prompt: str) -> list[dict[str, Any]]:
     """The same greedy continuation in each mode: tokens a second (median of repeats, after a warm-up) and the text."""
     modes = [("no cache", model, "none"), ("KV", model, "kv"), ("KV+G", model, "kv+g"), ("frozen G", frozen, "kv")]
     rows: list[dict[str, Any]] = []
     for name, running, cache in modes:
         settings: dict[str, Any] = {"cache": cache, "max_new_tokens": NEW_TOKENS, "ignore_end": True}
-        generate_text(running, tokenizer, PROMPT, **(settings | {"max_new_tokens": 4}))
-        runs = [generate_text(running, tokenizer, PROMPT, **settings) for _ in range(REPEATS)]
+        generate_text(running, tokenizer, prompt, **(settings | {"max_new_tokens": 4}))
+        runs = [generate_text(running, tokenizer, prompt, **settings) for _ in range(REPEATS)]
         rows.append(
             {
                 "mode": name,
@@ -145,17 +176,46 @@ def generations(model: Any, frozen: Any, tokenizer: Any) -> list[dict[str, Any]]
 
 
 def print_demo(result: dict[str, Any]) -> None:
-    """The demo's table and what to try next."""
+    """The demo's tables and what to try next."""
     from rich.console import Console
-    from rich.table import Table
 
     console = Console()
-    training, loss, rows = result["training"], result["losses"], result["generation"]
     console.print(
-        f"\nTrained for {training['steps']} steps ({training['tokens']:,} tokens) in {training['seconds']:.0f} s: "
-        f"loss {training['train_loss']:.2f}, held out {training['validation_loss']:.2f} nats a token.\n",
+        "\n[bold]stories-10m[/bold], the model that comes with the package, on books it was not trained on:\n"
+    )
+    _print_measured(console, result["stories"])
+    if "trained" in result:
+        training = result["trained"]["training"]
+        console.print(
+            f"\n[bold]A new model[/bold], trained for {training['steps']} steps ({training['tokens']:,} tokens) in "
+            f"{training['seconds']:.0f} s: loss {training['train_loss']:.2f}, held out {training['validation_loss']:.2f} "
+            "nats a token:\n",
+            soft_wrap=True,
+        )
+        _print_measured(console, result["trained"])
+    folder = result["folder"]
+    # As it was called, where the command is not on the path (the Makefile keeps it in .venv).
+    pldr = "pldr" if shutil.which("pldr") else sys.argv[0]
+    console.print(
+        f"\nPicture of G_LM: {folder}/stories-G_LM.png   numbers: {folder}/demo.json   total: {result['seconds']:.0f} s\n\n"
+        "Try next:\n"
+        f'  {pldr} generate "Once upon a time there was" --stream --temperature 0.8\n'
+        f'  {pldr} generate {folder}/stories-frozen "Once upon a time there was" --json\n'
+        f"  {pldr} info {folder}/stories-frozen\n"
+        + (
+            ""
+            if "trained" in result
+            else f"  {pldr} demo --train      the same of a model that is trained here, in minutes\n"
+        ),
+        highlight=False,
         soft_wrap=True,
     )
+
+
+def _print_measured(console: Any, measured: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    loss, rows = measured["losses"], measured["generation"]
     # One table of two parts with five columns each: the four modes, then how far G_LM depends on the text.
     table = Table("cache", "held-out loss", "difference", "tokens/s", "greedy text")
     for column in table.columns[1:4]:
@@ -170,16 +230,16 @@ def print_demo(result: dict[str, Any]) -> None:
         )  # fmt: skip
     table.add_section()
     table.add_row("G_LM of", "variation", "before", "log10 |det|", "numerical rank", style="bold")
-    for layer in result["operator"]:
+    for layer in measured["operator"]:
         table.add_row(
             f"layer {layer['layer']}", f"{layer['variation']:.1e}", f"{layer['untrained_variation']:.1e}",
-            f"{layer['log10_determinant']:.1f}", f"{layer['rank']:.1f} of {result['head_dim']}",
+            f"{layer['log10_determinant']:.1f}", f"{layer['rank']:.1f} of {measured['head_dim']}",
         )  # fmt: skip
     console.print(table)
     console.print(
         "Loss in nats a token, after the first half of each held-out passage. No cache: G_LM from all tokens, later ones "
-        "too; KV, KV+G: from the first half; frozen: a constant from one training passage. Variation: of G_LM over "
-        "held-out passages, relative RMSE, after and before training.",
+        "too; KV, KV+G: from the first half; frozen: a constant from one passage. Variation: of G_LM over held-out passages, "
+        "relative RMSE, after and before training.",
         style="dim",
     )
     worst = max(abs(loss[key] - loss["full"]) for key in ("cached", "frozen"))
@@ -187,21 +247,8 @@ def print_demo(result: dict[str, Any]) -> None:
         verdict = "[green]G_LM does not depend on the text: cached or constant, it changes neither loss nor output."
     else:
         verdict = (
-            f"[yellow]This run's G_LM still depends on the text: caching or freezing moves the loss by up to {worst:.1e} "
+            f"[yellow]This model's G_LM still depends on the text: caching or freezing moves the loss by up to {worst:.1e} "
             "nats. Whether training gets there depends on learning rate and warm-up (README, “Is G constant?”)."
         )
     console.print(verdict)
-    console.print(f"\n[bold]{PROMPT}[/bold]{rows[-1]['text']}\n", highlight=False)
-    folder = result["folder"]
-    # As it was called, where the command is not on the path (the Makefile keeps it in .venv).
-    pldr = "pldr" if shutil.which("pldr") else sys.argv[0]
-    console.print(
-        f"Picture of G_LM: {folder}/G_LM.png   numbers: {folder}/demo.json   total: {result['seconds']:.0f} s\n\n"
-        "Try next:\n"
-        f'  {pldr} generate {folder}/model "A class definition" --stream --temperature 0.8\n'
-        f'  {pldr} generate {folder}/frozen "A class definition" --json\n'
-        f"  {pldr} info {folder}/frozen\n"
-        f'  {pldr} freeze {folder}/model my-frozen-model --prompt "Any text will do."\n',
-        highlight=False,
-        soft_wrap=True,
-    )
+    console.print(f"\n[bold]{measured['prompt']}[/bold]{rows[-1]['text']}\n", highlight=False)

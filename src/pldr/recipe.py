@@ -214,15 +214,15 @@ class Recipe:
                 raise ValueError(f"recipe: optimization.{name} must be at least 0 and less than 1, got {beta}")
         if not 0 <= o.warmup_steps <= o.steps:
             raise ValueError(f"recipe: optimization.warmup_steps must be between 0 and steps, got {o.warmup_steps}")
-        choices = [
+        choices: list[tuple[str, str, tuple[str, ...]]] = [
             ("optimization.precision", o.precision, ("fp32", "bf16")),
             ("data.layout", d.layout, ("packed", "padded", "unpadded")),
             ("distributed.sharding", self.distributed.sharding, ("none", "full", "hybrid")),
             *(("report_to", name, ("tensorboard", "wandb", "trackio")) for name in self.report_to),
         ]
-        for name, value, allowed in choices:
-            if value not in allowed:
-                raise ValueError(f"recipe: {name} must be {', '.join(allowed[:-1])} or {allowed[-1]}, got {value!r}")
+        for name, choice, allowed in choices:
+            if choice not in allowed:
+                raise ValueError(f"recipe: {name} must be {', '.join(allowed[:-1])} or {allowed[-1]}, got {choice!r}")
         for name, count in [
             ("optimization.skip_nonfinite", o.skip_nonfinite),
             ("data.shuffle_buffer", d.shuffle_buffer),

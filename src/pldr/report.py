@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +73,19 @@ def print_facts(facts: dict[str, Any]) -> None:
 
 
 def plot_operators(
-    rows: dict[str, torch.Tensor], path: str | os.PathLike[str], *, heads: int = 4, title: str = ""
+    rows: dict[str, torch.Tensor],
+    path: str | os.PathLike[str],
+    *,
+    layers: Iterable[int] | None = None,
+    heads: int = 4,
+    title: str = "",
 ) -> None:
     """Heatmaps of G_LM: one row of pictures for each entry of `rows` and layer, one column a head.
 
     Args:
         rows: label → [L, H, D, D]; the rows of a layer share one colour scale, symmetric around zero.
         path: PNG file to write.
+        layers: which to show, all by default.
         heads: most heads to show.
         title: above the picture.
     """
@@ -87,22 +94,23 @@ def plot_operators(
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    layers, heads = next(iter(rows.values())).shape[0], min(heads, next(iter(rows.values())).shape[1])
-    count = layers * len(rows)
+    shape = next(iter(rows.values())).shape
+    shown, heads = list(range(shape[0]) if layers is None else layers), min(heads, shape[1])
+    count = len(shown) * len(rows)
     figure, axes = pyplot.subplots(
         count, heads, figsize=(2.0 * heads + 1.6, 2.0 * count + 0.6), squeeze=False, layout="constrained"
     )
-    for layer in range(layers):
+    for place, layer in enumerate(shown):
         bound = max(float(value[layer, :heads].abs().max()) for value in rows.values())
         for row, (label, value) in enumerate(rows.items()):
-            line = axes[layer * len(rows) + row]
+            line = axes[place * len(rows) + row]
             for head in range(heads):
                 image = line[head].imshow(
                     value[layer, head].float().cpu(), cmap="RdBu_r", vmin=-bound, vmax=bound, interpolation="nearest"
                 )
                 line[head].set_xticks([])
                 line[head].set_yticks([])
-                if layer == row == 0:
+                if place == row == 0:
                     line[head].set_title(f"head {head}", fontsize=9)
             line[0].set_ylabel(f"layer {layer}\n{label}", fontsize=9)
             figure.colorbar(image, ax=line[-1], fraction=0.05)
@@ -147,7 +155,7 @@ def _read_log(file: Path) -> list[dict[str, Any]]:
 
 
 def plot_run(run: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
-    """The curves of a training run: loss, how far G_LM varies, and what freezing it would cost, over steps.
+    """The curves of a training run over steps: loss, accuracy, how far G_LM varies, what freezing costs, DAG losses.
 
     Args:
         run: output folder of `pldr train`, with its ``log.jsonl``.
@@ -174,20 +182,23 @@ def plot_run(run: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
     if not curve("loss")[0] and not curve("eval_loss")[0]:
         raise ValueError(f"{file}: holds no loss to plot")
     probed = bool(curve("G_variation")[0])
-    figure, axes = pyplot.subplots(
-        1, 3 if probed else 1, figsize=(14 if probed else 5, 4), squeeze=False, layout="constrained"
-    )
-    for name, label in (("loss", "training"), ("eval_loss", "validation")):
-        axes[0, 0].plot(*curve(name), label=label)
-    axes[0, 0].set(title="loss", ylabel="nats a token")
+    count = 5 if probed else 2
+    figure, axes = pyplot.subplots(1, count, figsize=(4.5 * count, 4), squeeze=False, layout="constrained")
+    for column, (name, unit) in enumerate((("loss", "nats a token"), ("accuracy", "fraction of tokens"))):
+        for key, label in ((name, "training"), (f"eval_{name}", "validation")):
+            axes[0, column].plot(*curve(key), label=label)
+        axes[0, column].set(title=name, ylabel=unit)
     if probed:
         steps, layers = curve("G_variation")
         for layer, values in enumerate(zip(*layers, strict=True)):
-            axes[0, 1].plot(steps, values, marker=".", label=f"layer {layer}")
-        axes[0, 1].set(title="variation of G_LM over held-out passages", ylabel="relative RMSE", yscale="log")
+            axes[0, 2].plot(steps, values, marker=".", label=f"layer {layer}")
+        axes[0, 2].set(title="variation of G_LM over held-out passages", ylabel="relative RMSE", yscale="log")
         steps, differences = curve("G_frozen_difference")
-        axes[0, 2].plot(steps, [abs(value) for value in differences], marker=".", label="|frozen - computed|")
-        axes[0, 2].set(title="loss with G_LM frozen", ylabel="nats a token", yscale="log")
+        axes[0, 3].plot(steps, [abs(value) for value in differences], marker=".", label="|frozen - computed|")
+        axes[0, 3].set(title="loss with G_LM frozen", ylabel="nats a token", yscale="log")
+        for name in ("A_LM", "A_P", "G_LM"):
+            axes[0, 4].plot(*curve(f"dag_{name}"), marker=".", label=name)
+        axes[0, 4].set(title="DAG loss", yscale="log")
     for axis in axes[0]:
         axis.set_xlabel("step")
         axis.legend()

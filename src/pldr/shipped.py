@@ -3,3 +3,5 @@
 from pathlib import Path
 
 STORIES = Path(__file__).parent / "models" / "stories-10m"
+# Excerpts of six public-domain books that it was not trained on: title, author, year, text.
+HELD_OUT = STORIES / "held-out.jsonl"

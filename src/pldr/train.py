@@ -334,7 +334,9 @@ def _checkpoint_to_resume(recipe: Recipe, resume: bool | str | os.PathLike[str])
     files.check(start)
     earlier = json.loads((output / _RECIPE).read_text(encoding="utf-8"))
     for name, old, new in _differences(earlier, dataclasses.asdict(recipe)):
-        raise ValueError(f"recipe: {name} was {old!r} when {output} was begun and is {new!r} now; a run goes on as it was")
+        raise ValueError(
+            f"recipe: {name} was {old!r} when {output} was begun and is {new!r} now; a run goes on as it was"
+        )
     return start
 
 

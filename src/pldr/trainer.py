@@ -293,7 +293,7 @@ class PldrTrainer(Trainer):
         self.log(metrics)
         if extra:
             self.log(extra)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
@@ -307,6 +307,7 @@ class PldrTrainer(Trainer):
                 logs[f"global_{name}"] = self.totals[name] / self.totals["steps"]
             if self.totals["skipped"]:
                 logs["skipped_steps"] = self.totals["skipped"]
+        logs.pop("train_loss", None)  # of this call alone, and of a resumed run's in another way in each release
         flat = {k: v for k, v in logs.items() if not isinstance(v, list)}
         flat |= {f"{k}/layer_{i}": x for k, v in logs.items() if isinstance(v, list) for i, x in enumerate(v)}
         super().log(flat, *args, **kwargs)
