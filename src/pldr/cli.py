@@ -1,12 +1,16 @@
 """The `pldr` command: one function a verb. Heavy imports happen inside the verbs, so that help starts at once."""
 
+import contextlib
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
+
+_EXPECTED = (ValueError, OSError, FloatingPointError, ModuleNotFoundError)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -240,14 +244,192 @@ def freeze(
 def info(model: Model, rope: Rope = None, g_lm: OperatorFile = None, as_json: AsJson = False) -> None:
     """Show a model's shape, parameters, operators and cache sizes."""
     _quiet()
+    from pldr.certificate import read_certificate
     from pldr.convert import load_model
     from pldr.report import model_facts, print_facts
 
     facts = model_facts(load_model(model, rope_pairing=rope, G_LM=g_lm))
+    if certificate := read_certificate(model):
+        facts["certificate"] = certificate
     if as_json:
         _print_json(facts)
     else:
         print_facts(facts)
+
+
+@app.command()
+def inspect(
+    model: Annotated[Path, typer.Argument(help="Model folder or .pth file, or a G_LM (.safetensors, .pkl).")],
+    data: Annotated[
+        list[str] | None, typer.Argument(help="Text: .txt, .jsonl, .parquet files or patterns, hub:NAME; else what comes along.")
+    ] = None,
+    passages: Annotated[int | None, typer.Option(help="Passages to look at; 32, or as many as there are.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens of a passage; 512, or the context if that is less.")] = None,
+    text_column: Annotated[str, typer.Option(help="Of JSON lines, Parquet files and hub data sets.")] = "text",
+    tokenizer: Tokenizer = None,
+    rope: Rope = None,
+    g_lm: OperatorFile = None,
+    as_json: AsJson = False,
+    html: Annotated[Path | None, typer.Option(help="Also write a report with pictures, one HTML file.")] = None,
+    device: Annotated[str, typer.Option(help="Where to run, for example cpu or cuda.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+) -> None:
+    """Statistics of A, A_LM, A_P and G_LM: rank, determinant, singular values, whether they depend on the text."""
+    if html is not None and html.is_dir():
+        raise ValueError(f"--html: {html} is a folder; name a file")
+    if model.is_file() and model.suffix in (".safetensors", ".pkl"):
+        if data or g_lm is not None or passages is not None or length is not None:
+            raise ValueError(f"inspect: {model} holds a tensor; it takes no data, --passages, --length or --g-lm")
+        _quiet()
+        from pldr.analysis import analyse_operator
+        from pldr.convert import load_predefined_G
+
+        analysis, source = analyse_operator(load_predefined_G(model)), ""
+    else:
+        from pldr.analysis import analyse_model
+
+        loaded, text_tokenizer = _load(model, tokenizer, device=device, dtype=dtype, rope=rope, g_lm=g_lm)
+        ids, source = _passages(data, text_tokenizer, loaded.config.max_position_embeddings, passages, length, text_column)
+        analysis = analyse_model(loaded, ids)
+    if html is not None:
+        from pldr.html_report import write_report
+
+        write_report(analysis, html, title=model.resolve().name, source=source)
+    if as_json:
+        _print_json({"model": str(model), "source": source} | analysis.to_json())
+        return
+    from pldr.analysis import print_analysis
+
+    if source:
+        typer.echo(f"{analysis.passages} passages of {analysis.length} tokens: {source}\n")
+    print_analysis(analysis)
+    if html is not None:
+        typer.echo(f"report: {html}")
+
+
+def _passages(
+    data: list[str] | None, tokenizer: Any, context: int, count: int | None, length: int | None, text_column: str
+) -> tuple[Any, str]:
+    """Token ids [B, T] of the passages to look at, and what they are, for people.
+
+    Raises:
+        ValueError: a length beyond the context; no text, or fewer passages than asked for.
+    """
+    if length is not None and not 1 <= length <= context:
+        raise ValueError(f"--length must be between 1 and the context of {context}, got {length}")
+    if count is not None and count < 1:
+        raise ValueError(f"--passages must be at least 1, got {count}")
+    from pldr.data import Source, read_passages
+    from pldr.shipped import HELD_OUT
+
+    length = length or min(512, context)
+    # The excerpts that come along have one form; --text-column is about the user's own data.
+    source = Source(data, text_column) if data else Source([str(HELD_OUT)])
+    ids = read_passages(source, tokenizer, length, count or 32)
+    if count is not None and len(ids) < count:
+        raise ValueError(
+            f"data: {len(ids)} passages of {length} tokens, {count} are asked for; give more text, or lower --passages "
+            "or --length"
+        )
+    return ids, ", ".join(data) if data else "held-out excerpts that come with the package"
+
+
+@app.command()
+def certify(
+    model: Model,
+    data: Annotated[list[str], typer.Argument(help="Held-out text: .txt, .jsonl, .parquet files or patterns, hub:NAME.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for the frozen model and its certificate, written if certified.")
+    ] = None,
+    frozen: Annotated[Path | None, typer.Option(help="A frozen form of the model to certify, rather than make one.")] = None,
+    passages: Annotated[int, typer.Option(help="Passages to compare on.")] = 32,
+    calibration: Annotated[int, typer.Option(help="Further passages, that G_LM is frozen from.")] = 4,
+    length: Annotated[int | None, typer.Option(help="Tokens of a passage; 512, or the context if that is less.")] = None,
+    loss: Annotated[float, typer.Option(help="Bound on the difference of mean loss, nats a token.")] = 1e-5,
+    agreement: Annotated[float, typer.Option(help="Least fraction of the same greedy tokens.")] = 0.999,
+    text_column: Annotated[str, typer.Option(help="Of JSON lines, Parquet files and hub data sets.")] = "text",
+    tokenizer: Tokenizer = None,
+    rope: Rope = None,
+    device: Annotated[str, typer.Option(help="Where to run, for example cpu or cuda.")] = "cpu",
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure whether G_LM may be cached or frozen. Exit code 0: certified, 1: not certified, 2: error."""
+    with _errors_exit(2):
+        from pldr.saving import check_output
+
+        if output is not None:
+            check_output(output, overwrite=overwrite)
+        if frozen is not None and output is not None:
+            raise ValueError("--frozen and --output: the certificate goes into the folder given by --frozen; choose one")
+        certificate, constant = _certify(model, data, frozen, passages, calibration, length, loss, agreement, text_column,
+                                         tokenizer, rope, device)  # fmt: skip
+        certified = certificate["report"]["certified"]
+        if certified and output is not None:
+            _write_certified(output, constant, certificate, tokenizer or model, overwrite)
+        elif certified and frozen is not None:
+            from pldr.certificate import write_certificate
+
+            write_certificate(frozen, certificate)
+        if as_json:
+            _print_json(certificate)
+        else:
+            from pldr.report import print_certificate
+
+            print_certificate(certificate)
+    raise typer.Exit(0 if certified else 1)
+
+
+def _certify(
+    model: Path, data: list[str], frozen: Path | None, passages: int, calibration: int, length: int | None, loss: float,
+    agreement: float, text_column: str, tokenizer: Path | None, rope: str | None, device: str,
+) -> tuple[dict[str, Any], Any]:  # fmt: skip
+    if passages < 2 or calibration < 1:
+        raise ValueError("--passages must be at least 2 and --calibration at least 1")
+    if not loss > 0 or not 0 <= agreement <= 1:
+        raise ValueError("--loss must be positive and --agreement between 0 and 1")
+    import hashlib
+
+    from rich.console import Console
+    from rich.progress import track
+
+    from pldr.certify import Thresholds, certify, make_certificate
+    from pldr.convert import load_model
+    from pldr.data import Source, read_passages
+
+    loaded, text_tokenizer = _load(model, tokenizer, device=device, dtype="float32", rope=rope)
+    context = loaded.config.max_position_embeddings
+    length = min(512, context) if length is None else length
+    if not 4 <= length <= context:
+        raise ValueError(f"--length must be between 4 and the context of {context}, got {length}")
+    rows = read_passages(Source(data, text_column), text_tokenizer, length, passages + calibration)
+    if len(rows) < passages + calibration:
+        raise ValueError(
+            f"data: {len(rows)} passages of {length} tokens, {passages} + {calibration} are asked for; give more text, or "
+            "lower --passages, --calibration or --length"
+        )
+    constant = None if frozen is None else load_model(frozen, dtype="float32", device=device)
+    report, constant = certify(
+        loaded, rows[calibration:].to(device), rows[:calibration].to(device), frozen=constant,
+        thresholds=Thresholds(loss, agreement),
+        track=lambda items: track(items, "certifying", console=Console(stderr=True), transient=True),
+    )  # fmt: skip
+    about = {
+        "sources": data, "passages": passages, "calibration_passages": calibration, "length": length,
+        "sha256": hashlib.sha256(rows.numpy().tobytes()).hexdigest(),
+    }  # fmt: skip
+    return make_certificate(report, loaded, constant, data=about, source=model.resolve().name), constant
+
+
+def _write_certified(output: Path, model: Any, certificate: dict[str, Any], tokenizer: Path, overwrite: bool) -> None:
+    from pldr.certificate import write_certificate
+    from pldr.saving import whole_folder
+    from pldr.tokenizer import load_tokenizer
+
+    with whole_folder(output, overwrite=overwrite) as folder:
+        model.save_pretrained(folder)
+        load_tokenizer(tokenizer).save_pretrained(folder)
+        write_certificate(folder, certificate)
 
 
 @app.command()
@@ -305,11 +487,22 @@ def main() -> NoReturn:
             sys.exit(128 + error.signal)
         if os.environ.get("PLDR_TRACEBACK"):
             raise
-        expected = isinstance(error, (ValueError, OSError, FloatingPointError, ModuleNotFoundError))
-        kind = "" if expected else f"unexpected {type(error).__name__} (PLDR_TRACEBACK=1 shows where): "
+        kind = "" if isinstance(error, _EXPECTED) else f"unexpected {type(error).__name__} (PLDR_TRACEBACK=1 shows where): "
         _report(kind + _message(error))
         sys.exit(1)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+@contextlib.contextmanager
+def _errors_exit(code: int) -> Iterator[None]:
+    """Expected errors are one line and this exit code, for commands whose code 1 means something else."""
+    try:
+        yield
+    except _EXPECTED as error:
+        if os.environ.get("PLDR_TRACEBACK"):
+            raise
+        _report(_message(error))
+        raise typer.Exit(code) from None
 
 
 def _report(message: str) -> None:

@@ -23,6 +23,7 @@ from transformers.initialization import no_init_weights
 
 from pldr import checkpoint as files
 from pldr import layouts
+from pldr.certificate import warn_unless_certified_weights
 from pldr.configuration_pldr import PldrConfig
 from pldr.modeling_pldr import CHECKSUMS, PldrForCausalLM
 from pldr.operator import ConstantOperator, check_operator_tensor
@@ -46,7 +47,8 @@ def load_model(
 ) -> PldrForCausalLM:
     """A model in evaluation mode from a folder in any of the three layouts, or not at all.
 
-    Unlike `from_pretrained`, which warns and goes on with random weights, every problem is an error here.
+    Unlike `from_pretrained`, which warns and goes on with random weights, every problem is an error here. A frozen model
+    whose weights are no longer those of its certificate is loaded with a warning.
 
     Args:
         path: a folder in this library's or the hub's layout, a folder in the reference layout, or a ``.pth`` file with
@@ -86,6 +88,8 @@ def load_model(
     for name, tensor in model.state_dict().items():
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{path}: tensor {name} holds NaN or infinite values; the file is damaged")
+    if path.is_dir() and dtype == "auto":
+        warn_unless_certified_weights(path, model.state_dict())
     return model.to(device).eval()
 
 

@@ -67,9 +67,59 @@ def print_facts(facts: dict[str, Any]) -> None:
     table.add_row("dtype", facts["dtype"])
     table.add_row("KV-cache", f"{facts['kv_cache_bytes_per_token']:,} bytes a token")
     table.add_row("G-cache", f"{facts['g_cache_bytes_per_sequence']:,} bytes a sequence")
+    if certificate := facts.get("certificate"):
+        report = certificate["report"]
+        verdict = "certified" if report["certified"] else "not certified"
+        difference = report["modes"]["frozen"]["loss_difference"]
+        table.add_row("certificate", f"{verdict} {certificate['date']}, frozen {difference:+.1e} nats a token")
     for name, value in facts["config"].items():
         table.add_row(name, str(value))
     Console().print(table)
+
+
+def print_certificate(certificate: dict[str, Any]) -> None:
+    """A certificate as tables, with the verdict in words."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console, report = Console(), certificate["report"]
+    limits = report["thresholds"]
+    modes, change = report["modes"], report["causality"]
+    console.print(
+        f"[bold]{certificate['model']}[/bold]: {report['passages']} held-out passages, {report['tokens']:,} tokens, loss "
+        f"{report['loss']:.4f} nats a token with G_LM computed anew.",
+        soft_wrap=True,
+    )
+    table = Table("against G_LM computed anew", *(f"G_LM {name}" for name in modes))
+    rows = [
+        ("loss difference, nats a token", lambda m: f"{m['loss_difference']:+.1e}"),
+        ("  95% interval", lambda m: "{:+.1e} … {:+.1e}".format(*m["loss_interval"])),
+        ("KL divergence, mean, nats", lambda m: f"{m['kl_mean']:.1e}"),
+        ("  99th percentile, maximum", lambda m: f"{m['kl_99']:.1e}, {m['kl_max']:.1e}"),
+        ("same greedy tokens", lambda m: f"{m['agreement']:.3%}"),
+        ("largest logit difference", lambda m: f"{m['logit_difference']:.1e}"),
+    ]
+    for label, cell in rows:
+        table.add_row(label, *(cell(mode) for mode in modes.values()))
+    table.add_section()
+    table.add_row("logits before the middle, when later tokens change", "computed anew", "frozen", style="bold")
+    table.add_row("  largest difference", *(f"{change[name]['logit_difference']:.1e}" for name in ("computed", "frozen")))
+    table.add_row("  same greedy tokens", *(f"{change[name]['agreement']:.3%}" for name in ("computed", "frozen")))
+    console.print(table)
+    console.print(
+        f"G_LM varies over passages by {', '.join(f'{value:.1e}' for value in report['variation'])} (relative RMSE, layer by "
+        f"layer). Frozen from one calibration passage or another, the loss moves by {report['calibration']['spread']:.1e}.",
+        style="dim",
+        soft_wrap=True,
+    )
+    if report["certified"]:
+        verdict = "[green]certified"
+    else:
+        verdict = f"[yellow]not certified[/yellow] ({'; '.join(report['reasons'])})"
+    console.print(
+        f"{verdict}: within {limits['loss']:.0e} nats a token, at least {limits['agreement']:.1%} same greedy tokens.",
+        soft_wrap=True,
+    )
 
 
 def plot_operators(
