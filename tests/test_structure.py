@@ -19,16 +19,17 @@ SOURCE = ROOT / "src" / "pldr"
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"demo"},
+    {"demo", "reproduce"},
     {"train"},
     {"trainer"},
-    {"generation", "report", "data"},
+    {"html_report"},
+    {"analysis", "certify", "generation", "report", "data"},
     {"recipe"},
     {"convert", "deductive"},
     {"modeling_pldr"},
     {"operator"},
     {"cache"},
-    {"checkpoint", "configuration_pldr", "ops", "saving", "shipped", "tokenizer"},
+    {"certificate", "checkpoint", "configuration_pldr", "ops", "saving", "shipped", "tokenizer"},
     {"layouts"},
 ]
 

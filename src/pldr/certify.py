@@ -117,7 +117,9 @@ def certify(
         "causality": {name: comparison.change() for name, comparison in causality.items()},
         "thresholds": vars(thresholds),
     }
-    report["reasons"] = [reason for name, mode in report["modes"].items() for reason in _against(name, mode, thresholds)]
+    report["reasons"] = [
+        reason for name, mode in report["modes"].items() for reason in _against(name, mode, thresholds)
+    ]
     report["certified"] = not report["reasons"]
     return report, frozen
 

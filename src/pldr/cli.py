@@ -261,10 +261,13 @@ def info(model: Model, rope: Rope = None, g_lm: OperatorFile = None, as_json: As
 def inspect(
     model: Annotated[Path, typer.Argument(help="Model folder or .pth file, or a G_LM (.safetensors, .pkl).")],
     data: Annotated[
-        list[str] | None, typer.Argument(help="Text: .txt, .jsonl, .parquet files or patterns, hub:NAME; else what comes along.")
+        list[str] | None,
+        typer.Argument(help="Text: .txt, .jsonl, .parquet files or patterns, hub:NAME; else what comes along."),
     ] = None,
     passages: Annotated[int | None, typer.Option(help="Passages to look at; 32, or as many as there are.")] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens of a passage; 512, or the context if that is less.")] = None,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens of a passage; 512, or the context if that is less.")
+    ] = None,
     text_column: Annotated[str, typer.Option(help="Of JSON lines, Parquet files and hub data sets.")] = "text",
     tokenizer: Tokenizer = None,
     rope: Rope = None,
@@ -278,8 +281,10 @@ def inspect(
     if html is not None and html.is_dir():
         raise ValueError(f"--html: {html} is a folder; name a file")
     if model.is_file() and model.suffix in (".safetensors", ".pkl"):
-        if data or g_lm is not None or passages is not None or length is not None:
-            raise ValueError(f"inspect: {model} holds a tensor; it takes no data, --passages, --length or --g-lm")
+        if any((data, passages, length, tokenizer, rope, g_lm, device != "cpu", dtype != "auto")):
+            raise ValueError(
+                f"inspect: {model} holds a tensor, with which go no data and no options but --json and --html"
+            )
         _quiet()
         from pldr.analysis import analyse_operator
         from pldr.convert import load_predefined_G
@@ -289,7 +294,9 @@ def inspect(
         from pldr.analysis import analyse_model
 
         loaded, text_tokenizer = _load(model, tokenizer, device=device, dtype=dtype, rope=rope, g_lm=g_lm)
-        ids, source = _passages(data, text_tokenizer, loaded.config.max_position_embeddings, passages, length, text_column)
+        ids, source = _passages(
+            data, text_tokenizer, loaded.config.max_position_embeddings, passages, length, text_column
+        )
         analysis = analyse_model(loaded, ids)
     if html is not None:
         from pldr.html_report import write_report
@@ -337,14 +344,20 @@ def _passages(
 @app.command()
 def certify(
     model: Model,
-    data: Annotated[list[str], typer.Argument(help="Held-out text: .txt, .jsonl, .parquet files or patterns, hub:NAME.")],
+    data: Annotated[
+        list[str], typer.Argument(help="Held-out text: .txt, .jsonl, .parquet files or patterns, hub:NAME.")
+    ],
     output: Annotated[
         Path | None, typer.Option(help="Folder for the frozen model and its certificate, written if certified.")
     ] = None,
-    frozen: Annotated[Path | None, typer.Option(help="A frozen form of the model to certify, rather than make one.")] = None,
+    frozen: Annotated[
+        Path | None, typer.Option(help="A frozen form of the model to certify, rather than make one.")
+    ] = None,
     passages: Annotated[int, typer.Option(help="Passages to compare on.")] = 32,
     calibration: Annotated[int, typer.Option(help="Further passages, that G_LM is frozen from.")] = 4,
-    length: Annotated[int | None, typer.Option(help="Tokens of a passage; 512, or the context if that is less.")] = None,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens of a passage; 512, or the context if that is less.")
+    ] = None,
     loss: Annotated[float, typer.Option(help="Bound on the difference of mean loss, nats a token.")] = 1e-5,
     agreement: Annotated[float, typer.Option(help="Least fraction of the same greedy tokens.")] = 0.999,
     text_column: Annotated[str, typer.Option(help="Of JSON lines, Parquet files and hub data sets.")] = "text",
@@ -361,7 +374,9 @@ def certify(
         if output is not None:
             check_output(output, overwrite=overwrite)
         if frozen is not None and output is not None:
-            raise ValueError("--frozen and --output: the certificate goes into the folder given by --frozen; choose one")
+            raise ValueError(
+                "--frozen and --output: the certificate goes into the folder given by --frozen; choose one"
+            )
         certificate, constant = _certify(model, data, frozen, passages, calibration, length, loss, agreement, text_column,
                                          tokenizer, rope, device)  # fmt: skip
         certified = certificate["report"]["certified"]
@@ -433,6 +448,47 @@ def _write_certified(output: Path, model: Any, certificate: dict[str, Any], toke
 
 
 @app.command()
+def reproduce(
+    claim: Annotated[str, typer.Argument(help="caching, invariance, ablation, transfer, handoff, or all.")],
+    size: Annotated[str, typer.Option(help="tiny (minutes on a CPU), small (minutes on a GPU) or paper.")] = "tiny",
+    output: Annotated[Path, typer.Option(help="Folder for pages, pictures, numbers and trained runs.")] = Path(
+        "reproduced"
+    ),
+    train_data: Annotated[list[str] | None, typer.Option("--train", help="Training text; may be repeated.")] = None,
+    validation: Annotated[list[str] | None, typer.Option(help="Held-out text; may be repeated.")] = None,
+    tokenizer: Tokenizer = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Model for caching and transfer, in place of the one here.")
+    ] = None,
+    parallel: Annotated[int, typer.Option(help="Runs at once.")] = 1,
+    device: Annotated[str, typer.Option(help="Where models are measured.")] = "cpu",
+) -> None:
+    """Reproduce a claim of the paper: train what it needs, measure, write tables and pictures. Finished runs are kept."""
+    _quiet()
+    _require("train", "accelerate", "matplotlib")
+    from pldr.reproduce import CLAIMS, SIZES, Lab, default_data, reproduce
+    from pldr.shipped import STORIES
+
+    if size not in SIZES:
+        raise ValueError(f"--size: must be one of {', '.join(SIZES)}, got {size!r}")
+    if claim not in (*CLAIMS, "all"):
+        raise ValueError(f"reproduce: no claim {claim!r}; choose one of {', '.join(CLAIMS)}, all")
+    if (train_data is None) != (validation is None):
+        raise ValueError("--train and --validation: give both or neither")
+    if parallel < 1:
+        raise ValueError("--parallel: must be at least 1")
+    data = default_data(size)
+    if train_data is not None:
+        data = {"train": train_data, "validation": validation, "tokenizer": data["tokenizer"]}
+    if tokenizer is not None:
+        data["tokenizer"] = str(tokenizer)
+    for name in CLAIMS if claim == "all" else [claim]:
+        lab = Lab(SIZES[size], output / name, output / "runs", dict(data), parallel, model or STORIES, device,
+                  say=_report, command=f"pldr {' '.join(sys.argv[1:])}")  # fmt: skip
+        typer.echo(reproduce(name, lab))
+
+
+@app.command()
 def plot(
     run: Annotated[Path, typer.Argument(help="Output folder of pldr train.")],
     output: Annotated[Path | None, typer.Option(help="PNG file; curves.png in the folder by default.")] = None,
@@ -487,7 +543,11 @@ def main() -> NoReturn:
             sys.exit(128 + error.signal)
         if os.environ.get("PLDR_TRACEBACK"):
             raise
-        kind = "" if isinstance(error, _EXPECTED) else f"unexpected {type(error).__name__} (PLDR_TRACEBACK=1 shows where): "
+        kind = (
+            ""
+            if isinstance(error, _EXPECTED)
+            else f"unexpected {type(error).__name__} (PLDR_TRACEBACK=1 shows where): "
+        )
         _report(kind + _message(error))
         sys.exit(1)
     sys.exit(code if isinstance(code, int) else 0)

@@ -480,13 +480,14 @@ def rows_of(tokens: Iterable[tuple[np.ndarray, bool]], length: int, layout: str)
         yield np.concatenate(held)
 
 
-def read_passages(source: Source, tokenizer: Any, length: int, count: int) -> torch.Tensor:
+def read_passages(source: Source, tokenizer: Any, length: int, count: int, *, streaming: bool = False) -> torch.Tensor:
     """The first full rows of a source, packed: [count or less, length], int64.
 
     Raises:
         FileNotFoundError, ValueError: see `read_pieces` and `tokenize`; or not even one row.
     """
-    rows = rows_of(tokenize(read_pieces(source, BadRows()), tokenizer), length, "packed")
+    pieces = read_pieces(source, BadRows(), streaming=streaming)
+    rows = rows_of(tokenize(pieces, tokenizer), length, "packed")
     picked = [row for row in itertools.islice(rows, count) if len(row) == length]
     if not picked:
         raise ValueError(f"data: {', '.join(source.names)}: less than one sequence of {length} tokens")
@@ -521,6 +522,10 @@ class TokenRows(Dataset[dict[str, Any]]):
 
     def __len__(self) -> int:
         return self._count
+
+    def head(self, count: int) -> "TokenRows":
+        """The first rows, at most so many."""
+        return TokenRows(self._folder, self._first, self._first + min(count, len(self)))
 
     def split(self, fraction: float) -> tuple["TokenRows", "TokenRows"]:
         """All rows but the last `fraction` of them, and those.

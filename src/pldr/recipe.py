@@ -39,6 +39,7 @@ class DataRecipe:
         train_split, validation_split, test_split: splits of hub data sets.
         train_interval, validation_interval, test_interval: which documents, "start:stop" by index or percent
             ("0:16000000", "98%:99%"); "" for all.
+        validation_rows: most validation sequences that an evaluation looks at, None for all.
         hold_out: where there is no validation data, the last so many of the training sequences, as a fraction.
         text_column: of JSON lines, Parquet files and hub data sets.
         tokenizer: a model folder or SentencePiece file; None trains one on the training text.
@@ -64,6 +65,7 @@ class DataRecipe:
     train_interval: str = ""
     validation_interval: str = ""
     test_interval: str = ""
+    validation_rows: int | None = None
     hold_out: float = 0.0
     text_column: str = "text"
     tokenizer: str | None = None
@@ -173,7 +175,8 @@ class Recipe:
             "optimization.steps": o.steps, "optimization.batch_size": o.batch_size,
             "optimization.accumulation": o.accumulation, "optimization.learning_rate": o.learning_rate,
             "optimization.epsilon": o.epsilon, "data.sequence_length": d.sequence_length - 1,
-            "data.vocab_size": d.vocab_size, "log_steps": self.log_steps, "data.train": len(d.train),
+            "data.vocab_size": d.vocab_size,
+            "data.validation_rows": 1 if d.validation_rows is None else d.validation_rows, "log_steps": self.log_steps, "data.train": len(d.train),
             "eval_steps": 1 if self.eval_steps is None else self.eval_steps,
             "save_steps": 1 if self.save_steps is None else self.save_steps,
             "keep_checkpoints": self.keep_checkpoints, "distributed.replicas": self.distributed.replicas,

@@ -103,7 +103,9 @@ def print_certificate(certificate: dict[str, Any]) -> None:
         table.add_row(label, *(cell(mode) for mode in modes.values()))
     table.add_section()
     table.add_row("logits before the middle, when later tokens change", "computed anew", "frozen", style="bold")
-    table.add_row("  largest difference", *(f"{change[name]['logit_difference']:.1e}" for name in ("computed", "frozen")))
+    table.add_row(
+        "  largest difference", *(f"{change[name]['logit_difference']:.1e}" for name in ("computed", "frozen"))
+    )
     table.add_row("  same greedy tokens", *(f"{change[name]['agreement']:.3%}" for name in ("computed", "frozen")))
     console.print(table)
     console.print(
@@ -165,10 +167,10 @@ def plot_operators(
             line[0].set_ylabel(f"layer {layer}\n{label}", fontsize=9)
             figure.colorbar(image, ax=line[-1], fraction=0.05)
     figure.suptitle(title, fontsize=11)
-    _save_figure(figure, path)
+    save_figure(figure, path)
 
 
-def _save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
+def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
     """Write a PNG, whole or not at all, and let go of the figure."""
     from matplotlib import pyplot
 
@@ -253,4 +255,4 @@ def plot_run(run: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
         axis.set_xlabel("step")
         axis.legend()
         axis.grid(alpha=0.3)
-    _save_figure(figure, path)
+    save_figure(figure, path)

@@ -185,6 +185,8 @@ def _datasets(recipe: Recipe, tokenizer: Any, process: PartialState) -> dict[str
                 found[part] = cached_rows(source, tokenizer, d, report=say)
     if d.hold_out:
         found["train"], found["validation"] = found["train"].split(d.hold_out)
+    if d.validation_rows is not None and "validation" in found:
+        found["validation"] = found["validation"].head(d.validation_rows)
     needed = o.batch_size * o.accumulation * process.num_processes
     if not d.streaming and len(found["train"]) < needed:
         raise ValueError(f"data: {len(found['train'])} training sequences are less than one step of {needed}")

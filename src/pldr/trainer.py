@@ -280,6 +280,12 @@ class PldrTrainer(Trainer):
                 targets = (labels[:, 1:] != -100).sum()
                 sums += torch.stack((outputs.loss, (outputs.accuracy * targets).nan_to_num(), targets)).double()
             loss, correct, targets = self.accelerator.reduce(sums, "sum").tolist()
+            if not math.isfinite(loss):
+                saved = files.checkpoints(self.folder)
+                last = f"last good checkpoint: {saved[0]}" if saved else "no checkpoint was written yet"
+                raise FloatingPointError(
+                    f"the held-out loss became {loss} at step {self.state.global_step}; {last}; {ADVICE}"
+                )
             metrics = {
                 f"{metric_key_prefix}_loss": loss / targets,
                 f"{metric_key_prefix}_accuracy": correct / targets,

@@ -1,0 +1,212 @@
+import copy
+import json
+import shutil
+import warnings
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from pldr import freeze, load_model, load_tokenizer
+from pldr.certificate import read_certificate, signed, weights_digest, write_certificate
+from pldr.certify import Thresholds, certify
+from pldr.data import Source, read_passages
+from pldr.deductive import deductive_outputs, variation
+from pldr.shipped import HELD_OUT, STORIES
+from test_cli import folder, run  # noqa: F401 (fixtures)
+
+
+@pytest.fixture(scope="module")
+def stories():
+    model, tokenizer = load_model(STORIES), load_tokenizer(STORIES)
+    rows = read_passages(Source([str(HELD_OUT)]), tokenizer, 64, 8)
+    return model, rows[2:], rows[:2]
+
+
+@pytest.fixture
+def passages(ids):
+    return torch.cat((ids, ids.flip(1)))
+
+
+class TestVerdict:
+    def test_a_model_trained_to_collapse_is_certified(self, stories):
+        report, frozen = certify(*stories)
+        assert report["certified"], report["reasons"]
+        assert frozen.config.operator == "constant"
+        assert report["causality"]["frozen"]["logit_difference"] < 1e-4
+        assert max(report["variation"]) < 1e-3
+
+    def test_a_fresh_model_is_not(self, small_model, passages):
+        report, _ = certify(small_model(), passages[1:], passages[:1])
+        assert not report["certified"]
+        assert any(reason.startswith("frozen: loss may differ by") for reason in report["reasons"])
+        assert report["causality"]["computed"]["logit_difference"] > 1e-3  # later tokens leak into earlier logits
+
+    @pytest.mark.parametrize("scale", [0.0, 0.1])
+    def test_a_perturbed_constant_is_not(self, stories, scale):
+        model, rows, calibration = stories
+        frozen = freeze(copy.deepcopy(model), calibration)
+        generator = torch.Generator().manual_seed(0)
+        for layer in frozen.model.layers:
+            G_LM = layer.self_attn.operator.G_LM
+            G_LM += scale * G_LM.square().mean().sqrt() * torch.randn(G_LM.shape, generator=generator)
+        report, same = certify(model, rows, calibration, frozen=frozen)
+        assert same is frozen
+        assert report["certified"] == (scale == 0.0)
+        assert all(reason.startswith("frozen") for reason in report["reasons"])
+
+    def test_thresholds_decide(self, small_model, passages):
+        generous = Thresholds(loss=100.0, agreement=0.0)
+        assert certify(small_model(), passages[1:], passages[:1], thresholds=generous)[0]["certified"]
+        strict = Thresholds(loss=100.0, agreement=1.1)
+        report, _ = certify(small_model(), passages[1:], passages[:1], thresholds=strict)
+        assert len(report["reasons"]) == 2
+
+    def test_bad_input(self, small_model, passages):
+        model = small_model()
+        with pytest.raises(ValueError, match="at least 2 passages"):
+            certify(model, passages[:1], passages[:1])
+        with pytest.raises(ValueError, match="at least one calibration"):
+            certify(model, passages, passages[:0])
+        constant = freeze(small_model(), passages[:1])
+        with pytest.raises(ValueError, match="constant already"):
+            certify(constant, passages, passages)
+        with pytest.raises(ValueError, match="must have a constant operator"):
+            certify(model, passages, passages, frozen=small_model())
+
+
+@torch.no_grad()
+def test_every_number_against_a_plain_computation(small_model, passages):
+    model = small_model()
+    rows, calibration = passages[2:], passages[:2]
+    report, _ = certify(model, rows, calibration)
+    frozen = freeze(small_model(), calibration)
+    half = rows.shape[1] // 2
+
+    def loss(logits, ids):
+        return F.cross_entropy(logits[0, :-1].double(), ids[1:]).item()
+
+    full = [model(row[None], use_cache=False).logits for row in rows]
+    constant = [frozen(row[None], use_cache=False).logits for row in rows]
+    cached = [freeze(small_model(), row[None, :half])(row[None], use_cache=False).logits for row in rows]
+    mode = report["modes"]["frozen"]
+    differences = [loss(b, row) - loss(a, row) for a, b, row in zip(full, constant, rows, strict=True)]
+    assert mode["loss_difference"] == pytest.approx(sum(differences) / len(rows), abs=1e-6)
+    low, high = mode["loss_interval"]
+    assert min(differences) - 1e-9 <= low <= mode["loss_difference"] <= high <= max(differences) + 1e-9
+    one, two = (torch.cat(logits, 1)[0].double().log_softmax(-1) for logits in (full, constant))
+    kl = F.kl_div(two, one, log_target=True, reduction="none").sum(-1)
+    assert mode["kl_mean"] == pytest.approx(kl.mean().item(), rel=1e-4)
+    assert mode["kl_max"] == pytest.approx(kl.max().item(), rel=1e-4)
+    assert mode["kl_99"] == pytest.approx(kl.quantile(0.99).item(), rel=1e-4)
+    assert mode["agreement"] == (one.argmax(-1) == two.argmax(-1)).double().mean().item()
+    largest = max((a - b).abs().max().item() for a, b in zip(full, constant, strict=True))
+    assert mode["logit_difference"] == pytest.approx(largest, rel=1e-4)
+
+    mode = report["modes"]["cached"]
+    differences = [
+        loss(b[:, half:], row[half:]) - loss(a[:, half:], row[half:]) for a, b, row in zip(full, cached, rows, strict=True)
+    ]
+    assert mode["loss_difference"] == pytest.approx(sum(differences) / len(rows), abs=1e-5)
+    assert report["loss"] == pytest.approx(sum(loss(a, row) for a, row in zip(full, rows, strict=True)) / len(rows))
+    assert report["variation"] == pytest.approx(variation(deductive_outputs(model, rows).G_LM).tolist())
+
+    swapped = torch.cat((rows[:, :half], rows.roll(-1, 0)[:, half:]), 1)
+    changed = [model(row[None], use_cache=False).logits[:, :half] for row in swapped]
+    largest = max((a[:, :half] - b).abs().max().item() for a, b in zip(full, changed, strict=True))
+    assert report["causality"]["computed"]["logit_difference"] == pytest.approx(largest, rel=1e-4)
+    alone = []
+    for row in calibration:
+        other = freeze(small_model(), row[None])
+        logits = [other(r[None], use_cache=False).logits for r in rows]
+        alone.append(sum(loss(b, r) - loss(a, r) for a, b, r in zip(full, logits, rows, strict=True)) / len(rows))
+    assert report["calibration"]["loss_difference"] == pytest.approx(alone, abs=1e-6)
+    assert report["calibration"]["spread"] == pytest.approx(max(alone) - min(alone), abs=1e-6)
+
+
+class TestCertificate:
+    def test_the_hash_shows_changes(self, tmp_path):
+        write_certificate(tmp_path, {"report": {"certified": False}, "loss": 1e-9})
+        assert read_certificate(tmp_path)["loss"] == 1e-9
+        fields = json.loads((tmp_path / "certificate.json").read_text())
+        fields["report"]["certified"] = True
+        (tmp_path / "certificate.json").write_text(json.dumps(fields))
+        with pytest.raises(ValueError, match="do not match its own hash"):
+            read_certificate(tmp_path)
+        for damaged in ("", "[]", '"text"', "{"):
+            (tmp_path / "certificate.json").write_text(damaged)
+            with pytest.raises(ValueError, match="not a valid certificate"):
+                read_certificate(tmp_path)
+        assert read_certificate(tmp_path / "nowhere") is None
+        with pytest.raises(ValueError, match="NaN|nan|JSON"):
+            signed({"loss": float("nan")})
+
+    def test_digest_is_of_names_shapes_types_and_bytes(self):
+        a = {"x": torch.arange(6.0), "y": torch.ones(2, dtype=torch.bfloat16)}
+        assert weights_digest(a) == weights_digest(dict(reversed(a.items())))
+        for other in ({"x": torch.arange(6.0).view(2, 3), "y": a["y"]}, {"z": a["x"], "y": a["y"]},
+                      {"x": a["x"], "y": a["y"].float()}, {"x": a["x"] + 1e-7, "y": a["y"]}):  # fmt: skip
+            assert weights_digest(other) != weights_digest(a)
+
+    def test_command_writes_a_frozen_model_that_knows_its_certificate(self, run, tmp_path):  # noqa: F811
+        arguments = ["certify", STORIES, HELD_OUT, "--passages", "3", "--calibration", "1", "--length", "64"]
+        out = tmp_path / "frozen"
+        code, shown, _ = run(*arguments, "--output", out)
+        assert code == 0
+        assert "certified: within 1e-05 nats a token" in " ".join(shown.split())
+        certificate = read_certificate(out)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model = load_model(out)
+        assert certificate["frozen_weights"] == weights_digest(model.state_dict())
+        assert certificate["weights"] == weights_digest(load_model(STORIES).state_dict())
+        assert certificate["data"]["passages"] == 3
+        code, shown, _ = run("info", out)
+        assert "certified 20" in " ".join(shown.split())
+
+        # The same, compared against the folder, as JSON; then with weights that are no longer those.
+        code, shown, _ = run(*arguments, "--frozen", out, "--json")
+        assert code == 0
+        assert json.loads(shown)["report"]["certified"]
+        model.model.layers[0].self_attn.operator.G_LM *= 1.5
+        changed = tmp_path / "changed"
+        model.save_pretrained(changed)
+        load_tokenizer(STORIES).save_pretrained(changed)
+        shutil.copy(out / "certificate.json", changed)
+        with pytest.warns(UserWarning, match="says nothing about them"):
+            load_model(changed)
+        code, shown, _ = run(*arguments, "--frozen", changed)
+        assert code == 1
+        assert "not certified (frozen: loss may differ" in " ".join(shown.split())
+
+    def test_not_certified_writes_nothing(self, run, tmp_path):  # noqa: F811
+        arguments = ["certify", STORIES, HELD_OUT, "--passages", "2", "--calibration", "1", "--length", "32",
+                     "--loss", "1e-12", "--output", tmp_path / "no"]  # fmt: skip
+        assert run(*arguments)[0] == 1
+        assert not (tmp_path / "no").exists()
+
+    def test_errors_are_one_line_and_exit_code_2(self, run, tmp_path, folder, toy_tokenizer):  # noqa: F811
+        (tmp_path / "empty.txt").write_text("")
+        (tmp_path / "short.txt").write_text("the cat sat on a mat")
+
+        def message(*arguments):
+            code, out, err = run("certify", *arguments)
+            assert (code, out) == (2, "")
+            (line,) = [line for line in err.splitlines() if line]
+            return line
+
+        assert "less than one sequence" in message(folder, tmp_path / "empty.txt")
+        assert "less than one sequence" in message(folder, tmp_path / "short.txt")
+        few = message(STORIES, HELD_OUT, "--length", "1024")
+        assert "passages of 1024 tokens, 32 + 4 are asked for" in few
+        assert "matches no file" in message(folder, tmp_path / "nothing.txt")
+        assert "tokenizer: has 290 tokens" in message(STORIES, HELD_OUT, "--tokenizer", folder)
+        frozen = freeze(load_model(folder), torch.arange(5, 20)[None])
+        frozen.save_pretrained(tmp_path / "frozen")
+        toy_tokenizer.save_pretrained(tmp_path / "frozen")
+        text = tmp_path / "long.txt"
+        text.write_text("the cat sat on a mat and saw that dog " * 200)
+        assert "constant already" in message(tmp_path / "frozen", text, "--length", "16")
+        assert "--length must be between" in message(folder, text, "--length", "1000")
+        assert "at least 2" in message(folder, text, "--passages", "1")
+        assert "choose one" in message(folder, text, "--frozen", folder, "--output", tmp_path / "x")

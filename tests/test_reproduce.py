@@ -1,0 +1,173 @@
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+import yaml
+
+from pldr import reproduce as module
+from pldr.recipe import load_recipe
+from pldr.reproduce import SIZES, Lab, Size, reproduce, table
+from pldr.train import train
+from test_cli import fails, run  # noqa: F401 (fixture)
+from test_recipe_and_train import TINY, texts  # noqa: F401 (fixture)
+
+TOY = Size(
+    {"model": {"config": TINY}, "optimization": {"steps": 8, "batch_size": 4, "warmup_steps": 3, "learning_rate": 3e-3,
+                                                 "precision": "fp32"}},
+    seeds=(1, 2), length=32, passages=6,
+    grid=((3e-3, 3, 1, 2, 24, 1), (1e30, 3, 2, 2, 24, 1)),
+)  # fmt: skip
+
+
+@pytest.fixture
+def lab(tmp_path, texts, toy_model_file, monkeypatch):  # noqa: F811
+    """A lab whose runs are seconds long and happen in this process."""
+
+    def train_here(lab, name, changes):
+        lab.runs.mkdir(parents=True, exist_ok=True)
+        (lab.runs / f"{name}.yaml").write_text(yaml.safe_dump(lab.recipe(name, changes)))
+        try:
+            train(load_recipe(lab.runs / f"{name}.yaml"), overwrite=True, progress=False)
+        except FloatingPointError as error:
+            (lab.runs / f"{name}.diverged").write_text(str(error))
+
+    monkeypatch.setattr(Lab, "_train_one", train_here)
+    data = {"train": [f"{texts}/0*.txt"], "validation": [f"{texts}/1*.txt"], "tokenizer": str(toy_model_file)}
+    return lambda claim, **changes: Lab(TOY, tmp_path / claim, tmp_path / "runs", dict(data), command="test", **changes)
+
+
+def page(lab):
+    numbers = json.loads((lab.folder / "results.json").read_text())
+    return (lab.folder / "README.md").read_text(), numbers
+
+
+def test_ablation_and_handoff_share_runs_and_compare_variants(lab):
+    first = lab("ablation")
+    reproduce("ablation", first)
+    text, numbers = page(first)
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert len(rows) == 2 + 5
+    assert all(" 2 of 2 " in row for row in rows[2:])
+    summary = numbers["numbers"]["summary"]
+    runs = numbers["numbers"]["runs"]
+    for kind in summary:
+        losses = [row["loss"] for row in runs[kind]]
+        assert summary[kind]["loss"][0] == pytest.approx(sum(losses) / 2)
+        assert summary[kind]["loss"][1] == pytest.approx(abs(losses[0] - losses[1]) / math.sqrt(2))
+    assert text.startswith("# Operators train differently\n\n**")
+    assert (first.folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    operators = {
+        name: json.loads((first.runs / f"{name}-1" / "config.json").read_text())["operator"]
+        for name in ("learned", "transferred", "random", "identity", "DAG-regularised")
+    }
+    assert [name for name, kind in operators.items() if kind == "constant"] == ["transferred", "random", "identity"]
+
+    before = (first.runs / "learned-1" / "model.safetensors").stat().st_mtime_ns
+    second = lab("handoff")
+    reproduce("handoff", second)
+    text, _ = page(second)
+    assert "handed off at a half" in text
+    assert (first.runs / "learned-1" / "model.safetensors").stat().st_mtime_ns == before
+    config = json.loads((first.runs / "handed-off-at-a-half-1" / "config.json").read_text())
+    assert config["operator_trainable"]
+
+
+def test_invariance_maps_every_condition(lab):
+    here = lab("invariance")
+    reproduce("invariance", here)
+    text, numbers = page(here)
+    states = {row["run"]: row["state"] for row in numbers["numbers"]["runs"]}
+    assert len(states) == 4
+    assert states["rate1e+30-warmup3-R2-N2-W24-seed1"] == "diverged"
+    assert sum(numbers["numbers"]["counts"].values()) == 4
+    assert (here.folder / "invariance.png").is_file()
+    assert "| 1e+30 | 3 | 2 | 2 | 24 | 1 |" in text
+
+
+def test_states():
+    good = {"diverged": False, "gain": 1.0, "variation": [1e-5, 1e-6], "frozen_difference": -1e-6}
+    assert module._state(good) == "invariant"
+    assert module._state(good | {"variation": [1e-5, 1e-2]}) == "varies"
+    assert module._state(good | {"frozen_difference": -1e-3}) == "varies"
+    assert module._state(good | {"gain": 0.001}) == "collapsed"
+    assert module._state({"diverged": True}) == "diverged"
+
+
+@torch.no_grad()
+def test_what_is_measured_of_a_run(lab):
+    here = lab("x")
+    here.train({"learned-1": {"seed": 1}})
+    found = here.measure("learned-1")
+    model, tokenizer = here.load("learned-1")
+    rows = here.passages(tokenizer)
+    assert found["loss"] == pytest.approx(model(rows, labels=rows, use_cache=False).loss.item(), abs=1e-5)
+    pairs = rows.reshape(-1, 2)
+    alone = model(pairs, labels=pairs, use_cache=False).loss.item()
+    assert found["gain"] == pytest.approx(alone - found["loss"], abs=1e-5)
+    assert len(found["variation"]) == 2
+
+
+def test_separation_is_welchs():
+    one, other = [1.0, 2.0, 3.0], [2.0, 4.0, 6.0, 8.0]
+    # Means 2 and 5; variances 1 and 20/3.
+    assert module._separation(one, other) == pytest.approx(3 / math.sqrt(1 / 3 + 20 / 3 / 4))
+    assert math.isnan(module._separation([1.0], other))
+    assert module._separation([1.0, 1.0], [2.0, 2.0]) == math.inf
+    assert module._separation([1.0, 1.0], [1.0, 1.0]) == 0
+
+
+@pytest.mark.parametrize("claim", ["caching", "transfer"])
+def test_claims_about_the_model_that_comes_along(lab, claim, monkeypatch):
+    here = dataclasses.replace(lab(claim), size=dataclasses.replace(TOY, passages=4))
+    reproduce(claim, here)
+    text, numbers = page(here)
+    assert "**Confirmed" in text
+    if claim == "caching":
+        found = numbers["numbers"]
+        for name in ("A", "A_LM", "A_P", "G_LM"):
+            assert found["before"][name]["rms"] == pytest.approx(found["after"][name]["rms"], abs=1e-15)
+        assert found["choices"]["questions"] == 4
+
+
+@pytest.mark.parametrize("claim", ["caching", "transfer"])
+def test_claims_that_a_model_does_not_bear_out(lab, claim):
+    """Hardly trained: its operator depends on the text."""
+    here = lab(claim)
+    here.train({"learned-1": {"seed": 1}})
+    here.model = here.runs / "learned-1"
+    reproduce(claim, here)
+    assert "**Not confirmed" in page(here)[0]
+
+
+def test_a_run_in_a_process_of_its_own(tmp_path, texts, toy_model_file):  # noqa: F811
+    data = {"train": [f"{texts}/0*.txt"], "validation": [f"{texts}/1*.txt"], "tokenizer": str(toy_model_file)}
+    here = Lab(TOY, tmp_path / "x", tmp_path / "runs", data)
+    here.train({"good": {}, "bad": {"optimization.learning_rate": 1e30, "optimization.clip_value": None}})
+    assert here.load("good") is not None
+    assert here.load("bad") is None
+    assert here.measure("bad") == {"run": "bad", "diverged": True}
+    with pytest.raises(RuntimeError, match="broken: .*matches no file"):
+        here.train({"broken": {"data.train": ["nothing.txt"]}})
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_recipes_of_every_size_are_valid(size, tmp_path):
+    here = Lab(SIZES[size], tmp_path, tmp_path, module.default_data(size))
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(here.recipe("run", {"optimization.dag_A_P": 0.05})))
+    assert load_recipe(tmp_path / "r.yaml").optimization.dag_A_P == 0.05
+    assert len(SIZES[size].seeds) >= (2 if size == "tiny" else 3)
+
+
+def test_table():
+    assert table(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
+
+
+def test_errors(run, tmp_path):  # noqa: F811
+    fails(run("reproduce", "gravity"), "no claim 'gravity'; choose one of caching, invariance")
+    fails(run("reproduce", "caching", "--size", "huge"), "--size: must be one of tiny, small, paper")
+    fails(run("reproduce", "caching", "--train", "x"), "give both or neither")
+    fails(run("reproduce", "caching", "--parallel", "0"), "at least 1")
+    fails(run("reproduce", "transfer", "--model", tmp_path / "no", "--output", tmp_path / "o"), "no such model folder")
+    assert not (tmp_path / "o").exists()
