@@ -105,7 +105,8 @@ def test_every_number_against_a_plain_computation(small_model, passages):
 
     mode = report["modes"]["cached"]
     differences = [
-        loss(b[:, half:], row[half:]) - loss(a[:, half:], row[half:]) for a, b, row in zip(full, cached, rows, strict=True)
+        loss(b[:, half:], row[half:]) - loss(a[:, half:], row[half:])
+        for a, b, row in zip(full, cached, rows, strict=True)
     ]
     assert mode["loss_difference"] == pytest.approx(sum(differences) / len(rows), abs=1e-5)
     assert report["loss"] == pytest.approx(sum(loss(a, row) for a, row in zip(full, rows, strict=True)) / len(rows))
@@ -138,7 +139,7 @@ class TestCertificate:
             with pytest.raises(ValueError, match="not a valid certificate"):
                 read_certificate(tmp_path)
         assert read_certificate(tmp_path / "nowhere") is None
-        with pytest.raises(ValueError, match="NaN|nan|JSON"):
+        with pytest.raises(ValueError, match=r"NaN|nan|JSON"):
             signed({"loss": float("nan")})
 
     def test_digest_is_of_names_shapes_types_and_bytes(self):

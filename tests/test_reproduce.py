@@ -96,6 +96,31 @@ def test_states():
     assert module._state(good | {"frozen_difference": -1e-3}) == "varies"
     assert module._state(good | {"gain": 0.001}) == "collapsed"
     assert module._state({"diverged": True}) == "diverged"
+    assert module._state({"diverged": False, "gain": 1.0}) == "constant"
+
+
+def test_runs_that_collapse_are_counted_but_not_averaged(lab):
+    here = lab("comparison")
+
+    def runs(kind, *losses, gain=1.0):
+        return [{"run": f"{kind}-{i}", "diverged": False, "loss": loss, "accuracy": 0.5, "gain": gain} for i, loss
+                in enumerate(losses)]  # fmt: skip
+
+    found = {
+        "learned": [*runs("learned", 4.0, 4.1), *runs("dead", 6.5, gain=0.0)],
+        "far": runs("far", 5.0, 5.1, 5.05),
+        "near": runs("near", 4.0, 4.2),
+        "alone": [*runs("alone", 3.0), {"run": "x", "diverged": True}],
+        "lost": [{"run": "y", "diverged": True}],
+    }
+    module.report_comparison(here, "Operators train differently", found, "learned", "text")
+    text, numbers = page(here)
+    assert "| learned | 2 of 3 (1 collapsed) | 4.0500 ± 0.0707 |" in text
+    assert "| alone | 1 of 2 (1 diverged) | 3.0000 |" in text
+    assert "| lost | 0 of 1 (1 diverged) |  |" in text
+    assert ("**Confirmed under conditions: distinct from learned: far; not told apart from learned: near; too few runs to "
+            "tell: alone, lost; lower mean loss than learned: alone.**") in text  # fmt: skip
+    assert numbers["numbers"]["summary"]["alone"]["separation"] is None
 
 
 @torch.no_grad()
@@ -116,7 +141,7 @@ def test_separation_is_welchs():
     one, other = [1.0, 2.0, 3.0], [2.0, 4.0, 6.0, 8.0]
     # Means 2 and 5; variances 1 and 20/3.
     assert module._separation(one, other) == pytest.approx(3 / math.sqrt(1 / 3 + 20 / 3 / 4))
-    assert math.isnan(module._separation([1.0], other))
+    assert module._separation([1.0], other) is None
     assert module._separation([1.0, 1.0], [2.0, 2.0]) == math.inf
     assert module._separation([1.0, 1.0], [1.0, 1.0]) == 0
 
@@ -151,7 +176,7 @@ def test_a_run_in_a_process_of_its_own(tmp_path, texts, toy_model_file):  # noqa
     assert here.load("good") is not None
     assert here.load("bad") is None
     assert here.measure("bad") == {"run": "bad", "diverged": True}
-    with pytest.raises(RuntimeError, match="broken: .*matches no file"):
+    with pytest.raises(RuntimeError, match=r"broken: .*matches no file"):
         here.train({"broken": {"data.train": ["nothing.txt"]}})
 
 

@@ -79,16 +79,15 @@ SIZES = {
     "small": Size(
         _recipe(
             {"config": {"hidden_size": 256, "num_attention_heads": 8, "num_hidden_layers": 3,
-                        "max_position_embeddings": 512, "metric_learner_units": 8, "metric_learner_width": 64}},
-            steps=600, batch_size=64, learning_rate=6e-3, warmup_steps=260, precision="bf16", compile=True,
+                        "max_position_embeddings": 512, "metric_learner_units": 16, "metric_learner_width": 64}},
+            steps=1200, batch_size=64, learning_rate=6e-3, warmup_steps=600, precision="bf16", compile=True,
         ),
         seeds=(1, 2, 3), length=256, passages=32,
         grid=(
-            *((rate, 260, 8, 2, 64, 1) for rate in (1e-3, 3e-3, 1.2e-2, 2.4e-2)),
-            *((6e-3, warmup, 8, 2, 64, 1) for warmup in (20, 100)),
-            (2.4e-2, 20, 8, 2, 64, 1),
-            *((6e-3, 260, units, glus, width, 1) for units, glus, width in
-              ((2, 2, 64), (4, 2, 64), (16, 2, 64), (8, 1, 64), (8, 2, 170))),
+            *((rate, 600, 16, 2, 64, 1) for rate in (1e-3, 3e-3, 1.2e-2)),
+            (6e-3, 50, 16, 2, 64, 1),
+            *((6e-3, 600, units, glus, width, 1) for units, glus, width in
+              ((2, 2, 64), (8, 2, 64), (16, 1, 64), (16, 2, 170))),
         ),
     ),
     "paper": Size(
@@ -231,7 +230,7 @@ class Lab:
         import pldr
 
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-        about = {
+        about: dict[str, Any] = {
             "claim": claim, "verdict": verdict, "command": self.command, "device": device,
             "versions": {"pldr": pldr.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
             "date": time.strftime("%Y-%m-%d"), "size": dataclasses.asdict(self.size), "data": self.data,
@@ -265,12 +264,12 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan
+def _mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
-def _shown(value: float, spread: float, digits: int = 4) -> str:
-    return f"{value:.{digits}f}" + ("" if math.isnan(spread) else f" ± {spread:.{digits}f}")
+def _shown(value: float, spread: float | None) -> str:
+    return f"{value:.4f}" + ("" if spread is None else f" ± {spread:.4f}")
 
 
 # --- the claims -----------------------------------------------------------------------------------------------------
@@ -286,15 +285,16 @@ def caching(lab: Lab) -> None:
     half = rows.shape[1] // 2
     before = _statistics(deductive_outputs(model, rows[:, :half]))
     # What is in the cache after the second half was read with it, against G_LM worked out anew from all tokens.
-    after_cached = {name: [] for name in ("A", "G_LM")}  # type: dict[str, list[torch.Tensor]]
+    after_cached: dict[str, list[torch.Tensor]] = {"A": [], "G_LM": []}
     for row in rows:
         for kind, g in (("A", False), ("G_LM", True)):
-            cache = make_cache(model.config, g=g)
+            cache: Any = make_cache(model.config, g=g)
             model(row[None, :half], past_key_values=cache)
             model(row[None, half:], past_key_values=cache)
             after_cached[kind].append(torch.stack([layer.operator_state[0] for layer in cache.layers]))
     kept = {kind: torch.stack(states, 1) for kind, states in after_cached.items()}
-    operators = [layer.self_attn.operator for layer in model.model.layers]
+    layers: Any = model.model.layers
+    operators = [layer.self_attn.operator for layer in layers]
     from_A = [operator.energy_curvature(A) for operator, A in zip(operators, kept["A"], strict=True)]
     cached = DeductiveOutputs(*(torch.stack(kind) for kind in zip(*from_A, strict=True)))._replace(G_LM=kept["G_LM"])
     after, anew = _statistics(cached), _statistics(deductive_outputs(model, rows))
@@ -447,6 +447,8 @@ def _state(found: dict[str, Any]) -> str:
         return "diverged"
     if found["gain"] < COLLAPSED_GAIN:
         return "collapsed"
+    if "variation" not in found:
+        return "constant"
     invariant = max(found["variation"]) < INVARIANT_VARIATION and abs(found["frozen_difference"]) < INVARIANT_LOSS
     return "invariant" if invariant else "varies"
 
@@ -482,9 +484,13 @@ def ablation(lab: Lab) -> None:
     """Learned against transferred, random and identity operators, and DAG-regularised."""
     seeds = lab.size.seeds
     lab.train({f"learned-{seed}": {"seed": seed} for seed in seeds})
-    source = lab.load(f"learned-{seeds[0]}")
-    if source is None:
-        raise ValueError("reproduce ablation: the learned run diverged, so that there is no operator to transfer")
+    healthy = [f"learned-{seed}" for seed in seeds if _healthy(lab.measure(f"learned-{seed}"))]
+    if not healthy:
+        raise ValueError(
+            "reproduce ablation: every learned run diverged or collapsed; there is no operator to transfer"
+        )
+    source = lab.load(healthy[0])
+    assert source is not None
     model, tokenizer = source
     transferred = lab.runs / "transferred-operator"
     freeze(model, lab.passages(tokenizer, 4, part="train")).save_pretrained(transferred)
@@ -497,8 +503,8 @@ def ablation(lab: Lab) -> None:
     }
     _compare(
         lab, "Operators train differently", variants, "learned",
-        "Validation loss of each kind of operator, the same recipe otherwise; transferred is the operator of the first "
-        "learned run, frozen. Identity is ordinary attention.",
+        "Held-out loss of each kind of operator, the same recipe otherwise; transferred is the operator of the first "
+        "learned run that came through, frozen. Identity is ordinary attention.",
     )  # fmt: skip
 
 
@@ -526,54 +532,80 @@ def _compare(lab: Lab, claim: str, variants: dict[str, dict[str, Any]], referenc
         for kind, changes in variants.items() for name, seed in zip(names[kind], lab.size.seeds, strict=True)
     })  # fmt: skip
     found = {kind: [lab.measure(name) for name in runs] for kind, runs in names.items()}
-    losses = {kind: [row["loss"] for row in rows if not row["diverged"]] for kind, rows in found.items()}
-    cells, summary = [], {}
+    report_comparison(lab, claim, found, reference, text)
+
+
+def report_comparison(lab: Lab, claim: str, found: dict[str, list[dict[str, Any]]], reference: str, text: str) -> None:
+    """Write the page of a comparison from what was measured of its runs.
+
+    Runs that diverged or whose attention died are counted, and left out of the means.
+    """
+    cells: list[list[str]] = []
+    summary: dict[str, dict[str, Any]] = {}
     for kind, rows in found.items():
-        good = [row for row in rows if not row["diverged"]]
+        good = [row for row in rows if _healthy(row)]
         if not good:
-            cells.append([kind, f"0 of {len(rows)}", "", "", "", ""])
             continue
         loss, accuracy = (_mean_and_spread([row[key] for row in good]) for key in ("loss", "accuracy"))
-        distance = _separation(losses[kind], losses[reference]) if kind != reference else math.nan
-        summary[kind] = {"loss": loss, "accuracy": accuracy, "separation": distance}
         seconds = statistics.fmean(_seconds(lab.log(row["run"])) for row in good)
-        cells.append([kind, f"{len(good)} of {len(rows)}", _shown(*loss), _shown(*accuracy),
-                      "" if kind == reference else f"{loss[0] - summary[reference]['loss'][0]:+.4f}",
-                      "" if math.isnan(distance) else f"{distance:.1f}"])  # fmt: skip
-        summary[kind]["seconds"] = seconds
-    _plot_curves({kind: [lab.log(name) for name in runs] for kind, runs in names.items()}, lab.folder / "curves.png")
-    apart = [kind for kind, row in summary.items() if kind != reference and row["separation"] >= 3]
-    near = [kind for kind, row in summary.items() if kind != reference and not row["separation"] >= 3]
-    better = [
-        kind for kind in summary if kind != reference and summary[kind]["loss"][0] < summary[reference]["loss"][0]
-    ]
-    parts = [f"distinct from {reference}: {', '.join(apart) or 'none'}"]
-    if near:
-        parts.append(f"not told apart from it: {', '.join(near)}")
-    parts.append(f"lower loss than {reference}: {', '.join(better) or 'none'}")
+        summary[kind] = {"loss": loss, "accuracy": accuracy, "runs": len(good), "seconds": seconds}
+    base = [row["loss"] for row in found[reference] if _healthy(row)]
+    for kind, rows in found.items():
+        states = [_state(row) for row in rows]
+        lost = [f"{states.count(state)} {state}" for state in ("collapsed", "diverged") if state in states]
+        losses = [row["loss"] for row in rows if _healthy(row)]
+        runs = f"{len(losses)} of {len(rows)}" + (f" ({', '.join(lost)})" if lost else "")
+        if kind not in summary:
+            cells.append([kind, runs, "", "", "", ""])
+            continue
+        row = summary[kind]
+        row["separation"] = None if kind == reference else _separation(losses, base)
+        difference = "" if kind == reference or not base else f"{row['loss'][0] - statistics.fmean(base):+.4f}"
+        cells.append([kind, runs, _shown(*row["loss"]), _shown(*row["accuracy"]), difference,
+                      "" if row["separation"] is None else f"{row['separation']:.1f}"])  # fmt: skip
+    _plot_curves(
+        {kind: [lab.log(row["run"]) for row in rows] for kind, rows in found.items()}, lab.folder / "curves.png"
+    )
+
+    others = {kind: row for kind, row in summary.items() if kind != reference}
+    apart = [kind for kind, row in others.items() if row["separation"] is not None and row["separation"] >= 3]
+    near = [kind for kind, row in others.items() if row["separation"] is not None and row["separation"] < 3]
+    unknown = [kind for kind in found if kind != reference and kind not in apart + near]
+    better = [kind for kind in others if base and summary[kind]["loss"][0] < statistics.fmean(base)]
     if claim.startswith("Operators"):
-        verdict = "Confirmed" if not near else "Confirmed under conditions" if apart else "Not confirmed"
+        verdict = "Confirmed" if not near + unknown else "Confirmed under conditions" if apart else "Not confirmed"
     else:
-        verdict = "Confirmed" if better and not set(summary) - {reference} - set(better) else (
-            "Confirmed under conditions" if better else "Not confirmed")  # fmt: skip
+        worse = [kind for kind in others if kind not in better]
+        verdict = "Not confirmed" if not better else "Confirmed under conditions" if worse + unknown else "Confirmed"
+    parts = [
+        f"{label}: {', '.join(kinds)}"
+        for label, kinds in ((f"distinct from {reference}", apart), (f"not told apart from {reference}", near),
+                             ("too few runs to tell", unknown), (f"lower mean loss than {reference}", better))
+        if kinds
+    ]  # fmt: skip
     lab.write(
         claim,
-        f"{verdict}: {'; '.join(parts)}.",
+        f"{verdict}: {'; '.join(parts) or 'no run came through'}.",
         [
             text,
             table(["operator", "runs", "held-out loss", "accuracy", f"loss against {reference}", "separation"], cells),
-            f"{len(lab.size.seeds)} seeds each, mean ± standard deviation. Separation: difference of the means over their "
-            "standard error (Welch); 3 or more counts as distinct.",
+            "Mean ± standard deviation over seeds, without runs that diverged or collapsed (whose whole context gains less "
+            f"than {COLLAPSED_GAIN} nats a token over one token of it). Separation: difference of the means over their "
+            "standard error (Welch); 3 or more counts as distinct, and it takes two runs on each side.",
             "![curves](curves.png)",
         ],
         {"runs": found, "summary": summary},
     )
 
 
-def _separation(one: Sequence[float], other: Sequence[float]) -> float:
-    """Welch's t of two samples, in absolute value; NaN where a sample has fewer than two."""
+def _healthy(found: dict[str, Any]) -> bool:
+    return _state(found) not in ("diverged", "collapsed")
+
+
+def _separation(one: Sequence[float], other: Sequence[float]) -> float | None:
+    """Welch's t of two samples, in absolute value; None where a sample has fewer than two."""
     if min(len(one), len(other)) < 2:
-        return math.nan
+        return None
     error = math.sqrt(statistics.variance(one) / len(one) + statistics.variance(other) / len(other))
     difference = abs(statistics.fmean(one) - statistics.fmean(other))
     return math.inf if error == 0 and difference else difference / error if error else 0.0

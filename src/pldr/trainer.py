@@ -319,7 +319,9 @@ class PldrTrainer(Trainer):
         super().log(flat, *args, **kwargs)
         if self.is_world_process_zero():
             with (self.folder / "log.jsonl").open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps({"step": self.state.global_step, **logs}) + "\n")
+                # JSON knows no infinity, which a DAG loss can be.
+                finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in logs.items()}
+                stream.write(json.dumps({"step": self.state.global_step, **finite}) + "\n")
 
     def accuracy(self) -> float:
         """Mean over the batches since the last call, and over processes."""
@@ -440,7 +442,8 @@ def operator_metrics(model: PldrForCausalLM, passages: torch.Tensor) -> dict[str
     return {
         "G_variation": variation(outputs.G_LM).tolist(),
         "G_frozen_difference": losses[0] - losses[1],
-        **{f"dag_{name}": float(dag_loss(getattr(outputs, name))) for name in ("A_LM", "A_P", "G_LM")},
+        # In float64, which holds the exponentials of larger tensors.
+        **{f"dag_{name}": float(dag_loss(getattr(outputs, name).double())) for name in ("A_LM", "A_P", "G_LM")},
     }
 
 
