@@ -247,6 +247,7 @@ class Lab:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "README.md").write_text(page + "\n", encoding="utf-8")
         text = json.dumps(about | {"numbers": numbers}, indent=1, default=str)
+        text = text.replace(str(Path(__file__).parent), "pldr")  # where the package lies is nobody's business
         (self.folder / "results.json").write_text(text + "\n", encoding="utf-8")
 
 
