@@ -128,6 +128,19 @@ class TestReading:
         with pytest.raises(ValueError, match=r"no column 'text' \(data.text_column\); it has content"):
             read(column="text")
 
+    def test_hub_data_and_files_are_shared_without_loss(self, tmp_path):
+        pytest.importorskip("datasets")
+        from pyarrow import parquet
+
+        (tmp_path / "set").mkdir()
+        parquet.write_table(pyarrow.table({"text": [f"hub {i}" for i in range(5)]}), tmp_path / "set" / "train-0.parquet")
+        (tmp_path / "a.jsonl").write_bytes(json_lines(f"line {i}" for i in range(6)))
+        names = [f"hub:{tmp_path}/set", f"{tmp_path}/a.jsonl"]
+        shares = [[p.text for p in read_pieces(Source(names), BadRows(), share=Share(rank, 2))] for rank in range(2)]
+        assert sorted(itertools.chain(*shares)) == [f"hub {i}" for i in range(5)] + [f"line {i}" for i in range(6)]
+        with pytest.raises(ValueError, match="can not be shared among processes"):
+            list(read_pieces(Source(names, interval="0:4"), BadRows(), share=Share(0, 2)))
+
     def test_a_data_set_that_is_not_there(self):
         pytest.importorskip("datasets")
         with pytest.raises(ValueError, match=r"hub:/nowhere/set"):
@@ -327,6 +340,23 @@ class TestStream:
         assert mixed != list(range(100))
         assert all(value - place <= 10 for place, value in enumerate(mixed))
         assert list(shuffled(iter(range(5)), 0, random.Random(1))) == list(range(5))
+        assert list(shuffled(iter(range(5)), 1, random.Random(1))) == list(range(5))
+
+    def test_the_buffer_is_bounded_by_characters_too(self, monkeypatch):
+        import random
+
+        monkeypatch.setattr(data_module, "_BUFFER_CHARACTERS", 30)
+        taken = []
+
+        def items():
+            for value in range(100):
+                taken.append(value)
+                yield value
+
+        for count, _ in enumerate(shuffled(items(), 1000, random.Random(1), lambda item: 10)):
+            if len(taken) < 100:
+                assert len(taken) - count <= 4
+        assert count == 99
 
 
 def test_rows_of_keeps_everything():

@@ -148,7 +148,8 @@ def test_separation_is_welchs():
 
 @pytest.mark.parametrize("claim", ["caching", "transfer"])
 def test_claims_about_the_model_that_comes_along(lab, claim, monkeypatch):
-    here = dataclasses.replace(lab(claim), size=dataclasses.replace(TOY, passages=4))
+    data = module.default_data("tiny", held_out=True)
+    here = dataclasses.replace(lab(claim), size=dataclasses.replace(TOY, passages=4), data=data)
     reproduce(claim, here)
     text, numbers = page(here)
     assert "**Confirmed" in text
@@ -176,6 +177,12 @@ def test_a_run_in_a_process_of_its_own(tmp_path, texts, toy_model_file):  # noqa
     assert here.load("good") is not None
     assert here.load("bad") is None
     assert here.measure("bad") == {"run": "bad", "diverged": True}
+    # Finished runs are kept, but not taken for others of the same name.
+    before = (here.runs / "good" / "model.safetensors").stat().st_mtime_ns
+    here.train({"good": {}})
+    assert (here.runs / "good" / "model.safetensors").stat().st_mtime_ns == before
+    here.train({"good": {"seed": 5}})
+    assert (here.runs / "good" / "model.safetensors").stat().st_mtime_ns != before
     with pytest.raises(RuntimeError, match=r"broken: .*matches no file"):
         here.train({"broken": {"data.train": ["nothing.txt"]}})
 

@@ -90,6 +90,12 @@ def test_older_checkpoints_go_and_the_recipe_must_be_the_same(write_recipe, tmp_
     train(load_recipe(write_recipe(save_steps=4, log_steps=2)), resume=True, progress=False)
     older = checkpoints(recipe.output)[1]
     train(recipe, resume=older, progress=False)
+    # What is newer than the one chosen gets out of the way, and what is written then is kept.
+    assert [step_of(path) for path in checkpoints(recipe.output)][0] == 12
+    assert (Path(recipe.output) / "abandoned-checkpoint-12").is_dir()
+    changed = load_recipe(write_recipe(save_steps=3), ["model.config.layer_norm_eps=1e-4"])
+    with pytest.raises(ValueError, match="model.config.layer_norm_eps was None"):
+        train(changed, resume=True, progress=False)
     with pytest.raises(ValueError, match="is not a checkpoint in the output folder"):
         train(recipe, resume=tmp_path, progress=False)
     recipe.output = str(tmp_path / "new")
@@ -200,6 +206,75 @@ def test_overwriting_sets_the_old_run_aside(write_recipe, tmp_path):  # noqa: F8
     train(recipe, overwrite=True, progress=False)
     assert (tmp_path / "out" / "model.safetensors").read_bytes() != kept
     assert not list(tmp_path.glob(".out*"))
+
+
+def test_a_failure_touches_no_other_run(write_recipe, tmp_path, monkeypatch):  # noqa: F811
+    """Not even where the folder above both was made for the one that fails."""
+    recipe = load_recipe(write_recipe(output=str(tmp_path / "runs" / "a" / "b")))
+    original = PldrTrainer.compute_loss
+
+    def broken(trainer, *args, **kwargs):
+        (tmp_path / "runs" / "other").mkdir(exist_ok=True)
+        return original(trainer, *args, **kwargs) * float("nan")
+
+    monkeypatch.setattr(PldrTrainer, "compute_loss", broken)
+    with pytest.raises(FloatingPointError):
+        train(recipe, progress=False)
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["other"]
+
+
+def test_a_failure_after_the_last_step_keeps_the_model(write_recipe, monkeypatch):  # noqa: F811
+    recipe = load_recipe(write_recipe())
+
+    def fail(*args, **kwargs):
+        raise OSError("no room for an evaluation")
+
+    monkeypatch.setattr(PldrTrainer, "evaluate", fail)
+    with pytest.raises(OSError, match="no room"):
+        train(recipe, progress=False)
+    assert load_model(recipe.output).num_parameters() > 0
+
+
+@pytest.mark.parametrize("variant", ["plain", "streamed"])
+def test_resuming_after_the_last_step_only_writes_the_model(write_recipe, variant):  # noqa: F811
+    recipe = load_recipe(write_recipe(**VARIANTS[variant], save_steps=6))
+    expected = train(recipe, progress=False)
+    folder = Path(recipe.output)
+    model = load_model(folder).state_dict()
+    (folder / "config.json").unlink()
+    summary = train(recipe, resume=True, progress=False)
+    for name in ("steps", "tokens", "train_loss", "validation_loss"):
+        assert summary[name] == expected[name], name
+    assert all(torch.equal(tensor, model[name]) for name, tensor in load_model(folder).state_dict().items())
+
+
+def test_the_loss_of_a_resumed_run_too_short_to_log(write_recipe, tmp_path, monkeypatch):  # noqa: F811
+    whole = train(load_recipe(write_recipe(log_steps=500, output=str(tmp_path / "whole"))), progress=False)
+    recipe = load_recipe(write_recipe(log_steps=500))
+    with monkeypatch.context() as patch:
+        stop_at(patch, 9)
+        with pytest.raises(TrainingInterrupted):
+            train(recipe, progress=False)
+    summary = train(recipe, resume=True, progress=False)
+    assert summary["train_loss"] == whole["train_loss"]
+    assert summary["train_accuracy"] == whole["train_accuracy"]
+
+
+def test_broken_weights_are_no_checkpoint(write_recipe, monkeypatch):  # noqa: F811
+    """A step can break the weights with a loss that is still a number."""
+    recipe = load_recipe(write_recipe(save_steps=5))
+    original = PldrTrainer.training_step
+
+    def step(trainer, model, *args, **kwargs):
+        loss = original(trainer, model, *args, **kwargs)
+        if trainer.state.global_step == 9:
+            model.lm_head.bias.data[0] = float("nan")
+        return loss
+
+    monkeypatch.setattr(PldrTrainer, "training_step", step)
+    with pytest.raises(FloatingPointError, match=r"weights became NaN .* by step 10; last good checkpoint: .*checkpoint-5"):
+        train(recipe, progress=False)
+    assert [step_of(path) for path in checkpoints(recipe.output)] == [5]
 
 
 def command(path, *more):

@@ -17,7 +17,6 @@ import transformers
 from torch.nn import functional as F
 
 from pldr.cache import make_cache
-from pldr.certificate import weights_digest
 from pldr.deductive import deductive_outputs, variation
 from pldr.modeling_pldr import PldrForCausalLM
 from pldr.operator import freeze
@@ -66,7 +65,7 @@ def certify(
         mode's loss minus the model's, nats a token), "loss_interval" (95%, bootstrap over passages), "kl_mean", "kl_99"
         and "kl_max" (KL divergence of the next-token distributions, from the model's, nats), "agreement" and
         "logit_difference" (largest). "loss": of the model. "variation": of G_LM, a layer. "calibration": frozen
-        "loss_difference" by each calibration passage alone, and their "spread". "causality": how much logits before the
+        "loss_difference" by each calibration passage alone, on the first eight passages, and their "spread". "causality": how much logits before the
         middle change when the tokens after it do, for the model and its frozen form. "certified" and "reasons" (against).
 
     Raises:
@@ -193,28 +192,29 @@ class _Comparison:
 
 def make_certificate(
     report: dict[str, Any],
-    model: PldrForCausalLM,
-    frozen: PldrForCausalLM,
     *,
+    model: str,
+    weights: str,
+    frozen_weights: str,
+    device: str,
     data: dict[str, Any],
-    source: str,
 ) -> dict[str, Any]:
     """A report with what it is about: weights, data and versions (see `pldr.certificate`).
 
     Args:
-        report: of `certify`.
-        model: the model certified.
-        frozen: its frozen form.
+        report: of `certify`, measured in float32.
+        model: name of the model.
+        weights, frozen_weights: digests of both as they are stored.
+        device: where it was measured.
         data: names of the data and whatever else tells it apart.
-        source: name of the model.
     """
     import pldr
 
     return {
         "kind": "pldr certificate 1",
-        "model": source,
-        "weights": weights_digest(model.state_dict()),
-        "frozen_weights": weights_digest(frozen.state_dict()),
+        "model": model,
+        "weights": weights,
+        "frozen_weights": frozen_weights,
         "data": data,
         "versions": {
             "pldr": pldr.__version__,
@@ -222,7 +222,8 @@ def make_certificate(
             "transformers": transformers.__version__,
             "python": platform.python_version(),
         },
-        "device": str(model.device),
+        "device": device,
+        "dtype": "float32",
         "date": time.strftime("%Y-%m-%d"),
         "report": report,
     }

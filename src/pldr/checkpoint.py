@@ -47,15 +47,36 @@ def commit(partial: Path, checkpoint: Path, keep: int) -> None:
         with file.open("rb") as stream:
             lines.append(f"{hashlib.file_digest(stream, 'sha256').hexdigest()}  {file.relative_to(partial)}\n")
             os.fsync(stream.fileno())
-    (partial / SUMS).write_text("".join(lines), encoding="utf-8")
-    if checkpoint.exists():  # a run that went on from an older one
-        shutil.rmtree(checkpoint)
+    with (partial / SUMS).open("w", encoding="utf-8") as sums:
+        sums.writelines(lines)
+        sums.flush()
+        os.fsync(sums.fileno())
     os.replace(partial, checkpoint)
+    _sync_folder(checkpoint.parent)
     for old in checkpoints(checkpoint.parent)[keep:]:
         # Out of sight first: what is half removed must not look like a checkpoint.
-        hidden = old.with_name(f".{old.name}.old")
-        os.replace(old, hidden)
+        os.replace(old, old.with_name(f".{old.name}.old"))
+    for hidden in checkpoint.parent.glob(".checkpoint-*.old"):  # those of a killed run too
         shutil.rmtree(hidden)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make sure that a renaming in a folder survives a loss of power."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def abandon_newer(checkpoint: Path) -> None:
+    """Put checkpoints newer than the one that a run goes on from out of its way, as `abandoned-checkpoint-STEP`."""
+    for newer in checkpoints(checkpoint.parent):
+        if step_of(newer) > step_of(checkpoint):
+            target = newer.with_name(f"abandoned-{newer.name}")
+            if target.exists():
+                shutil.rmtree(target)
+            os.replace(newer, target)
 
 
 def check(checkpoint: Path) -> None:
@@ -75,7 +96,10 @@ def check(checkpoint: Path) -> None:
 def _fault(checkpoint: Path) -> str | None:
     if not (checkpoint / SUMS).is_file():
         return f"no {SUMS}"
-    for line in (checkpoint / SUMS).read_text(encoding="utf-8", errors="replace").splitlines():
+    lines = (checkpoint / SUMS).read_text(encoding="utf-8", errors="replace").splitlines()
+    if not lines:
+        return f"{SUMS} is empty"
+    for line in lines:
         digest, _, name = line.partition("  ")
         if not (checkpoint / name).is_file():
             return f"{name} is missing"
@@ -206,7 +230,9 @@ def load_optimizer(names: dict[torch.Tensor, str], optimizer: Any, saved: SavedT
             prefix = names[parameter]
             if f"{prefix}.step" not in saved:
                 continue
-            moments = {key: like(parameter, saved[f"{prefix}.{key}"]) for key in ("exp_avg", "exp_avg_sq")}
+            moments = {
+                key: like(parameter, saved[f"{prefix}.{key}"]).to(parameter.device) for key in ("exp_avg", "exp_avg_sq")
+            }
             step = saved[f"{prefix}.step"]
             # Fused kernels keep the step beside the parameter, the others on the host.
             on_device = bool(group.get("fused") or group.get("capturable"))
@@ -214,4 +240,7 @@ def load_optimizer(names: dict[torch.Tensor, str], optimizer: Any, saved: SavedT
 
 
 def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value) + "\n", encoding="utf-8")
+    """Whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(value) + "\n", encoding="utf-8")
+    os.replace(partial, path)

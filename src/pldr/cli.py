@@ -73,7 +73,7 @@ def generate(
     from pldr.shipped import STORIES
 
     if prompt is None:
-        if Path(model).exists():
+        if os.path.exists(model):  # also of a text too long for a file name
             raise ValueError(f"generate: {model} is a model or a file; say what text it should continue")
         model, prompt = str(STORIES), model
     if stream and as_json:
@@ -377,11 +377,12 @@ def certify(
             raise ValueError(
                 "--frozen and --output: the certificate goes into the folder given by --frozen; choose one"
             )
-        certificate, constant = _certify(model, data, frozen, passages, calibration, length, loss, agreement, text_column,
-                                         tokenizer, rope, device)  # fmt: skip
+        certificate, constant, text_tokenizer = _certify(
+            model, data, frozen, passages, calibration, length, loss, agreement, text_column, tokenizer, rope, device
+        )
         certified = certificate["report"]["certified"]
         if certified and output is not None:
-            _write_certified(output, constant, certificate, tokenizer or model, overwrite)
+            _write_certified(output, constant, certificate, text_tokenizer, overwrite)
         elif certified and frozen is not None:
             from pldr.certificate import write_certificate
 
@@ -398,32 +399,47 @@ def certify(
 def _certify(
     model: Path, data: list[str], frozen: Path | None, passages: int, calibration: int, length: int | None, loss: float,
     agreement: float, text_column: str, tokenizer: Path | None, rope: str | None, device: str,
-) -> tuple[dict[str, Any], Any]:  # fmt: skip
+) -> tuple[dict[str, Any], Any, Any]:  # fmt: skip
+    """The certificate, the frozen model and the tokenizer."""
     if passages < 2 or calibration < 1:
         raise ValueError("--passages must be at least 2 and --calibration at least 1")
     if not loss > 0 or not 0 <= agreement <= 1:
         raise ValueError("--loss must be positive and --agreement between 0 and 1")
     import hashlib
 
+    import torch
     from rich.console import Console
     from rich.progress import track
 
+    from pldr.certificate import weights_digest
     from pldr.certify import Thresholds, certify, make_certificate
     from pldr.convert import load_model
     from pldr.data import Source, read_passages
 
-    loaded, text_tokenizer = _load(model, tokenizer, device=device, dtype="float32", rope=rope)
+    loaded, text_tokenizer = _load(model, tokenizer, device=device, rope=rope)
+    weights = weights_digest(loaded.state_dict())  # as they are stored; measured in float32
+    loaded = loaded.float()
     context = loaded.config.max_position_embeddings
     length = min(512, context) if length is None else length
     if not 4 <= length <= context:
         raise ValueError(f"--length must be between 4 and the context of {context}, got {length}")
-    rows = read_passages(Source(data, text_column), text_tokenizer, length, passages + calibration)
-    if len(rows) < passages + calibration:
+    wanted = passages + calibration
+    # Spread over the beginning of the data, rather than one stretch of one document.
+    found = read_passages(Source(data, text_column), text_tokenizer, length, 8 * wanted)
+    if len(found) < wanted:
         raise ValueError(
-            f"data: {len(rows)} passages of {length} tokens, {passages} + {calibration} are asked for; give more text, or "
+            f"data: {len(found)} passages of {length} tokens, {passages} + {calibration} are asked for; give more text, or "
             "lower --passages, --calibration or --length"
         )
-    constant = None if frozen is None else load_model(frozen, dtype="float32", device=device)
+    rows = found[torch.linspace(0, len(found) - 1, wanted).long()]
+    rows = rows[torch.randperm(wanted, generator=torch.Generator().manual_seed(0))]
+    constant = frozen_weights = None
+    if frozen is not None:
+        constant = load_model(frozen, device=device)
+        frozen_weights = weights_digest(constant.state_dict())
+        if constant.config.vocab_size != loaded.config.vocab_size:
+            raise ValueError(f"{frozen}: has another vocabulary than {model}; it is not its frozen form")
+        constant = constant.float()
     report, constant = certify(
         loaded, rows[calibration:].to(device), rows[:calibration].to(device), frozen=constant,
         thresholds=Thresholds(loss, agreement),
@@ -433,17 +449,20 @@ def _certify(
         "sources": data, "passages": passages, "calibration_passages": calibration, "length": length,
         "sha256": hashlib.sha256(rows.numpy().tobytes()).hexdigest(),
     }  # fmt: skip
-    return make_certificate(report, loaded, constant, data=about, source=model.resolve().name), constant
+    certificate = make_certificate(
+        report, model=model.resolve().name, weights=weights, device=device, data=about,
+        frozen_weights=frozen_weights or weights_digest(constant.state_dict()),
+    )  # fmt: skip
+    return certificate, constant, text_tokenizer
 
 
-def _write_certified(output: Path, model: Any, certificate: dict[str, Any], tokenizer: Path, overwrite: bool) -> None:
+def _write_certified(output: Path, model: Any, certificate: dict[str, Any], tokenizer: Any, overwrite: bool) -> None:
     from pldr.certificate import write_certificate
     from pldr.saving import whole_folder
-    from pldr.tokenizer import load_tokenizer
 
     with whole_folder(output, overwrite=overwrite) as folder:
         model.save_pretrained(folder)
-        load_tokenizer(tokenizer).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
         write_certificate(folder, certificate)
 
 
@@ -466,7 +485,7 @@ def reproduce(
     """Reproduce a claim of the paper: train what it needs, measure, write tables and pictures. Finished runs are kept."""
     _quiet()
     _require("train", "accelerate", "matplotlib")
-    from pldr.reproduce import CLAIMS, SIZES, Lab, default_data, reproduce
+    from pldr.reproduce import CLAIMS, OF_A_MODEL, SIZES, Lab, default_data, reproduce
     from pldr.shipped import STORIES
 
     if size not in SIZES:
@@ -477,12 +496,12 @@ def reproduce(
         raise ValueError("--train and --validation: give both or neither")
     if parallel < 1:
         raise ValueError("--parallel: must be at least 1")
-    data = default_data(size)
-    if train_data is not None:
-        data = {"train": train_data, "validation": validation, "tokenizer": data["tokenizer"]}
-    if tokenizer is not None:
-        data["tokenizer"] = str(tokenizer)
     for name in CLAIMS if claim == "all" else [claim]:
+        data = default_data(size, held_out=name in OF_A_MODEL and model is None)
+        if train_data is not None:
+            data = {"train": train_data, "validation": validation, "tokenizer": data["tokenizer"]}
+        if tokenizer is not None:
+            data["tokenizer"] = str(tokenizer)
         lab = Lab(SIZES[size], output / name, output / "runs", dict(data), parallel, model or STORIES, device,
                   say=_report, command=f"pldr {' '.join(sys.argv[1:])}")  # fmt: skip
         typer.echo(reproduce(name, lab))
@@ -543,30 +562,32 @@ def main() -> NoReturn:
             sys.exit(128 + error.signal)
         if os.environ.get("PLDR_TRACEBACK"):
             raise
-        kind = (
-            ""
-            if isinstance(error, _EXPECTED)
-            else f"unexpected {type(error).__name__} (PLDR_TRACEBACK=1 shows where): "
-        )
-        _report(kind + _message(error))
+        _report(_described(error))
         sys.exit(1)
     sys.exit(code if isinstance(code, int) else 0)
 
 
 @contextlib.contextmanager
 def _errors_exit(code: int) -> Iterator[None]:
-    """Expected errors are one line and this exit code, for commands whose code 1 means something else."""
+    """Errors are one line and this exit code, for commands whose code 1 means something else."""
     try:
         yield
-    except _EXPECTED as error:
+    except (typer.Exit, typer.Abort):
+        raise
+    except Exception as error:
         if os.environ.get("PLDR_TRACEBACK"):
             raise
-        _report(_message(error))
+        _report(_described(error))
         raise typer.Exit(code) from None
 
 
 def _report(message: str) -> None:
     print("pldr:", " ".join(message.split()), file=sys.stderr)  # noqa: T201
+
+
+def _described(error: Exception) -> str:
+    kind = "" if isinstance(error, _EXPECTED) else f"unexpected {type(error).__name__} (PLDR_TRACEBACK=1 shows where): "
+    return kind + _message(error)
 
 
 def _message(error: Exception) -> str:

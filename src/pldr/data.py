@@ -31,6 +31,8 @@ HUB = "hub:"
 _HELD_OUT = 8
 # Tokenised at a time: what keeps every core busy and memory small.
 _BATCH_CHARACTERS = 1 << 20
+# Held at most to mix a stream, whatever data.shuffle_buffer says.
+_BUFFER_CHARACTERS = 1 << 26
 # A long text file is read and tokenised in pieces of about this many bytes, cut between lines.
 _PIECE_BYTES = 1 << 20
 _COMPRESSION = {".gz": "gzip", ".xz": "xz", ".zst": "zstd"}
@@ -57,10 +59,12 @@ class BadRows:
     Attributes:
         strict: raise at the first bad row.
         counts: how many rows had which fault.
+        notify: told of the first row with each fault at once, where a summary would come too late.
         first: where each fault was first seen.
     """
 
     strict: bool = False
+    notify: Callable[[str], None] | None = None
     counts: Counter[str] = field(default_factory=Counter)
     first: dict[str, str] = field(default_factory=dict)
 
@@ -75,6 +79,8 @@ class BadRows:
         """
         if self.strict:
             raise ValueError(f"data: {place}: {fault}")
+        if self.notify is not None and fault not in self.counts:
+            self.notify(f"data: {place}: skipped, as others like it will be: {fault}")
         self.counts[fault] += 1
         self.first.setdefault(fault, place)
         return Piece("", True)
@@ -154,7 +160,15 @@ def read_pieces(
     start, stop = parse_interval(source.interval, count)
     share = share or Share()
     index = 0
+    if (
+        source.interval
+        and share.consumers > 1
+        and len(source.names) > 1
+        and any(n.startswith(HUB) for n in source.names)
+    ):
+        raise ValueError("data: an interval over several sources, one of the hub, can not be shared among processes")
     for name in source.names:
+        own = 0  # rows of this name; those of a hub data set are shared out before they come here
         if name.startswith(HUB):
             rows = load_hub(name.removeprefix(HUB), source, streaming)
             if source.interval and len(source.names) == 1:
@@ -168,9 +182,10 @@ def read_pieces(
         else:
             pieces, mine = _read(name, source.text_column, bad), share
         for piece in pieces:
-            if start <= index < stop and index % mine.consumers == mine.number and piece.text:
+            if start <= index < stop and own % mine.consumers == mine.number and piece.text:
                 yield piece
             index += piece.ends
+            own += piece.ends
             if index >= stop:
                 return
 
@@ -412,6 +427,10 @@ def _pydoc_topics(part: str) -> Iterator[Piece]:
             yield Piece(topics[name], True)
 
 
+def _characters(document: list[Piece]) -> int:
+    return sum(len(piece.text) for piece in document)
+
+
 def _documents(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
     document: list[Piece] = []
     for piece in pieces:
@@ -517,6 +536,7 @@ class TokenRows(Dataset[dict[str, Any]]):
         # Where each row that is not full ends; all others follow from the length.
         self._short: list[list[int]] = self.facts["short_rows"]
         self._short_rows = [row for row, _ in self._short]
+        self._missing = list(itertools.accumulate((self.length - size for _, size in self._short), initial=0))
         self._first = first
         self._count: int = (self.facts["rows"] if last is None else last) - first
 
@@ -541,11 +561,10 @@ class TokenRows(Dataset[dict[str, Any]]):
     def ids(self, row: int) -> np.ndarray:
         """Of a row of the whole folder."""
         before = bisect.bisect_left(self._short_rows, row)
-        missing = sum(self.length - size for _, size in self._short[:before])
         size = self.length
         if before < len(self._short) and self._short_rows[before] == row:
             size = self._short[before][1]
-        start = row * self.length - missing
+        start = row * self.length - self._missing[before]
         return self._ids[start : start + size]
 
     def __getitem__(self, row: int) -> dict[str, Any]:
@@ -676,12 +695,11 @@ class TokenStream(IterableDataset[dict[str, Any]]):
 
     def _pieces(self, share: Share) -> Iterator[Piece]:
         for number in itertools.count():
-            bad = BadRows(self.recipe.strict)
+            bad = BadRows(self.recipe.strict, notify=_warn if number == 0 else None)
             documents = _documents(read_pieces(self.source, bad, streaming=True, share=share))
             empty = True
-            for document in shuffled(
-                documents, self.recipe.shuffle_buffer, random.Random(f"{self.seed}:{number}:{share.number}")
-            ):
+            generator = random.Random(f"{self.seed}:{number}:{share.number}")
+            for document in shuffled(documents, self.recipe.shuffle_buffer, generator, _characters):
                 empty = False
                 yield from document
             if empty:
@@ -689,20 +707,35 @@ class TokenStream(IterableDataset[dict[str, Any]]):
                     f"data: no document for consumer {share.number + 1} of {share.consumers}; use fewer processes "
                     "or data.workers"
                 )
-            if number == 0 and bad.counts:
-                warnings.warn(f"data: {bad.summary()}", stacklevel=2)
 
 
-def shuffled(items: Iterator[Any], buffer_size: int, generator: random.Random) -> Iterator[Any]:
-    """Items in random order within a buffer; a size of 0 or 1 keeps the order."""
+def _warn(line: str) -> None:
+    warnings.warn(line, stacklevel=2)
+
+
+def shuffled(
+    items: Iterator[Any], buffer_size: int, generator: random.Random, size_of: Callable[[Any], int] = lambda item: 0
+) -> Iterator[Any]:
+    """Items in random order within a buffer; a size of 0 or 1 keeps the order.
+
+    Args:
+        items: to be mixed.
+        buffer_size: most items that are held at once; fewer where together they are larger than `_BUFFER_CHARACTERS`.
+        generator: of the random numbers.
+        size_of: of an item, in characters.
+    """
     buffer: list[Any] = []
+    held = 0
     for item in items:
-        if len(buffer) < max(buffer_size, 1):
-            buffer.append(item)
-            continue
-        place = generator.randrange(len(buffer))
-        buffer[place], item = item, buffer[place]
-        yield item
+        buffer.append(item)
+        held += size_of(item)
+        while len(buffer) > max(buffer_size, 1) or (held > _BUFFER_CHARACTERS and len(buffer) > 1):
+            # Never the one that has just come, as long as there are others: so the oldest do not stay for ever.
+            place = generator.randrange(len(buffer) - 1)
+            buffer[place], buffer[-2] = buffer[-2], buffer[place]
+            picked = buffer.pop(-2)
+            held -= size_of(picked)
+            yield picked
     if buffer_size > 1:
         generator.shuffle(buffer)
     yield from buffer

@@ -24,7 +24,7 @@ from pldr.report import plot_operators
 from pldr.saving import check_output, whole_folder
 from pldr.shipped import HELD_OUT, STORIES
 from pldr.tokenizer import load_tokenizer
-from pldr.train import train
+from pldr.train import source_of, train
 
 STORY_PROMPT = "The old man looked out over the sea and"
 REFERENCE_PROMPT = "The list of names is a comma-separated list of expressions. An expression"
@@ -65,9 +65,9 @@ def run_demo(output: Path, recipe_name: str | None = None) -> dict[str, Any]:
     if recipe is not None:
         training = train(recipe, overwrite=True)
         model, tokenizer = load_model(recipe.output), load_tokenizer(recipe.output)
-        d = recipe.data
-        passages = read_passages(Source(d.validation, d.text_column), tokenizer, d.sequence_length, PASSAGES)
-        calibration = read_passages(Source(d.train, d.text_column), tokenizer, d.sequence_length, 1)
+        length = recipe.data.sequence_length
+        passages = read_passages(source_of(recipe.data, "validation"), tokenizer, length, PASSAGES)
+        calibration = read_passages(source_of(recipe.data, "train"), tokenizer, length, 1)
         measured = measure(model, tokenizer, passages, calibration, REFERENCE_PROMPT, output / "trained")
         result["trained"] = measured | {"training": training}
     result |= {"folder": str(output), "seconds": time.perf_counter() - start}
@@ -213,6 +213,7 @@ def print_demo(result: dict[str, Any]) -> None:
 
 
 def _print_measured(console: Any, measured: dict[str, Any]) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     loss, rows = measured["losses"], measured["generation"]
@@ -251,4 +252,4 @@ def _print_measured(console: Any, measured: dict[str, Any]) -> None:
             "nats. Whether training gets there depends on learning rate and warm-up (README, “Is G constant?”)."
         )
     console.print(verdict)
-    console.print(f"\n[bold]{measured['prompt']}[/bold]{rows[-1]['text']}\n", highlight=False)
+    console.print(f"\n[bold]{escape(measured['prompt'])}[/bold]{escape(rows[-1]['text'])}\n", highlight=False)

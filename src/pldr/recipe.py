@@ -49,8 +49,8 @@ class DataRecipe:
             "padded": so within groups of 3,200 documents, the last sequence of a group filled with [PAD];
             "unpadded": the same, that sequence left short.
         streaming: tokenise the training data as it is read, again in every pass, rather than once into the cache.
-        shuffle_buffer: documents that a streamed pass is mixed through; 0 keeps their order. Data that is not streamed
-            is shuffled as a whole.
+        shuffle_buffer: documents that a streamed pass is mixed through, fewer where they are long (64 million characters at
+            most are held); 0 keeps their order. Data that is not streamed is shuffled as a whole.
         workers: processes that load data beside each training process.
         strict: refuse bad rows (no text, empty, not valid UTF-8) rather than skip and count them.
         cache: folder for tokenised data; None for $PLDR_CACHE or ~/.cache/pldr.

@@ -151,18 +151,22 @@ class Lab:
         Raises:
             RuntimeError: a run failed for another reason than a loss that is not finite.
         """
-        waiting = {name: changes for name, changes in runs.items() if not self._done(name)}
+        waiting = {name: changes for name, changes in runs.items() if not self._done(name, changes)}
         self.say(f"{len(runs)} runs, {len(runs) - len(waiting)} done before")
         with ThreadPoolExecutor(self.parallel) as pool:
             list(pool.map(lambda run: self._train_one(*run), waiting.items()))
 
-    def _done(self, name: str) -> bool:
-        run = self.runs / name
+    def _done(self, name: str, changes: dict[str, Any]) -> bool:
+        """Whether this very run, and not another of the same name, has ended."""
+        run, file = self.runs / name, self.runs / f"{name}.yaml"
+        if not file.is_file() or yaml.safe_load(file.read_text(encoding="utf-8")) != self.recipe(name, changes):
+            return False
         return (run / "config.json").is_file() or (self.runs / f"{name}.diverged").is_file()
 
     def _train_one(self, name: str, changes: dict[str, Any]) -> None:
         self.runs.mkdir(parents=True, exist_ok=True)
         file = self.runs / f"{name}.yaml"
+        (self.runs / f"{name}.diverged").unlink(missing_ok=True)
         file.write_text(yaml.safe_dump(self.recipe(name, changes), sort_keys=False), encoding="utf-8")
         start = time.perf_counter()
         code = "import sys; from pldr.recipe import load_recipe; from pldr.train import train; " \
@@ -693,8 +697,15 @@ CLAIMS: dict[str, Callable[[Lab], None]] = {
 OF_A_MODEL = ("caching", "transfer")
 
 
-def default_data(size: str) -> dict[str, Any]:
-    """What a size trains on unless told otherwise: Python's language reference, or the published data."""
+def default_data(size: str, *, held_out: bool = False) -> dict[str, Any]:
+    """What a size trains on unless told otherwise: Python's language reference, or the published data.
+
+    Args:
+        size: a key of `SIZES`.
+        held_out: of the claims about the model that comes along: the excerpts that it was not trained on.
+    """
+    if held_out:
+        return {"train": [str(HELD_OUT)], "validation": [str(HELD_OUT)], "tokenizer": str(STORIES)}
     if size == "paper":
         return {
             "train": ["hub:tiiuae/falcon-refinedweb"], "train_interval": "0:16000000", "text_column": "content",
@@ -716,8 +727,6 @@ def reproduce(claim: str, lab: Lab) -> Path:
     """
     if claim not in CLAIMS:
         raise ValueError(f"reproduce: no claim {claim!r}; choose one of {', '.join(CLAIMS)}")
-    if claim in OF_A_MODEL and lab.model == STORIES:
-        lab.data = lab.data | {"validation": [str(HELD_OUT)], "train": [str(HELD_OUT)], "text_column": "text"}
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     CLAIMS[claim](lab)
     return lab.folder / "README.md"

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,10 @@ from transformers import PrinterCallback, set_seed
 
 from pldr import checkpoint as files
 from pldr.configuration_pldr import PldrConfig
-from pldr.data import Source, TokenRows, TokenStream, cached_rows, collate, read_documents
+from pldr.data import BadRows, Source, TokenRows, TokenStream, cached_rows, collate, read_pieces
 from pldr.modeling_pldr import PldrForCausalLM
 from pldr.operator import freeze
-from pldr.recipe import Recipe
+from pldr.recipe import DataRecipe, Recipe
 from pldr.saving import check_output
 from pldr.tokenizer import load_tokenizer, train_sentencepiece
 from pldr.trainer import ADVICE, PROBED, PldrTrainer, ProgressBar, dag_coefficients, training_arguments
@@ -73,9 +74,10 @@ def train(
         FloatingPointError: the loss became NaN or infinite more often than the recipe allows.
         TrainingInterrupted: SIGTERM or SIGINT came, and a checkpoint was written.
     """
-    process = PartialState(cpu=not torch.cuda.is_available())
+    # The others wait for as long as the main process tokenises.
+    process = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=24))
     output = Path(recipe.output)
-    start = _checkpoint_to_resume(recipe, resume)
+    start = _checkpoint_to_resume(recipe, resume, process.num_processes)
     if start is None and process.is_main_process:
         check_output(output, overwrite=overwrite)
     _check_distributed(recipe, process.num_processes)
@@ -85,18 +87,21 @@ def train(
         model = build_model(recipe, tokenizer)
         datasets = _datasets(recipe, tokenizer, process)
         if process.is_main_process:
-            files.write_json(folder / _RECIPE, dataclasses.asdict(recipe))
+            files.write_json(folder / _RECIPE, dataclasses.asdict(recipe) | {"processes": process.num_processes})
             _cut_log(folder / "log.jsonl", 0 if start is None else files.step_of(start))
         summary: dict[str, float] = {}
         while True:
             trainer = _trainer(recipe, model, tokenizer, folder, datasets, start)
             bar = ProgressBar(recipe, enabled=progress and process.is_main_process)
             trainer.add_callback(bar)
+            if start is not None and files.step_of(start) >= recipe.optimization.steps:
+                trainer.load_finished(start)  # only the model was not written yet
+                break
             with _stop_on_signals(trainer), bar:
                 result = trainer.train(resume_from_checkpoint=None if start is None else str(start))
             summary["seconds"] = summary.get("seconds", 0.0) + result.metrics["train_runtime"]
             summary["new_tokens"] = summary.get("new_tokens", 0) + trainer.new_sequences * recipe.data.sequence_length
-            if trainer.stop_signal is not None:
+            if trainer.interrupted:
                 _interrupted(trainer, folder, recipe)
             if not trainer.must_hand_off:
                 break
@@ -105,9 +110,8 @@ def train(
             trainer.accelerator.free_memory()
             model = build_model(recipe, tokenizer)
         # Of the last logged steps; of all, where there were too few to log.
-        if math.isnan(bar.last["loss"]):
-            bar.last = {"loss": result.training_loss, "accuracy": trainer.accuracy()}
-        return _finish(trainer, summary | bar.last, datasets, tokenizer, folder)
+        last = trainer.unlogged() if math.isnan(bar.last["loss"]) else bar.last
+        return _finish(trainer, summary | last, datasets, tokenizer, folder)
 
 
 def _trainer(
@@ -163,6 +167,13 @@ def _match_operator(recipe: Recipe, model: PldrForCausalLM, start: Path | None, 
     return True
 
 
+def source_of(data: DataRecipe, part: str) -> Source:
+    """The documents of a part ("train", "validation" or "test") of a recipe's data."""
+    return Source(
+        getattr(data, part), data.text_column, getattr(data, f"{part}_split"), getattr(data, f"{part}_interval")
+    )
+
+
 def _datasets(recipe: Recipe, tokenizer: Any, process: PartialState) -> dict[str, Any]:
     """
     Raises:
@@ -173,10 +184,9 @@ def _datasets(recipe: Recipe, tokenizer: Any, process: PartialState) -> dict[str
     with process.main_process_first():
         found: dict[str, Any] = {}
         for part in ("train", "validation", "test"):
-            names = getattr(d, part)
-            if not names:
+            if not getattr(d, part):
                 continue
-            source = Source(names, d.text_column, getattr(d, f"{part}_split"), getattr(d, f"{part}_interval"))
+            source = source_of(d, part)
             if part == "train" and d.streaming:
                 found[part] = TokenStream(source, tokenizer, d, seed=recipe.seed, rank=process.process_index,
                                           world_size=process.num_processes)  # fmt: skip
@@ -210,21 +220,7 @@ def _finish(
     broken = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
     if broken:
         raise FloatingPointError(f"the training diverged ({broken[0]} is not finite); {ADVICE}")
-    new_tokens, seconds = summary["new_tokens"], summary["seconds"]
-    result = {
-        # What was done, which a callback may have cut short of what was planned.
-        "steps": trainer.state.global_step,
-        "tokens": trainer.totals["sequences"] * trainer.recipe.data.sequence_length,
-        "left_out_tokens": 0 if trainer.recipe.data.streaming else datasets["train"].facts["left_out_tokens"],
-        "seconds": seconds,
-        "tokens_per_second": new_tokens / seconds,
-        "train_loss": summary["loss"],
-        "train_accuracy": summary["accuracy"],
-    }
-    for part, name in (("validation", "eval"), ("test", "test")):
-        if part in datasets:
-            metrics = trainer.evaluate(datasets[part], metric_key_prefix=name)
-            result |= {f"{part}_{key}": metrics[f"{name}_{key}"] for key in ("loss", "accuracy")}
+    # First of all, so that nothing that happens to an evaluation can cost the model.
     if trainer.is_world_process_zero():
         model.config.use_cache = True  # the Trainer switches it off
         # Files move to their places one by one, the configuration last: until then nothing takes the folder for a model.
@@ -234,6 +230,21 @@ def _finish(
             for file in sorted(Path(partial_folder).iterdir(), key=lambda file: file.name == "config.json"):
                 os.replace(file, folder / file.name)
     trainer.accelerator.wait_for_everyone()
+    new_tokens, seconds = summary.get("new_tokens", 0), summary.get("seconds", 0.0)
+    result = {
+        # What was done, which a callback may have cut short of what was planned.
+        "steps": trainer.state.global_step,
+        "tokens": trainer.totals["sequences"] * trainer.recipe.data.sequence_length,
+        "left_out_tokens": 0 if trainer.recipe.data.streaming else datasets["train"].facts["left_out_tokens"],
+        "seconds": seconds,
+        "tokens_per_second": new_tokens / seconds if seconds else 0.0,
+        "train_loss": summary["loss"],
+        "train_accuracy": summary["accuracy"],
+    }
+    for part, name in (("validation", "eval"), ("test", "test")):
+        if part in datasets:
+            metrics = trainer.evaluate(datasets[part], metric_key_prefix=name)
+            result |= {f"{part}_{key}": metrics[f"{name}_{key}"] for key in ("loss", "accuracy")}
     return result
 
 
@@ -243,8 +254,9 @@ def _tokenizer(recipe: Recipe, folder: Path, process: PartialState) -> Any:
     model_file = folder / "tokenizer.model"
     with process.main_process_first():
         if not model_file.is_file():
-            documents = read_documents(recipe.data.train, recipe.data.text_column, strict=recipe.data.strict)
-            train_sentencepiece(documents, model_file, recipe.data.vocab_size)
+            bad = BadRows(recipe.data.strict)
+            pieces = read_pieces(source_of(recipe.data, "train"), bad, streaming=recipe.data.streaming)
+            train_sentencepiece((piece.text for piece in pieces), model_file, recipe.data.vocab_size)
     return load_tokenizer(model_file)
 
 
@@ -294,29 +306,45 @@ def build_model(recipe: Recipe, tokenizer: Any) -> PldrForCausalLM:
 def _run_folder(output: Path, start: Path | None, process: PartialState) -> Iterator[Path]:
     """The output folder. One that is overwritten is set aside, and comes back if the run leaves nothing to go on from."""
     aside = None
-    made = output  # the first folder of the path that was not there
-    if start is None and process.is_main_process:
-        while not made.parent.exists():
-            made = made.parent
-        if output.is_dir():
-            aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.old-", dir=output.absolute().parent))
-            os.replace(output, aside / output.name)
-        output.mkdir(parents=True)
+    made: list[Path] = []  # folders above it that were not there
+    if process.is_main_process:
+        if start is None:
+            for left in sorted(output.absolute().parent.glob(f".{output.name}.old-*")):
+                _say(f"{left}: what a killed run was to replace; move it back, or delete it")
+            made = [folder for folder in output.absolute().parents if not folder.exists()]
+            if output.is_dir():
+                aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.old-", dir=output.absolute().parent))
+                os.replace(output, aside / output.name)
+            output.mkdir(parents=True)
+        else:
+            files.abandon_newer(start)
     process.wait_for_everyone()
     try:
         yield output
     except BaseException:
-        if start is None and process.is_main_process and not files.checkpoints(output):
-            shutil.rmtree(made)
-            if aside is not None:
-                os.replace(aside / output.name, output)
+        if start is None and process.is_main_process:
+            _discard(output, aside, made)
         raise
-    finally:
+    if aside is not None:
+        shutil.rmtree(aside)
+
+
+def _discard(output: Path, aside: Path | None, made: list[Path]) -> None:
+    """After a failure: remove what nothing can be done with, and bring back what was there before."""
+    if files.checkpoints(output) or (output / "config.json").is_file():
         if aside is not None:
             shutil.rmtree(aside)
+        return
+    shutil.rmtree(output, ignore_errors=True)
+    if aside is not None:
+        os.replace(aside / output.name, output)
+        aside.rmdir()
+    for folder in made:  # innermost first; other runs may be in them by now
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
-def _checkpoint_to_resume(recipe: Recipe, resume: bool | str | os.PathLike[str]) -> Path | None:
+def _checkpoint_to_resume(recipe: Recipe, resume: bool | str | os.PathLike[str], processes: int) -> Path | None:
     """
     Raises:
         ValueError: there is no checkpoint, it is damaged, or the run was another one.
@@ -335,7 +363,18 @@ def _checkpoint_to_resume(recipe: Recipe, resume: bool | str | os.PathLike[str])
             raise ValueError(f"{start}: is not a checkpoint in the output folder {output}")
     files.check(start)
     earlier = json.loads((output / _RECIPE).read_text(encoding="utf-8"))
-    for name, old, new in _differences(earlier, dataclasses.asdict(recipe)):
+    before = earlier.pop("processes", processes)
+    if recipe.data.streaming and before != processes:
+        raise ValueError(
+            f"data.streaming: {output} was begun by {before} processes, which share the stream; use as many"
+        )
+    now = dataclasses.asdict(recipe)
+    # Another number of processes may share the same step in another way.
+    for fields, count in ((earlier, before), (now, processes)):
+        fields["sequences a step"] = (
+            fields["optimization"].pop("batch_size") * fields["optimization"].pop("accumulation") * count
+        )
+    for name, old, new in _differences(earlier, now):
         raise ValueError(
             f"recipe: {name} was {old!r} when {output} was begun and is {new!r} now; a run goes on as it was"
         )
@@ -346,8 +385,10 @@ def _differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any,
     if name in _FREE:
         return
     if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted(old.keys() & new.keys()):  # a key that an earlier version did not know had its default
-            yield from _differences(old[key], new[key], f"{name}.{key}" if name else key)
+        # A key that an earlier version did not know had its default; the model's own fields are only what was written.
+        keys = old.keys() | new.keys() if name == "model.config" else old.keys() & new.keys()
+        for key in sorted(keys):
+            yield from _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
     elif old != new:
         yield name, old, new
 

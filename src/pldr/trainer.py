@@ -32,7 +32,7 @@ _STATE = "run.json"
 def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
     """A recipe in the Trainer's terms."""
     o = recipe.optimization
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         seed=recipe.seed,
         max_steps=o.steps,
@@ -64,6 +64,11 @@ def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         report_to=[name for name in recipe.report_to if name != "tensorboard"] or "none",
         disable_tqdm=True,
     )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = (
+            1  # or the Trainer would spread each batch over all devices (DataParallel) without being asked
+        )
+    return arguments
 
 
 def dag_coefficients(optimization: OptimizationRecipe) -> dict[str, float]:
@@ -112,7 +117,8 @@ class PldrTrainer(Trainer):
     Attributes:
         totals: sums over the run so far: sequences, steps, loss and accuracy (each times steps), skipped steps.
         new_sequences: those of this call alone.
-        stop_signal: set by a signal handler; the run ends after the step, with a checkpoint.
+        stop_signal: set by a signal handler.
+        interrupted: all processes have agreed on a signal; the run ends after the step, with a checkpoint.
         must_hand_off: the run ended, with a checkpoint, where the recipe hands the operator over.
     """
 
@@ -124,6 +130,7 @@ class PldrTrainer(Trainer):
         self.totals = {"sequences": 0, "steps": 0, "loss": 0.0, "accuracy": 0.0, "skipped": 0}
         self.new_sequences = 0
         self.stop_signal: int | None = None
+        self.interrupted = False
         self.must_hand_off = False
         self.dag_coefficients = {name: value for name, value in dag_coefficients(recipe.optimization).items() if value}
         self._staging: Path | None = None  # where a checkpoint is being written
@@ -224,9 +231,7 @@ class PldrTrainer(Trainer):
             raise FloatingPointError(f"the loss became {loss.item()} at {self._where(step, rows)}")
 
     def _where(self, step: int, rows: torch.Tensor) -> str:
-        saved = files.checkpoints(self.folder)
-        last = f"last good checkpoint: {saved[0]}" if saved else "no checkpoint was written yet"
-        return f"step {step} (data rows {', '.join(map(str, rows.tolist()))}); {last}; {ADVICE}"
+        return f"step {step} (data rows {', '.join(map(str, rows.tolist()))}); {self._last_checkpoint()}; {ADVICE}"
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         return [name for name, _ in model.named_parameters()]
@@ -281,20 +286,17 @@ class PldrTrainer(Trainer):
                 sums += torch.stack((outputs.loss, (outputs.accuracy * targets).nan_to_num(), targets)).double()
             loss, correct, targets = self.accelerator.reduce(sums, "sum").tolist()
             if not math.isfinite(loss):
-                saved = files.checkpoints(self.folder)
-                last = f"last good checkpoint: {saved[0]}" if saved else "no checkpoint was written yet"
                 raise FloatingPointError(
-                    f"the held-out loss became {loss} at step {self.state.global_step}; {last}; {ADVICE}"
+                    f"the held-out loss became {loss} at step {self.state.global_step}; {self._last_checkpoint()}; {ADVICE}"
                 )
             metrics = {
                 f"{metric_key_prefix}_loss": loss / targets,
                 f"{metric_key_prefix}_accuracy": correct / targets,
             }
-            whole = self.whole_model()
             passages = rows.full_rows(PROBED)
             extra = {}
-            if whole.config.operator == "learned" and len(passages) >= 2:
-                extra = operator_metrics(whole, passages.to(self.args.device))
+            if self.model.config.operator == "learned" and len(passages) >= 2:
+                extra = operator_metrics(self.whole_model(), passages.to(self.args.device))
         model.train()
         self.log(metrics)
         if extra:
@@ -336,7 +338,11 @@ class PldrTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.check_losses()
+        self._check_weights()
         name = f"checkpoint-{self.state.global_step}"
+        # The mean over processes, which each then goes on from.
+        tr_loss = self.accelerator.reduce(self._tr_loss.clone(), "mean").item()
+        guesses = self.accelerator.reduce(self._guesses.clone(), "mean").tolist()
         self._staging = self.folder / ".partial"
         try:
             if self.is_world_process_zero():
@@ -345,8 +351,8 @@ class PldrTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
             if self.is_world_process_zero():
-                logged = {"tr_loss": self._tr_loss.item(), "last_logged": self._globalstep_last_logged}
-                state = {"totals": self.totals, "guesses": self._guesses.tolist(), **logged}
+                state = {"totals": self.totals, "guesses": guesses, "tr_loss": tr_loss,
+                         "last_logged": self._globalstep_last_logged}  # fmt: skip
                 files.write_json(self._staging / name / _STATE, state)
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
@@ -360,6 +366,22 @@ class PldrTrainer(Trainer):
                 shutil.rmtree(self._staging, ignore_errors=True)
             self._staging = None
         self.accelerator.wait_for_everyone()
+
+    def _check_weights(self) -> None:
+        """
+        Raises:
+            FloatingPointError: a weight is NaN or infinite, on whichever process; such a checkpoint would be no good.
+        """
+        parameters = [getattr(p, "to_local", lambda p=p: p)() for p in self.model.parameters()]
+        finite = torch.stack([torch.isfinite(p).all().to(self.args.device) for p in parameters]).all()
+        if self.accelerator.reduce(finite.float(), "mean") < 1:
+            raise FloatingPointError(
+                f"weights became NaN or infinite by step {self.state.global_step}; {self._last_checkpoint()}; {ADVICE}"
+            )
+
+    def _last_checkpoint(self) -> str:
+        saved = files.checkpoints(self.folder)
+        return f"last good checkpoint: {saved[0]}" if saved else "no checkpoint was written yet"
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The model's tensors and configuration, each rank its own shards."""
@@ -407,6 +429,26 @@ class PldrTrainer(Trainer):
         self._guesses += torch.tensor(state["guesses"], device=self._guesses.device)
         self._tr_loss += state["tr_loss"]
         self._globalstep_last_logged = state["last_logged"]
+
+    def load_finished(self, checkpoint: Path) -> None:
+        """The last checkpoint of a run, whose steps are all done."""
+        self._load_from_checkpoint(str(checkpoint))
+        self._move_model_to_device(self.model, self.args.device)
+        state = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+        self.state.global_step = files.step_of(checkpoint)
+        self._tr_loss = torch.tensor(0.0, device=self.args.device)
+        self.restore_run(checkpoint)
+        self.totals = state["totals"]
+
+    def unlogged(self) -> dict[str, float]:
+        """Loss and accuracy since the last log line; where nothing came after it, those of that line."""
+        steps = self.state.global_step - self._globalstep_last_logged
+        if steps:
+            loss = self.accelerator.reduce(self._tr_loss.clone(), "mean").item() / steps
+            return {"loss": loss, "accuracy": self.accuracy()}
+        lines = map(json.loads, (self.folder / "log.jsonl").read_text(encoding="utf-8").splitlines())
+        *_, last = (line for line in lines if "learning_rate" in line)
+        return {name: last[name] for name in ("loss", "accuracy")}
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         self._start = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
@@ -491,7 +533,9 @@ class _Stops(TrainerCallback):
                 everyone = torch.tensor(stopped, device=args.device)
                 torch.distributed.all_reduce(everyone, torch.distributed.ReduceOp.MAX)
                 stopped = int(everyone)
-                trainer.stop_signal = stopped or None
+                if stopped:  # and a signal that came meanwhile is not forgotten
+                    trainer.stop_signal = stopped
+        trainer.interrupted = bool(stopped)
         if trainer.must_hand_off or stopped:
             control.should_save = control.should_training_stop = True
 
