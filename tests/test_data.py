@@ -133,7 +133,9 @@ class TestReading:
         from pyarrow import parquet
 
         (tmp_path / "set").mkdir()
-        parquet.write_table(pyarrow.table({"text": [f"hub {i}" for i in range(5)]}), tmp_path / "set" / "train-0.parquet")
+        parquet.write_table(
+            pyarrow.table({"text": [f"hub {i}" for i in range(5)]}), tmp_path / "set" / "train-0.parquet"
+        )
         (tmp_path / "a.jsonl").write_bytes(json_lines(f"line {i}" for i in range(6)))
         names = [f"hub:{tmp_path}/set", f"{tmp_path}/a.jsonl"]
         shares = [[p.text for p in read_pieces(Source(names), BadRows(), share=Share(rank, 2))] for rank in range(2)]

@@ -89,7 +89,7 @@ def test_sharded_checkpoints_load_on_another_number_of_processes(write_recipe, t
         assert torch.allclose(tensor, reference[name], atol=1e-4), name
 
     expected = losses(alone.output)
-    with pytest.raises(ValueError, match="sequences a step was 4 .* and is 2 now"):
+    with pytest.raises(ValueError, match=r"sequences a step was 4 .* and is 2 now"):
         train(load_recipe(path), resume=saved[15], progress=False)
     # The same global batch on one process.
     train(load_recipe(path, ["optimization.batch_size=4"]), resume=saved[15], progress=False)

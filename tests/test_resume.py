@@ -91,10 +91,10 @@ def test_older_checkpoints_go_and_the_recipe_must_be_the_same(write_recipe, tmp_
     older = checkpoints(recipe.output)[1]
     train(recipe, resume=older, progress=False)
     # What is newer than the one chosen gets out of the way, and what is written then is kept.
-    assert [step_of(path) for path in checkpoints(recipe.output)][0] == 12
+    assert step_of(checkpoints(recipe.output)[0]) == 12
     assert (Path(recipe.output) / "abandoned-checkpoint-12").is_dir()
     changed = load_recipe(write_recipe(save_steps=3), ["model.config.layer_norm_eps=1e-4"])
-    with pytest.raises(ValueError, match="model.config.layer_norm_eps was None"):
+    with pytest.raises(ValueError, match=r"model.config.layer_norm_eps was None"):
         train(changed, resume=True, progress=False)
     with pytest.raises(ValueError, match="is not a checkpoint in the output folder"):
         train(recipe, resume=tmp_path, progress=False)
@@ -272,7 +272,9 @@ def test_broken_weights_are_no_checkpoint(write_recipe, monkeypatch):  # noqa: F
         return loss
 
     monkeypatch.setattr(PldrTrainer, "training_step", step)
-    with pytest.raises(FloatingPointError, match=r"weights became NaN .* by step 10; last good checkpoint: .*checkpoint-5"):
+    with pytest.raises(
+        FloatingPointError, match=r"weights became NaN .* by step 10; last good checkpoint: .*checkpoint-5"
+    ):
         train(recipe, progress=False)
     assert [step_of(path) for path in checkpoints(recipe.output)] == [5]
 
