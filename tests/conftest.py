@@ -1,6 +1,9 @@
 import os
 from pathlib import Path
 
+# The models of tests are too small to share out among threads, here and in the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 from transformers.utils import logging

@@ -317,13 +317,14 @@ class TestStream:
         assert sorted(first) == sorted(second) == wanted  # also the document that spans two passes' rows
         assert first != second
 
-    def test_consumers_share_the_documents(self, toy_tokenizer, file):
+    def test_consumers_share_the_documents(self, toy_tokenizer, file, monkeypatch):
         _, make = self.stream(toy_tokenizer, file, shuffle_buffer=0)
         texts = list(read_documents([str(file)]))
         for rank in range(3):
             mine = token_ids(toy_tokenizer, texts[rank::3])
             rows = itertools.islice(make(rank=rank, world_size=3), len(mine) // 7)
             assert torch.cat([row["input_ids"] for row in rows]).tolist() == mine[: len(mine) // 7 * 7]
+        monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")  # which would hang a forked worker
         loader = torch.utils.data.DataLoader(make(), batch_size=None, num_workers=2)
         rows = [row["input_ids"].tolist() for row in itertools.islice(loader, 6)]
         halves = [token_ids(toy_tokenizer, texts[worker::2]) for worker in range(2)]

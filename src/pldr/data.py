@@ -688,6 +688,8 @@ class TokenStream(IterableDataset[dict[str, Any]]):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
         workers, worker_id = (worker.num_workers, worker.id) if worker else (1, 0)
+        if worker:  # a forked process has lost the threads of the tokenizer, which would wait for them for ever
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"
         share = Share(self.rank, self.world_size, worker_id, workers)
         tokens = tokenize(self._pieces(share), self.tokenizer)
         for number, row in enumerate(rows_of(tokens, self.recipe.sequence_length, self.recipe.layout)):

@@ -8,7 +8,6 @@ import copy
 import dataclasses
 import json
 import math
-import os
 import statistics
 import subprocess
 import sys
@@ -727,6 +726,5 @@ def reproduce(claim: str, lab: Lab) -> Path:
     """
     if claim not in CLAIMS:
         raise ValueError(f"reproduce: no claim {claim!r}; choose one of {', '.join(CLAIMS)}")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     CLAIMS[claim](lab)
     return lab.folder / "README.md"
