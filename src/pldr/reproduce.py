@@ -69,11 +69,11 @@ SIZES = {
         _recipe(
             {"config": {"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2,
                         "max_position_embeddings": 128, "metric_learner_units": 4, "metric_learner_width": 64}},
-            steps=120, batch_size=8, learning_rate=6e-3, warmup_steps=60, precision="fp32",
+            steps=140, batch_size=16, learning_rate=4e-3, warmup_steps=60, precision="fp32",
         ),
-        seeds=(1, 2), length=64, passages=8,
+        seeds=(1, 2), length=64, passages=32,
         grid=tuple((rate, warmup, units, 2, 64, 1) for rate, warmup, units in
-                   ((1e-3, 60, 4), (6e-3, 60, 4), (6e-3, 60, 8), (3e-2, 5, 4))),
+                   ((1e-3, 60, 4), (8e-3, 60, 8), (3e-2, 5, 4))),
     ),
     "small": Size(
         _recipe(
@@ -491,7 +491,7 @@ def ablation(lab: Lab) -> None:
     healthy = [f"learned-{seed}" for seed in seeds if _healthy(lab.measure(f"learned-{seed}"))]
     if not healthy:
         raise ValueError(
-            "reproduce ablation: every learned run diverged or collapsed; there is no operator to transfer"
+            "reproduce ablation: every learned run diverged or collapsed; there is no operator to transfer; try a larger --size"
         )
     source = lab.load(healthy[0])
     assert source is not None
