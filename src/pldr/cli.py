@@ -214,10 +214,9 @@ def freeze(
     check_output(destination, overwrite=overwrite)
     texts = list(prompt or [])
     if prompts_file is not None:
-        try:
-            texts += [line for line in prompts_file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{prompts_file}: not valid UTF-8 at byte {error.start}") from None
+        from pldr.data import read_text
+
+        texts += [line for line in read_text(prompts_file).splitlines() if line.strip()]
     if bool(texts) == (g_lm is not None):
         raise ValueError("pass either --prompt / --prompts-file (with some text) or --g-lm")
     import torch
@@ -505,6 +504,108 @@ def reproduce(
         lab = Lab(SIZES[size], output / name, output / "runs", dict(data), parallel, model or STORIES, device,
                   say=_report, command=f"pldr {' '.join(sys.argv[1:])}")  # fmt: skip
         typer.echo(reproduce(name, lab))
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option("--tasks", help="Tasks of lm-evaluation-harness, comma-separated; may be repeated."),
+    ] = None,
+    suite: Annotated[
+        str | None, typer.Option(help="paper: the eight benchmarks of the paper, and their average.")
+    ] = None,
+    perplexity: Annotated[
+        list[Path] | None, typer.Option(help="Text file to measure perplexity on; may be repeated.")
+    ] = None,
+    operator: Annotated[str, typer.Option(help="Where G_LM comes from: frozen, cached or learned.")] = "frozen",
+    compare: Annotated[bool, typer.Option("--compare", help="Run all three, and compare every answer.")] = False,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Folder with the benchmarks' published files, in place of the hub.")
+    ] = None,
+    limit: Annotated[float | None, typer.Option(help="Questions of each task; below 1, their share.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="Examples before each question.")] = None,
+    batch_size: Annotated[str, typer.Option(help="Sequences of a batch, or auto.")] = "auto",
+    stride: Annotated[int | None, typer.Option(help="Of the perplexity's window; half the context by default.")] = None,
+    calibration: Annotated[
+        list[str] | None, typer.Option(help="Text that G_LM is frozen from; else what comes with the package.")
+    ] = None,
+    text_column: Annotated[str, typer.Option(help="Of that text, if it has columns.")] = "text",
+    threshold: Annotated[float, typer.Option(help="Nats by which modes may differ without a warning.")] = 0.01,
+    tokenizer: Tokenizer = None,
+    rope: Rope = None,
+    g_lm: OperatorFile = None,
+    device: Annotated[str, typer.Option(help="Where to run, for example cpu or cuda.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto: as it is stored.")] = "float32",
+    as_json: AsJson = False,
+) -> None:
+    """Benchmarks and perplexity of a model, with G_LM frozen, cached or computed anew."""
+    from pldr.benchmarks import SUITES
+
+    names = [name.strip() for part in tasks or [] for name in part.split(",") if name.strip()]
+    if suite is not None and suite not in SUITES:
+        raise ValueError(f"--suite: must be one of {', '.join(SUITES)}, got {suite!r}")
+    names += [name for name in SUITES[suite] if name not in names] if suite is not None else []
+    if not names and not perplexity:
+        raise ValueError("eval: name --tasks, a --suite, or text for --perplexity")
+    if limit is not None and not limit > 0:
+        raise ValueError(f"--limit: must be positive, got {limit}")
+    if num_fewshot is not None and num_fewshot < 0:
+        raise ValueError(f"--num-fewshot: must be 0 or more, got {num_fewshot}")
+    if data_dir is not None and not data_dir.is_dir():
+        raise ValueError(f"--data-dir: {data_dir} is not a folder")
+    from pldr.data import read_text
+
+    texts = {str(file): read_text(file) for file in perplexity or []}
+    if names:
+        _require("eval", "lm_eval")
+    loaded, text_tokenizer = _load(model, tokenizer, device=device, dtype=dtype, rope=rope, g_lm=g_lm)
+    from pldr.report import print_evaluation
+    from pldr.scoring import OPERATOR_MODES, Scorer, evaluate_texts, mode_disagreement, read_calibration
+
+    is_learned = loaded.config.operator == "learned"
+    if compare and not is_learned:
+        raise ValueError("--compare: this model's operator is constant, so that frozen is its only mode")
+    passages = None
+    if is_learned:
+        context = loaded.config.max_position_embeddings
+        passages = read_calibration(text_tokenizer, context, calibration, text_column).to(device)
+    modes = OPERATOR_MODES if compare else (operator,)
+    for mode in modes:  # what is wrong about them is said before any work
+        Scorer(loaded, mode, calibration=passages, batch_size=batch_size)
+    report: dict[str, Any] = {
+        "model": str(model), "operator": loaded.config.operator, "modes": list(modes), "device": device, "dtype": dtype,
+        "calibration": calibration or "comes with the package", "disagreement": 0.0, "tasks": {},
+    }  # fmt: skip
+    if names:
+        from pldr.evaluate import evaluate as run
+        from pldr.evaluate import load_tasks, suite_report
+
+        found = load_tasks(names, data_dir=data_dir, num_fewshot=num_fewshot)
+    if passages is not None:
+        report["disagreement"] = mode_disagreement(loaded, passages)
+    if names:
+        report |= run(
+            loaded, text_tokenizer, found, modes=modes, calibration=passages, batch_size=batch_size, limit=limit
+        )
+        if suite is not None:
+            report["suite"] = suite_report(report, suite)
+    if texts:
+        report["texts"] = evaluate_texts(
+            loaded, text_tokenizer, texts, modes=modes, calibration=passages, batch_size=batch_size, stride=stride
+        )
+    largest = [value for task in report["tasks"].values() for value in task["largest"].values()]
+    report["disagreement"] = max([report["disagreement"], *largest])
+    if report["disagreement"] > threshold:
+        _report(
+            f"warning: where G_LM comes from moves a log-likelihood by {report['disagreement']:.2g} nats, more than "
+            f"{threshold:g}; a learned G_LM sees the tokens it scores, compare models with --operator frozen"
+        )
+    if as_json:
+        _print_json(report)
+    else:
+        print_evaluation(report)
 
 
 @app.command()

@@ -499,6 +499,19 @@ def rows_of(tokens: Iterable[tuple[np.ndarray, bool]], length: int, layout: str)
         yield np.concatenate(held)
 
 
+def read_text(file: str | os.PathLike[str]) -> str:
+    """The text of one file.
+
+    Raises:
+        OSError: it can not be read.
+        ValueError: it is not valid UTF-8.
+    """
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not valid UTF-8 at byte {error.start}") from None
+
+
 def read_passages(source: Source, tokenizer: Any, length: int, count: int, *, streaming: bool = False) -> torch.Tensor:
     """The first full rows of a source, packed: [count or less, length], int64.
 

@@ -1,0 +1,369 @@
+"""Zero-shot evaluation on lm-evaluation-harness: PLDR-LLMs as a model of the harness, and comparison of operator modes.
+
+What the modes mean is in `pldr.scoring`. Importing this module registers the model "pldr" with the harness.
+"""
+
+import difflib
+import json
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import datasets
+import lm_eval.models  # noqa: F401 (the harness registers its own models only where there is none)
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.evaluator import evaluate as run_harness
+from lm_eval.tasks import TaskManager
+
+from pldr.benchmarks import LAYOUTS, SUITES, read_benchmark, suite_averages
+from pldr.convert import load_model
+from pldr.modeling_pldr import PldrForCausalLM
+from pldr.scoring import Scorer, progress, read_calibration, windows
+from pldr.tokenizer import check_vocabulary, load_tokenizer
+
+# The harness's settings for the parts of a data set, and their names in `pldr.benchmarks`.
+_SPLITS = {"training_split": "train", "validation_split": "validation", "test_split": "test"}
+# The harness draws few-shot examples with this seed.
+_FEW_SHOT_SEED = 1234
+
+
+@register_model("pldr")
+class PldrLM(TemplateLM):
+    """A PLDR-LLM as a model of lm-evaluation-harness.
+
+    Args:
+        pretrained: folder in any layout, `.pth` file, or a model.
+        operator: "frozen" (default), "cached" or "learned"; a constant operator is always "frozen".
+        calibration: text file or pattern that a learned operator is frozen from; by default what comes with the package.
+        tokenizer: folder or SentencePiece file, if not in the model folder, or a tokenizer.
+        batch_size: sequences of a batch; "auto" fills batches by their number of tokens.
+        max_batch_size: taken for the harness's sake; "auto" has no need of it.
+        device: a GPU if there is one, else the CPU, which also stands in for the "cuda:0" that the harness asks for unless
+            told otherwise.
+        dtype: "float32" (default), "bfloat16" or "auto".
+        rope, g_lm: see `pldr.load_model` (`rope_pairing`, `G_LM`).
+
+    Raises:
+        ValueError: an unknown mode, a batch size that is no number, or a tokenizer of another vocabulary.
+    """
+
+    backend = "causal"
+
+    def __init__(
+        self,
+        pretrained: str | Path | PldrForCausalLM,
+        operator: str = "frozen",
+        calibration: str | torch.Tensor | None = None,
+        tokenizer: Any = None,
+        batch_size: int | str = "auto",
+        max_batch_size: int | str | None = None,
+        device: str | None = None,
+        dtype: str = "float32",
+        rope: str | None = None,
+        g_lm: str | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(pretrained, PldrForCausalLM):
+            model = pretrained
+        else:
+            if not device or (device.startswith("cuda") and not torch.cuda.is_available()):
+                device = "cuda" if torch.cuda.is_available() else "cpu"
+            model = load_model(pretrained, dtype=dtype, device=device, rope_pairing=rope, G_LM=g_lm)
+            tokenizer = tokenizer or (pretrained if Path(pretrained).is_dir() else Path(pretrained).parent)
+        self.tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, (str, Path)) else tokenizer
+        check_vocabulary(self.tokenizer, model.config.vocab_size)
+        if model.config.operator == "learned" and operator == "frozen" and not isinstance(calibration, torch.Tensor):
+            calibration = read_calibration(
+                self.tokenizer, model.config.max_position_embeddings, [calibration] if calibration else None
+            )
+        self.scorer = Scorer(
+            model, operator, calibration=calibration if isinstance(calibration, torch.Tensor) else None,
+            batch_size=str(batch_size).split(":")[0],
+        )  # fmt: skip
+        self._device = self.scorer.model.device
+
+    @property
+    def eot_token_id(self) -> int:
+        """[END]; it also stands before a text without context, as it stands between the documents of the training."""
+        return self.tokenizer.eos_token_id
+
+    @property
+    def max_length(self) -> int:
+        return self.scorer.max_length
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.tokenizer.name_or_path.replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Without special tokens, as in training."""
+        return self.tokenizer.encode(string, add_special_tokens=False)
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        return super().loglikelihood(requests, disable_tqdm=True)  # of its bar for the tokenizer, which takes no time
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        for texts, _, continuation in requests:
+            if not continuation:
+                raise ValueError(
+                    f"eval: the continuation {texts[1]!r} has no token of its own; its task can not be scored"
+                )
+        with progress(f"log-likelihoods, {self.scorer.operator}", len(requests)) as done:
+            scores = self.scorer.score([(context, continuation) for _, context, continuation in requests], done=done)
+        for (texts, _, _), score in zip(requests, scores, strict=True):
+            self.cache_hook.add_partial("loglikelihood", texts, tuple(score))
+        return [(score.log_likelihood, score.is_greedy) for score in scores]
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Of whole texts, in windows of the model's context that do not overlap."""
+        pairs, owners = [], []
+        for owner, request in enumerate(requests):
+            found = list(windows(self.tok_encode(request.args[0]), self.eot_token_id, self.max_length, self.max_length))
+            pairs += found
+            owners += [owner] * len(found)
+        with progress(f"log-likelihoods, {self.scorer.operator}", len(pairs), disable=disable_tqdm) as done:
+            scores = self.scorer.score(pairs, done=done)
+        totals = [0.0] * len(requests)
+        for owner, score in zip(owners, scores, strict=True):
+            totals[owner] += score.log_likelihood
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Continuations up to a stop string; batches of one length, so that no prompt is padded."""
+        groups: dict[tuple[str, int], list[tuple[int, list[int]]]] = defaultdict(list)
+        for index, request in enumerate(requests):
+            context, settings = request.args
+            room = self.max_length - settings.get("max_gen_toks", 256)
+            if room < 1:
+                raise ValueError(
+                    f"eval: this task generates up to {settings['max_gen_toks']} tokens, the model's context is "
+                    f"{self.max_length}; lower max_gen_toks"
+                )
+            ids = self.tok_encode(context)[-room:] or [self.eot_token_id]
+            groups[json.dumps(settings, sort_keys=True), len(ids)].append((index, ids))
+        texts: dict[int, str] = {}
+        with progress(f"texts, {self.scorer.operator}", len(requests), disable=disable_tqdm) as done:
+            for (settings_text, length), members in groups.items():
+                for batch in self.scorer.batches(members, 2 * length):
+                    found = self._generate([ids for _, ids in batch], json.loads(settings_text))
+                    texts |= {index: text for (index, _), text in zip(batch, found, strict=True)}
+                    done(len(batch))
+        for index, request in enumerate(requests):
+            self.cache_hook.add_partial("generate_until", request.args, texts[index])
+        return [texts[index] for index in range(len(requests))]
+
+    def _generate(self, prompts: list[list[int]], settings: dict[str, Any]) -> list[str]:
+        """Of prompts of one length, with the harness's settings."""
+        until = settings.pop("until", None) or []
+        until = [until] if isinstance(until, str) else until
+        sampling = settings.pop("do_sample", bool(settings.get("temperature")))
+        if not sampling:
+            settings = {
+                name: value for name, value in settings.items() if name not in ("temperature", "top_p", "top_k")
+            }
+        keep = self.scorer.operator != "learned"
+        ids = torch.tensor(prompts, device=self.device)
+        found = self.scorer.model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=settings.pop("max_gen_toks", 256),
+            do_sample=sampling, use_cache=keep, use_g_cache=keep, stop_strings=until or None, tokenizer=self.tokenizer,
+            pad_token_id=self.tokenizer.pad_token_id, eos_token_id=self.eot_token_id, **settings,
+        )  # fmt: skip
+        texts = []
+        for row in found.tolist():
+            before, whole = (
+                self.tokenizer.decode(part, skip_special_tokens=True) for part in (row[: ids.shape[1]], row)
+            )
+            text = whole[len(before) :]
+            texts.append(text[: min((text.find(stop) for stop in until if stop in text), default=len(text))])
+        return texts
+
+
+# --- tasks ----------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _task_manager() -> TaskManager:
+    """The harness's index of its tasks; it takes seconds to make."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    return TaskManager()
+
+
+def load_tasks(
+    names: Sequence[str], *, data_dir: str | Path | None = None, num_fewshot: int | None = None
+) -> dict[str, Any]:
+    """The harness's tasks, with their data.
+
+    Args:
+        names: of tasks, groups or tags of the harness, or YAML files.
+        data_dir: folder with the benchmarks' published files (`pldr.benchmarks`); by default data sets come from the hub.
+        num_fewshot: examples before each question; what the task says by default.
+
+    Raises:
+        ValueError: an unknown name (the message suggests the nearest), or data that can not be had or read.
+        FileNotFoundError: a file of `data_dir` is missing.
+    """
+    manager = _task_manager()
+    specs: list[Any] = []
+    for name in names:
+        if name not in manager.all_tasks and not Path(name).is_file():
+            near = difflib.get_close_matches(name, manager.all_tasks, n=3)
+            raise ValueError(f"eval: no task {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+        if data_dir is None:
+            specs.append(name)
+        else:
+            splits = read_benchmark(name, Path(data_dir), few_shot=bool(num_fewshot))
+            found = {split: datasets.Dataset.from_list(rows) for split, rows in splits.items()}
+            local = {"task": name, "custom_dataset": lambda found=found, **_: found}
+            local |= {key: split if split in found else None for key, split in _SPLITS.items()}
+            # Only as a member of a group does the harness take a task of its own with another source of data.
+            specs.append({"group": "local", "task": [local]})
+    loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
+    for name, spec in zip(names, specs, strict=True):
+        try:
+            part: dict[str, Any] = dict(manager.load([spec]))
+            if data_dir is not None:
+                part = {"tasks": part["tasks"]}
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"eval: {name}: could not be loaded ({type(error).__name__}: {reason}){_hint(name)}"
+            ) from error
+        for kind, items in loaded.items():
+            items |= part.get(kind, {})
+    for name, task in loaded["tasks"].items():
+        if num_fewshot is not None and task.get_config("num_fewshot") != 0:
+            task.set_config(key="num_fewshot", value=num_fewshot)
+        elif task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=_FEW_SHOT_SEED)
+        if not len(task.eval_docs):
+            raise ValueError(f"eval: {name} has no question to ask")
+    return loaded
+
+
+def _hint(name: str) -> str:
+    layout = LAYOUTS.get(name)
+    if layout is None:
+        return ""
+    files = " and ".join(f"DIR/{layout.folder}/{file}" for file in next(iter(layout.splits.values())))
+    return f"; without the hub, --data-dir DIR takes {files}"
+
+
+# --- evaluation -----------------------------------------------------------------------------------------------------
+
+
+def evaluate(
+    model: PldrForCausalLM,
+    tokenizer: Any,
+    tasks: dict[str, Any],
+    *,
+    modes: Sequence[str] = ("frozen",),
+    calibration: torch.Tensor | None = None,
+    batch_size: int | str = "auto",
+    limit: int | float | None = None,
+) -> dict[str, Any]:
+    """Run tasks in each mode, and compare the modes with the first.
+
+    Args:
+        model, tokenizer: of one checkpoint.
+        tasks: of `load_tasks`.
+        modes: of `OPERATOR_MODES`.
+        calibration: [C, T], what a learned operator is frozen from; by default passages that come with the package.
+        batch_size: see `PldrLM`.
+        limit: questions of each task, the first ones; below 1, their share.
+
+    Returns:
+        "modes"; "tasks": by name "questions", "num_fewshot", "scores" (by mode: each metric and its standard error) and,
+        against the first mode, "differ" (by mode: questions with another answer) and "largest" (by mode: difference of
+        one log-likelihood, nats); "groups": "scores" alone; "seconds" by mode.
+
+    Raises:
+        ValueError: see `PldrLM`; `limit` is not positive.
+    """
+    if limit is not None and not limit > 0:
+        raise ValueError(f"limit: must be positive, got {limit}")
+    if calibration is None and model.config.operator == "learned":
+        calibration = read_calibration(tokenizer, model.config.max_position_embeddings)
+    report: dict[str, Any] = {"modes": list(modes), "tasks": {}, "groups": {}, "seconds": {}}
+    samples: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for mode in modes:
+        lm = PldrLM(model, mode, calibration, tokenizer, batch_size)
+        start = time.perf_counter()
+        found = run_harness(lm, tasks, limit=limit, bootstrap_iters=1000)
+        report["seconds"][mode] = time.perf_counter() - start
+        samples[mode] = found["samples"]
+        for name, metrics in found["results"].items():
+            kind = "tasks" if name in tasks["tasks"] else "groups"
+            entry = report[kind].setdefault(name, {"scores": {}})
+            entry["scores"][mode] = _metrics(metrics)
+            if kind == "tasks":
+                entry |= {"questions": found["n-samples"][name]["effective"], "num_fewshot": found["n-shot"][name]}
+    for name, entry in report["tasks"].items():
+        entry |= {"differ": {}, "largest": {}}
+        for mode in modes[1:]:
+            differ, largest = _differences(samples[modes[0]][name], samples[mode][name])
+            entry["differ"][mode], entry["largest"][mode] = differ, largest
+    return report
+
+
+def suite_report(report: dict[str, Any], suite: str) -> dict[str, Any]:
+    """Of a suite: the metric that counts of each task, and the averages, by mode."""
+    found: dict[str, Any] = {"metrics": SUITES[suite], "scores": {}, "averages": {}}
+    for mode in report["modes"]:
+        scores = {task: report["tasks"][task]["scores"][mode][metric] for task, metric in SUITES[suite].items()}
+        found["scores"][mode] = scores
+        found["averages"][mode] = suite_averages(scores)
+    return found
+
+
+def _metrics(found: dict[str, Any]) -> dict[str, float]:
+    """The numbers among a task's results; "none" is the harness's name of no filter."""
+    return {
+        name.removesuffix(",none").replace(",", ", "): float(value)
+        for name, value in found.items()
+        if "," in name and isinstance(value, (int, float))
+    }
+
+
+def _differences(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> tuple[int, float]:
+    """Questions with another answer, and the largest difference of a log-likelihood."""
+    differ: set[int] = set()
+    largest = 0.0
+    for before, after in zip(one, other, strict=True):
+        first, second = (_answer(sample) for sample in (before, after))
+        if first != second:
+            differ.add(before["doc_id"])
+        for a, b in zip(_log_likelihoods(before), _log_likelihoods(after), strict=True):
+            largest = max(largest, abs(a - b))
+    return len(differ), largest
+
+
+def _log_likelihoods(sample: dict[str, Any]) -> list[float]:
+    """Of each continuation, or of the whole text; none where the task generates."""
+    found = [responses[0] for responses in sample["resps"]]
+    return [response[0] if isinstance(response, (list, tuple)) else response for response in found
+            if not isinstance(response, str)]  # fmt: skip
+
+
+def _answer(sample: dict[str, Any]) -> Any:
+    """What the model answered: its choice, by log-likelihood and by that a byte of the choice; or its text."""
+    found = [responses[0] for responses in sample["resps"]]
+    if isinstance(found[0], str):
+        return found
+    values = _log_likelihoods(sample)
+    if len(values) == 1:
+        return found[0][1] if isinstance(found[0], (list, tuple)) else None  # whether it is greedy; of a text, nothing
+    lengths = [len(arguments[1]) or 1 for arguments in sample["arguments"]]
+    per_length = [value / length for value, length in zip(values, lengths, strict=True)]
+    return values.index(max(values)), per_length.index(max(per_length))

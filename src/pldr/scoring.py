@@ -1,0 +1,353 @@
+"""Log-likelihoods of continuations, and perplexity, with G_LM computed anew, cached or frozen.
+
+The mode decides what G_LM may see, and so what a score means:
+
+- "learned": G_LM is computed from context and continuation together, as in training. It looks at the very tokens whose
+  probability is asked for.
+- "cached": G_LM is computed from the context and kept, as when generating with a G-cache.
+- "frozen": G_LM is a constant, from calibration passages or from training; it sees nothing of what is scored.
+
+Sequences of one batch have one length, so that no score depends on padding. In the last two modes continuations of the
+same context share one forward of it.
+"""
+
+import contextlib
+import copy
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from pldr.cache import make_cache
+from pldr.data import Source, read_passages
+from pldr.modeling_pldr import PldrForCausalLM
+from pldr.operator import freeze
+from pldr.shipped import HELD_OUT
+
+OPERATOR_MODES = ("learned", "cached", "frozen")
+# Passages that G_LM is frozen from, and their most tokens, if nothing else is said.
+_CALIBRATION_PASSAGES, _CALIBRATION_LENGTH = 4, 512
+# Tokens of a batch if its size is not given: what keeps two cores, or a large GPU, busy.
+_BATCH_TOKENS = {"cpu": 2048, "cuda": 65_536}
+
+
+class Score(NamedTuple):
+    """Of a continuation: its log-likelihood in nats, and whether greedy decoding would give it."""
+
+    log_likelihood: float
+    is_greedy: bool
+
+
+class Pair(NamedTuple):
+    """Token ids of a context, at least one, and of its continuation, at least one."""
+
+    context: tuple[int, ...]
+    continuation: tuple[int, ...]
+
+
+class Scorer:
+    """A model in one operator mode.
+
+    Args:
+        model: in float32, float16 or bfloat16; its own dtype is used, and log-softmax in float32.
+        operator: "learned", "cached" or "frozen".
+        calibration: [C, T], what a learned operator is frozen from (the mean over C); for "frozen" only.
+        batch_size: sequences of a batch; "auto": as many as fit into some 2,000 tokens on a CPU, 65,000 on a GPU.
+
+    Raises:
+        ValueError: another mode; a constant operator in a mode that needs a learned one; no calibration passages; a batch
+            size that is no positive number.
+    """
+
+    def __init__(
+        self,
+        model: PldrForCausalLM,
+        operator: str,
+        *,
+        calibration: torch.Tensor | None = None,
+        batch_size: int | str = "auto",
+    ) -> None:
+        if operator not in OPERATOR_MODES:
+            raise ValueError(f"operator: must be one of {', '.join(OPERATOR_MODES)}, got {operator!r}")
+        if batch_size != "auto" and not (str(batch_size).isdecimal() and int(batch_size) > 0):
+            raise ValueError(f"batch_size: must be a positive number or auto, got {batch_size!r}")
+        if model.config.operator != "learned" and operator != "frozen":
+            raise ValueError(f"operator: {operator} needs a learned operator; this model's is constant: frozen")
+        if model.config.operator == "learned" and operator == "frozen":
+            if calibration is None or not len(calibration):
+                raise ValueError("calibration: no passages to freeze G_LM from")
+            model = freeze(copy.deepcopy(model), calibration.to(model.device))
+        self.model = model.eval()
+        self.operator = operator
+        self.batch_size = None if batch_size == "auto" else int(batch_size)
+
+    @property
+    def max_length(self) -> int:
+        return self.model.config.max_position_embeddings
+
+    def batches(self, items: Sequence[Any], tokens: int) -> Iterator[Sequence[Any]]:
+        """Cut items of so many tokens each into batches."""
+        budget = _BATCH_TOKENS["cpu" if self.model.device.type == "cpu" else "cuda"]
+        size = self.batch_size or max(1, budget // tokens)
+        for start in range(0, len(items), size):
+            yield items[start : start + size]
+
+    @torch.inference_mode()
+    def score(
+        self,
+        pairs: Iterable[tuple[Sequence[int], Sequence[int]]],
+        *,
+        done: Callable[[int], object] = lambda count: None,
+    ) -> list[Score]:
+        """Log-likelihood of each continuation after its context.
+
+        Args:
+            pairs: contexts and continuations, token ids. Of a context too long for the model the last tokens count.
+            done: called with the number of pairs scored since the last call.
+
+        Raises:
+            ValueError: an empty context or continuation, or a continuation longer than the model's context.
+        """
+        fitted = [self._fit(tuple(context), tuple(continuation)) for context, continuation in pairs]
+        scores: dict[int, Score] = {}
+        for found in self._score_whole(fitted) if self.operator == "learned" else self._score_shared(fitted):
+            scores |= found
+            done(len(found))
+        return [scores[index] for index in range(len(fitted))]
+
+    def _fit(self, context: tuple[int, ...], continuation: tuple[int, ...]) -> Pair:
+        if not context or not continuation:
+            raise ValueError("pairs: a context and a continuation need at least one token each")
+        # The last token is only predicted, never read.
+        room = self.max_length + 1 - len(continuation)
+        if room < 1:
+            raise ValueError(
+                f"pairs: a continuation of {len(continuation)} tokens is longer than the context of {self.max_length}"
+            )
+        return Pair(context[-room:], continuation)
+
+    def _score_whole(self, pairs: list[Pair]) -> Iterator[dict[int, Score]]:
+        """One forward of context and continuation, batches of one length, longest first."""
+        by_length: dict[int, list[int]] = defaultdict(list)
+        for index, pair in enumerate(pairs):
+            by_length[len(pair.context) + len(pair.continuation) - 1].append(index)
+        for length, indices in sorted(by_length.items(), reverse=True):
+            indices.sort(key=lambda index: len(pairs[index].continuation))  # the head works on the longest's positions
+            for batch in self.batches(indices, length):
+                ids = self._tensor([[*pairs[i].context, *pairs[i].continuation[:-1]] for i in batch])
+                keep = max(len(pairs[index].continuation) for index in batch)
+                logits = self.model(ids, use_cache=False, logits_to_keep=keep).logits
+                yield {
+                    index: _score(row[-len(pairs[index].continuation) :].float(), pairs[index].continuation)
+                    for index, row in zip(batch, logits, strict=True)
+                }
+
+    def _score_shared(self, pairs: list[Pair]) -> Iterator[dict[int, Score]]:
+        """One forward of each context, then one of the continuations of a batch of contexts of one length."""
+        by_context: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for index, pair in enumerate(pairs):
+            by_context[pair.context].append(index)
+        by_length: dict[int, list[tuple[int, ...]]] = defaultdict(list)
+        for context in by_context:
+            by_length[len(context)].append(context)
+        for length, contexts in sorted(by_length.items(), reverse=True):
+            for batch in self.batches(contexts, length):
+                cache: Any = make_cache(self.model.config)
+                first = self.model(self._tensor(batch), past_key_values=cache, logits_to_keep=1).logits
+                members = [(row, index) for row, context in enumerate(batch) for index in by_context[context]]
+                members.sort(key=lambda member: -len(pairs[member[1]].continuation))
+                longest = len(pairs[members[0][1]].continuation)
+                for part in self.batches(members, length + longest):
+                    rows = torch.tensor([row for row, _ in part], device=first.device)
+                    rest = self._continue(cache, rows, [pairs[index].continuation for _, index in part])
+                    logits = torch.cat((first[rows], rest), 1).float()
+                    yield {
+                        index: _score(row[: len(pairs[index].continuation)], pairs[index].continuation)
+                        for (_, index), row in zip(part, logits, strict=True)
+                    }
+
+    def _continue(self, cache: Any, rows: torch.Tensor, continuations: list[tuple[int, ...]]) -> torch.Tensor:
+        """Logits behind each token but the last of continuations, [B, longest - 1, V], each after its row of the cache.
+
+        Shorter ones are filled up at their end, where nothing earlier can see it.
+        """
+        longest = max(map(len, continuations))
+        if longest == 1:
+            return torch.empty(len(rows), 0, self.model.config.vocab_size, device=rows.device)
+        branch = copy.copy(cache)
+        branch.layers = [copy.copy(layer) for layer in cache.layers]
+        branch.batch_select_indices(rows)
+        ids = self._tensor([[*ids[:-1], *[0] * (longest - len(ids))] for ids in continuations])
+        return self.model(ids, past_key_values=branch).logits
+
+    def _tensor(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+        return torch.tensor(rows, device=self.model.device)
+
+
+def _score(logits: torch.Tensor, continuation: Sequence[int]) -> Score:
+    """Of logits [T, V] for a continuation of T tokens."""
+    ids = torch.tensor(continuation, device=logits.device)
+    chosen = logits.log_softmax(-1).gather(1, ids[:, None])
+    return Score(float(chosen.double().sum()), bool((logits.argmax(-1) == ids).all()))
+
+
+def read_calibration(
+    tokenizer: Any, context: int, files: Sequence[str] | None = None, text_column: str = "text"
+) -> torch.Tensor:
+    """Passages to freeze G_LM from, [C, T]: of these files, or of the excerpts that come with the package.
+
+    Raises:
+        ValueError, FileNotFoundError: see `pldr.data.read_passages`.
+    """
+    source = Source(list(files), text_column) if files else Source([str(HELD_OUT)])
+    return read_passages(source, tokenizer, min(_CALIBRATION_LENGTH, context), _CALIBRATION_PASSAGES)
+
+
+def mode_disagreement(model: PldrForCausalLM, passages: torch.Tensor) -> float:
+    """How much the log-likelihood of one continuation depends on the mode: at most, over these passages, in nats.
+
+    The 32 tokens behind each passage's middle are scored after what stands before them. A quick look before scores are
+    believed; `pldr certify` is the thorough one.
+
+    Args:
+        model: with a learned operator.
+        passages: [C, T], T ≥ 4; G_LM is frozen from them too.
+    """
+    middle = passages.shape[1] // 2
+    pairs = [(row[:middle], row[middle : middle + 32]) for row in passages.tolist()]
+    found = [
+        [score.log_likelihood for score in Scorer(model, mode, calibration=passages).score(pairs)]
+        for mode in OPERATOR_MODES
+    ]
+    values = torch.tensor(found, dtype=torch.float64)
+    return float((values.amax(0) - values.amin(0)).max())
+
+
+@contextlib.contextmanager
+def progress(title: str, total: int, *, disable: bool = False) -> Iterator[Callable[[int], None]]:
+    """A bar on standard error, and what moves it on."""
+    with Progress(console=Console(stderr=True), transient=True, disable=disable) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+class Perplexity(NamedTuple):
+    """Of a text.
+
+    Attributes:
+        tokens: that were scored, all but none.
+        nats_per_token: mean negative log-likelihood.
+        bits_per_byte: total over the UTF-8 bytes of the text.
+        word_perplexity: exp of the total over `words`.
+        words: separated by white space, and one more a line for its end, as WikiText counts.
+    """
+
+    tokens: int
+    nats_per_token: float
+    bits_per_byte: float
+    word_perplexity: float
+    words: int
+
+    @property
+    def perplexity(self) -> float:
+        """Of a token."""
+        return math.exp(self.nats_per_token)
+
+
+def windows(ids: Sequence[int], prefix: int, length: int, stride: int) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
+    """Contexts and continuations of a sliding window: every token is scored once.
+
+    Args:
+        ids: of the text.
+        prefix: token that stands before the text.
+        length: most tokens that the model reads at once, L.
+        stride: tokens scored a window S, in [1, L]: after the first window, which scores L tokens behind `prefix`, each
+            has L + 1 - S tokens of context.
+    """
+    if ids:
+        yield [prefix], ids[:length]
+    for start in range(length, len(ids), stride):
+        yield ids[start - (length + 1 - stride) : start], ids[start : start + stride]
+
+
+def perplexity(
+    scorer: Scorer,
+    tokenizer: Any,
+    text: str,
+    *,
+    length: int | None = None,
+    stride: int | None = None,
+    title: str | None = None,
+) -> Perplexity:
+    """Perplexity of a text under a sliding window. [END], which ends a document in training, stands before it.
+
+    Args:
+        scorer: model and operator mode.
+        tokenizer: of the model.
+        text: of one file.
+        length: of the window; the model's context by default.
+        stride: tokens by which it moves; half the window by default.
+        title: of a progress bar on standard error; none by default.
+
+    Raises:
+        ValueError: an empty text, or a window or stride outside its range.
+    """
+    length = scorer.max_length if length is None else length
+    stride = max(1, length // 2) if stride is None else stride
+    if not 1 <= length <= scorer.max_length:
+        raise ValueError(f"length: must be between 1 and the context of {scorer.max_length}, got {length}")
+    if not 1 <= stride <= length:
+        raise ValueError(f"stride: must be between 1 and the window of {length} tokens, got {stride}")
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise ValueError("perplexity: the text is empty")
+    pairs = list(windows(ids, tokenizer.eos_token_id, length, stride))
+    with progress(title or "", len(pairs), disable=title is None) as done:
+        scores = scorer.score(pairs, done=done)
+    nats = -math.fsum(score.log_likelihood for score in scores)
+    words = len(text.split()) + len(text.splitlines())
+    return Perplexity(
+        tokens=len(ids),
+        nats_per_token=nats / len(ids),
+        bits_per_byte=nats / math.log(2) / len(text.encode()),
+        word_perplexity=math.exp(min(nats / words, 700.0)),
+        words=words,
+    )
+
+
+def evaluate_texts(
+    model: PldrForCausalLM,
+    tokenizer: Any,
+    texts: dict[str, str],
+    *,
+    modes: Sequence[str] = ("frozen",),
+    calibration: torch.Tensor | None = None,
+    batch_size: int | str = "auto",
+    stride: int | None = None,
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Perplexity of texts in each mode, with a progress bar.
+
+    Args:
+        texts: by name.
+        the others: see `Scorer` and `perplexity`.
+
+    Returns:
+        By text and mode: the fields of `Perplexity`, and "perplexity".
+
+    Raises:
+        ValueError: see `Scorer` and `perplexity`; an empty text is named.
+    """
+    for name, text in texts.items():
+        if not text.strip():
+            raise ValueError(f"{name}: is empty")
+    found: dict[str, dict[str, dict[str, float]]] = {name: {} for name in texts}
+    for mode in modes:
+        scorer = Scorer(model, mode, calibration=calibration, batch_size=batch_size)
+        for name, text in texts.items():
+            value = perplexity(scorer, tokenizer, text, stride=stride, title=f"perplexity of {name}, {mode}")
+            found[name][mode] = value._asdict() | {"perplexity": value.perplexity}
+    return found
