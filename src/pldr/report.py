@@ -165,7 +165,7 @@ def print_evaluation(report: dict[str, Any]) -> None:
         for name, found in report["texts"].items():
             for place, (mode, value) in enumerate(found.items()):
                 table.add_row(
-                    name if place == 0 else "", mode, f"{value['tokens']:,}", f"{value['nats_per_token']:.6f}",
+                    "" if place else Path(name).name, mode, f"{value['tokens']:,}", f"{value['nats_per_token']:.6f}",
                     f"{value['bits_per_byte']:.6f}", f"{value['word_perplexity']:.4f}",
                 )  # fmt: skip
         console.print(table)

@@ -266,12 +266,13 @@ def windows(ids: Sequence[int], prefix: int, length: int, stride: int) -> Iterat
         prefix: token that stands before the text.
         length: most tokens that the model reads at once, L.
         stride: tokens scored a window S, in [1, L]: after the first window, which scores L tokens behind `prefix`, each
-            has L + 1 - S tokens of context.
+            has L + 1 - S tokens of context, or more where the last one scores fewer.
     """
     if ids:
         yield [prefix], ids[:length]
     for start in range(length, len(ids), stride):
-        yield ids[start - (length + 1 - stride) : start], ids[start : start + stride]
+        scored = ids[start : start + stride]
+        yield ids[max(0, start + len(scored) - 1 - length) : start], scored
 
 
 def perplexity(

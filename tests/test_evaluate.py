@@ -1,0 +1,350 @@
+"""Zero-shot evaluation: published data files, the harness's scores against plain arithmetic, and mistakes in one line."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pldr import load_model, load_tokenizer
+from pldr.benchmarks import LAYOUTS, PAPER_SUITE, read_benchmark, suite_averages
+from pldr.generation import generate_text
+from pldr.scoring import Scorer, read_calibration
+from test_cli import fails, folder, run  # noqa: F401 (fixtures)
+
+pytest.importorskip("lm_eval")
+
+STEM = {"stem": "the cat sat on a", "choices": [{"text": "mat", "label": "A"}, {"text": "dog", "label": "B"}]}
+ANSWERS = {"who sat on a mat": 1, "the red house": 0, "him at her town": 0}
+PUBLISHED = {
+    "ARC-Easy/ARC-Easy-Test.jsonl": {"id": "1", "question": STEM, "answerKey": "A"},
+    "ARC-Challenge/ARC-Challenge-Test.jsonl": {"id": "2", "question": STEM, "answerKey": "B"},
+    "hellaswag/hellaswag_val.jsonl": {
+        "ind": 1, "activity_label": "cat", "ctx_a": "the cat sat.", "ctx_b": "the dog", "ctx": "the cat sat. the dog",
+        "split": "val", "label": 2, "endings": ["ran to town", "sat on a mat", "saw him", "ran"],
+    },
+    "openbookqa/test.jsonl": {"id": "3", "question": STEM, "answerKey": "B"},
+    "piqa/valid.jsonl": {"goal": "the cat", "sol1": "sat on a mat", "sol2": "ran to see a house"},
+    "siqa/dev.jsonl": {
+        "context": "the dog ran", "question": "who saw that dog", "answerA": "the cat", "answerB": "him", "answerC": "her",
+    },
+    "winogrande/dev.jsonl": {
+        "qID": "4", "sentence": "the cat saw that dog who ran to the _ in town", "option1": "house", "option2": "mat",
+        "answer": "1",
+    },
+    "truthfulqa/mc_task.json": {"question": "who ran", "mc1_targets": ANSWERS, "mc2_targets": ANSWERS | {"old": 1}},
+}  # fmt: skip
+LABELS = {"piqa/valid-labels.lst": "0", "siqa/dev-labels.lst": "3"}
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Three questions of each benchmark, in their authors' files."""
+    root = tmp_path / "data"
+    for name, question in PUBLISHED.items():
+        file = root / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps([question] * 3) if file.suffix == ".json" else 3 * (json.dumps(question) + "\n")
+        file.write_text(text, encoding="utf-8")
+    for name, label in LABELS.items():
+        (root / name).write_text(3 * f"{label}\n", encoding="utf-8")
+    return root
+
+
+class TestPublishedFiles:
+    @pytest.mark.parametrize("task", LAYOUTS)
+    def test_each_layout_has_rows_of_the_hubs_columns(self, data, task):
+        (rows,) = read_benchmark(task, data).values()
+        assert len(rows) == 3
+        expected = {
+            "arc_easy": {"question": STEM["stem"], "choices": {"text": ["mat", "dog"], "label": ["A", "B"]}, "answerKey": "A"},
+            "openbookqa": {"question_stem": STEM["stem"], "answerKey": "B"},
+            "hellaswag": {"label": "2", "ctx_b": "the dog", "activity_label": "cat"},
+            "piqa": {"goal": "the cat", "sol1": "sat on a mat", "sol2": "ran to see a house", "label": 0},
+            "social_iqa": {"answerC": "her", "label": "3"},
+            "winogrande": {"option1": "house", "answer": "1"},
+            "truthfulqa_mc1": {"mc1_targets": {"choices": list(ANSWERS), "labels": [1, 0, 0]}},
+            "truthfulqa_mc2": {"mc2_targets": {"choices": ["who sat on a mat", "old", "the red house", "him at her town"],
+                                               "labels": [1, 1, 0, 0]}},
+        }.get(task, {})  # fmt: skip
+        assert rows[0] == rows[0] | expected
+
+    def test_every_benchmark_of_the_paper_has_a_layout(self):
+        assert set(PAPER_SUITE) <= set(LAYOUTS)
+        assert len(PAPER_SUITE) == 8
+
+    @pytest.mark.parametrize(
+        ("task", "file", "text", "message"),
+        [
+            ("piqa", "piqa/valid.jsonl", None, "piqa: no validation data; expected .*piqa/valid.jsonl, as"),
+            ("piqa", "piqa/valid-labels.lst", None, "expected .*piqa/valid-labels.lst, as"),
+            ("piqa", "piqa/valid.jsonl", '{"goal": "a", "sol1": "b", "sol2": "c"}\n{"goal": "a", "so', "valid.jsonl, line 2: not valid JSON"),
+            ("piqa", "piqa/valid.jsonl", '{"goal": "a", "sol1": "b"}\n' * 3, "valid.jsonl, line 1: has no field 'sol2'"),
+            ("piqa", "piqa/valid.jsonl", "[1]\n" * 3, "line 1: expected a JSON object"),
+            ("piqa", "piqa/valid.jsonl", b"\xff\xfe", "not valid UTF-8 at byte 0"),
+            ("piqa", "piqa/valid-labels.lst", "0\n1\n", "valid-labels.lst: 2 labels for 3 questions in .*valid.jsonl"),
+            ("piqa", "piqa/valid-labels.lst", "0\n1\n2\n", "valid-labels.lst, line 3: label must be one of 0, 1, got '2'"),
+            ("social_iqa", "siqa/dev-labels.lst", "1 0 1", "line 2: label must be one of 1, 2, 3, got '0'"),
+            ("winogrande", "winogrande/dev.jsonl", "\n\n", "dev.jsonl: is empty; winogrande has no question"),
+            ("winogrande", "winogrande/dev.jsonl", '{"sentence": "a", "answer": "1"}', "line 1: sentence has no _"),
+            ("winogrande", "winogrande/dev.jsonl", '{"sentence": "a _", "answer": ""}', "line 1: answer must be 1 or 2"),
+            ("hellaswag", "hellaswag/hellaswag_val.jsonl", '{"endings": ["a"], "label": 4}', "line 1: label 4 is none of 1"),
+            ("openbookqa", "openbookqa/test.jsonl", json.dumps({"question": STEM, "answerKey": "C"}), "line 1: answerKey 'C'"),
+            ("truthfulqa_mc2", "truthfulqa/mc_task.json", '[{"question": "a",', "mc_task.json, line 1: not valid JSON"),
+            ("truthfulqa_mc2", "truthfulqa/mc_task.json", "{}", "expected an array"),
+            ("truthfulqa_mc2", "truthfulqa/mc_task.json", '[{"question": "a", "mc1_targets": {"b": 0}}]', "question 1: mc1_targets has no true"),
+            ("mmlu", "piqa/valid.jsonl", "", "no local layout is known for mmlu"),
+        ],
+    )  # fmt: skip
+    def test_mistakes_say_where(self, data, task, file, text, message):
+        if text is None:
+            (data / file).unlink()
+        else:
+            (data / file).write_bytes(text if isinstance(text, bytes) else text.encode())
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            read_benchmark(task, data)
+
+    def test_few_shot_examples_come_from_the_training_file(self, data):
+        with pytest.raises(FileNotFoundError, match=r"no train data; expected .*train.jsonl and .*train-labels.lst"):
+            read_benchmark("piqa", data, few_shot=True)
+        (data / "piqa/train.jsonl").write_text(json.dumps(PUBLISHED["piqa/valid.jsonl"]))
+        (data / "piqa/train-labels.lst").write_text("1")
+        assert read_benchmark("piqa", data, few_shot=True)["train"][0]["label"] == 1
+
+    def test_averages(self):
+        scores = dict.fromkeys(PAPER_SUITE, 0.25) | {"truthfulqa_mc2": 0.65}
+        assert suite_averages(scores) == pytest.approx({"average": 0.3, "average without TruthfulQA": 0.25})
+
+
+def test_the_papers_suite_offline(run, folder, data):  # noqa: F811
+    """All eight benchmarks in all modes, from local files; PIQA once more by plain arithmetic."""
+    (data / "piqa/valid.jsonl").write_text(
+        "".join(json.dumps({"goal": goal, "sol1": one, "sol2": two}) + "\n" for goal, one, two in (
+            ("the cat", "sat on a mat", "ran to see a house"),
+            ("who ran", "a dog", "the old cat in town"),
+            ("see him", "at her red house", "on a"),
+        ))
+    )  # fmt: skip
+    (data / "piqa/valid-labels.lst").write_text("0\n1\n1\n")
+    code, out, err = run("eval", folder, "--suite", "paper", "--data-dir", data, "--compare", "--json")
+    assert code == 0, err
+    report = json.loads(out)
+    assert report["modes"] == ["learned", "cached", "frozen"]
+    assert {name: task["questions"] for name, task in report["tasks"].items()} == dict.fromkeys(PAPER_SUITE, 3)
+    for mode in report["modes"]:
+        scores = [report["tasks"][task]["scores"][mode][metric] for task, metric in PAPER_SUITE.items()]
+        assert report["suite"]["averages"][mode]["average"] == pytest.approx(sum(scores) / 8)
+
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    expected, log_likelihoods = {}, {}
+    for mode in report["modes"]:
+        scorer = Scorer(model, mode, calibration=read_calibration(tokenizer, 64))
+        right, right_by_byte, values = 0, 0, []
+        for question, label in zip(read_benchmark("piqa", data)["validation"], (0, 1, 1), strict=True):
+            context = tokenizer.encode(f"Question: {question['goal']}\nAnswer:", add_special_tokens=False)
+            choices = [question["sol1"], question["sol2"]]
+            wholes = [
+                tokenizer.encode(f"Question: {question['goal']}\nAnswer: {c}", add_special_tokens=False)
+                for c in choices
+            ]
+            scores = [s.log_likelihood for s in scorer.score([(context, whole[len(context) :]) for whole in wholes])]
+            lengths = [len(choice.encode()) for choice in choices]
+            right += scores.index(max(scores)) == label
+            by_byte = [score / length for score, length in zip(scores, lengths, strict=True)]
+            right_by_byte += by_byte.index(max(by_byte)) == label
+            values += scores
+        expected[mode] = {"acc": right / 3, "acc_norm": right_by_byte / 3}
+        log_likelihoods[mode] = values
+        found = report["tasks"]["piqa"]["scores"][mode]
+        assert {name: found[name] for name in ("acc", "acc_norm")} == pytest.approx(expected[mode])
+    for mode in ("cached", "frozen"):
+        largest = max(abs(a - b) for a, b in zip(log_likelihoods["learned"], log_likelihoods[mode], strict=True))
+        assert report["tasks"]["piqa"]["largest"][mode] == pytest.approx(largest, abs=1e-5)
+    # A fresh model's modes disagree, and that is said.
+    assert report["disagreement"] > 0.01
+    assert "warning: where G_LM comes from moves a log-likelihood by" in err
+
+
+def test_the_table_and_the_default_mode(run, folder, data):  # noqa: F811
+    text = data / "text.txt"
+    text.write_text("the cat sat on a mat\n" * 40)
+    code, out, _ = run("eval", folder, "--tasks", "piqa,winogrande", "--data-dir", data, "--limit", "2", "--batch-size", "1",
+                       "--perplexity", text, "--threshold", "100")  # fmt: skip
+    assert code == 0
+    for word in (
+        "frozen: G_LM is a constant, frozen from calibration passages",
+        "piqa",
+        "winogrande",
+        "acc_norm",
+        "text.txt",
+    ):
+        assert word in out.replace("\n", " "), out
+    assert "learned" not in out
+
+
+def test_text_alone_in_every_mode(run, folder, tmp_path):  # noqa: F811
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on a mat\n" * 40)
+    code, out, _ = run("eval", folder, "--perplexity", text, "--compare", "--stride", "16", "--json")
+    assert code == 0
+    found = json.loads(out)["texts"][str(text)]
+    assert list(found) == ["learned", "cached", "frozen"]
+    for value in found.values():
+        assert value["words"] == 6 * 40 + 40
+        assert value["word_perplexity"] == pytest.approx(
+            math.exp(value["nats_per_token"] * value["tokens"] / 280), rel=1e-6
+        )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "name --tasks, a --suite, or text for --perplexity"),
+        (["--suite", "papers"], "--suite: must be one of paper, got 'papers'"),
+        (["--tasks", "piqq"], "no task 'piqq'; did you mean piqa"),
+        (["--tasks", "piqa", "--limit", "0"], "--limit: must be positive"),
+        (["--tasks", "piqa", "--num-fewshot", "-1"], "--num-fewshot: must be 0 or more"),
+        (["--tasks", "piqa", "--batch-size", "none"], "batch_size: must be a positive number or auto"),
+        (["--tasks", "piqa", "--operator", "warm"], "operator: must be one of learned, cached, frozen"),
+        (["--tasks", "piqa", "--data-dir", "nowhere"], "--data-dir: nowhere is not a folder"),
+        (["--tasks", "piqa", "--data-dir", "."], "piqa: no validation data; expected piqa/valid.jsonl and piqa/valid-labels.lst"),
+        (["--perplexity", "nowhere.txt"], "nowhere.txt: No such file or directory"),
+        (["--tasks", "piqa", "--calibration", "nowhere.txt"], "nowhere.txt"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_line(run, folder, tmp_path, monkeypatch, arguments, message):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    fails(run("eval", folder, *arguments), message)
+
+
+def test_a_constant_operator_has_one_mode(run, folder, tmp_path, data):  # noqa: F811
+    frozen = tmp_path / "frozen"
+    assert run("freeze", folder, frozen, "--prompt", "the cat sat")[0] == 0
+    fails(run("eval", frozen, "--tasks", "piqa", "--compare"), "constant, so that frozen is its only mode")
+    fails(run("eval", frozen, "--tasks", "piqa", "--operator", "learned"), "this model's is constant: frozen")
+    code, out, err = run("eval", frozen, "--tasks", "piqa", "--data-dir", data, "--json")
+    assert code == 0
+    assert json.loads(out)["disagreement"] == 0.0
+    assert "warning" not in err
+
+
+def test_data_that_the_hub_does_not_give_is_one_line(monkeypatch):
+    from pldr import evaluate
+
+    def unreachable(names):
+        raise ConnectionError("Couldn't reach 'baber/piqa' on the Hub")
+
+    monkeypatch.setattr(evaluate._task_manager(), "load", unreachable)
+    with pytest.raises(ValueError, match=r"piqa: could not be loaded \(ConnectionError: Couldn't reach 'baber/piqa' on the Hub\); "
+                       r"without the hub, --data-dir DIR takes DIR/piqa/valid.jsonl and DIR/piqa/valid-labels.lst"):  # fmt: skip
+        evaluate.load_tasks(["piqa"])
+
+
+class TestTheHarnessModel:
+    @pytest.fixture
+    def lm(self, folder):  # noqa: F811
+        from pldr.evaluate import PldrLM
+
+        return lambda **settings: PldrLM(str(folder), **settings)
+
+    @staticmethod
+    def requests(kind, *arguments):
+        from lm_eval.api.instance import Instance
+
+        return [Instance(kind, {}, argument, index) for index, argument in enumerate(arguments)]
+
+    def test_texts_are_greedy_and_end_at_a_stop_string(self, lm):
+        settings = {"until": [], "max_gen_toks": 12}
+        prompts = ["the cat sat", "who ran to see", "the dog ran"]
+        for mode, cache in (("learned", "none"), ("cached", "kv+g")):
+            model = lm(operator=mode)
+            texts = model.generate_until(self.requests("generate_until", *((prompt, settings) for prompt in prompts)))
+            expected = [
+                generate_text(model.scorer.model, model.tokenizer, prompt, max_new_tokens=12, cache=cache).text
+                for prompt in prompts
+            ]
+            assert texts == expected
+        stop = texts[0][3:6]
+        (cut,) = model.generate_until(
+            self.requests("generate_until", (prompts[0], {"until": [stop], "max_gen_toks": 12}))
+        )
+        assert cut == texts[0][: texts[0].index(stop)]
+
+    def test_more_text_than_the_context_holds_is_refused(self, lm):
+        with pytest.raises(ValueError, match="up to 64 tokens, the model's context is 64"):
+            lm(operator="cached").generate_until(self.requests("generate_until", ("the cat", {"max_gen_toks": 64})))
+
+    def test_whole_texts(self, lm):
+        model = lm()
+        text = "the cat sat on a mat and saw that dog " * 12
+        ids = model.tok_encode(text)
+        assert len(ids) > 2 * 64
+        pairs = [([3], ids[:64])]
+        for start in range(64, len(ids), 64):
+            scored = ids[start : start + 64]
+            pairs.append((ids[:start][-(65 - len(scored)) :], scored))
+        expected = sum(score.log_likelihood for score in model.scorer.score(pairs))
+        found = model.loglikelihood_rolling(self.requests("loglikelihood_rolling", (text,), ("the cat",)))
+        assert found[0] == pytest.approx(expected, abs=1e-4)
+        assert len(found) == 2
+
+    def test_a_text_without_context_follows_the_end_of_a_document(self, lm):
+        model = lm(operator="cached")
+        ((score, _),) = model.loglikelihood(self.requests("loglikelihood", ("", "the cat sat")))
+        expected = model.scorer.score([([model.tokenizer.eos_token_id], model.tok_encode("the cat sat"))])[0]
+        assert score == expected.log_likelihood
+
+    def test_a_continuation_without_tokens_is_named(self, lm):
+        with pytest.raises(ValueError, match="continuation ' ' has no token"):
+            lm().loglikelihood(self.requests("loglikelihood", ("the cat", " ")))
+
+    def test_the_entry_point_names_it(self):
+        from importlib.metadata import entry_points
+
+        from pldr.evaluate import PldrLM
+
+        (point,) = entry_points(group="lm_eval.models", name="pldr")
+        assert point.load() is PldrLM
+
+
+def test_differences_between_two_runs():
+    from pldr.evaluate import _differences
+
+    def sample(doc, first, second, texts=("a", "bbbb")):
+        return {
+            "doc_id": doc,
+            "resps": [[(first, False)], [(second, False)]],
+            "arguments": [("q", text) for text in texts],
+        }
+
+    before = [sample(0, -1.0, -2.0), sample(1, -3.0, -2.0), sample(2, -4.0, -5.0)]
+    assert _differences(before, before) == (0, 0.0)
+    # The first answer flips; the second only a byte: -3 / 1 < -2 / 4 both times; the third flips by bytes alone.
+    after = [sample(0, -2.5, -2.0), sample(1, -3.0, -2.5), sample(2, -1.0, -5.0)]
+    assert _differences(before, after) == (2, 3.0)
+    text = [{"doc_id": 0, "resps": [["a dog"]], "arguments": [("q", {})]}]
+    other = [{"doc_id": 0, "resps": [["a cat"]], "arguments": [("q", {})]}]
+    assert _differences(text, other) == (1, 0.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["pldr", "hf"])
+def test_the_harnesss_own_command_knows_the_model(run, folder, tmp_path, data, kind):  # noqa: F811
+    """Plain lm_eval, on a learned model as "pldr" and on its frozen form as "hf"."""
+    frozen = tmp_path / "frozen"
+    assert run("freeze", folder, frozen, "--prompt", "the cat sat")[0] == 0
+    rows = read_benchmark("piqa", data)["validation"]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "local", "dataset_path": "json", "dataset_kwargs": {"data_files": {"validation": str(tmp_path / "rows.jsonl")}},
+        "output_type": "multiple_choice", "validation_split": "validation", "doc_to_text": "{{goal}}",
+        "doc_to_target": "label", "doc_to_choice": "{{[sol1, sol2]}}", "metric_list": [{"metric": "acc"}],
+    }  # fmt: skip
+    (tmp_path / "local.yaml").write_text(json.dumps(task))
+    command = [str(Path(sys.executable).parent / "lm_eval"), "--model", kind, "--tasks", str(tmp_path / "local.yaml"),
+               "--model_args", f"pretrained={folder if kind == 'pldr' else frozen}", "--device", "cpu"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "|local|" in done.stdout.replace(" ", "")
