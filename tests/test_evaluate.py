@@ -184,6 +184,21 @@ def test_the_table_and_the_default_mode(run, folder, data):  # noqa: F811
     assert "learned" not in out
 
 
+def test_few_shot_examples_stand_before_the_question(run, folder, data, monkeypatch):  # noqa: F811
+    from pldr import evaluate
+
+    (data / "piqa/train.jsonl").write_text(json.dumps({"goal": "him", "sol1": "a red", "sol2": "old town"}) + "\n")
+    (data / "piqa/train-labels.lst").write_text("1\n")
+    contexts = []
+    encode = evaluate.PldrLM._encode_pair
+    monkeypatch.setattr(evaluate.PldrLM, "_encode_pair", lambda self, context, continuation: (
+        contexts.append(context), encode(self, context, continuation))[1])  # fmt: skip
+    code, out, err = run("eval", folder, "--tasks", "piqa", "--data-dir", data, "--num-fewshot", "1", "--json")
+    assert code == 0, err
+    assert json.loads(out)["tasks"]["piqa"]["num_fewshot"] == 1
+    assert set(contexts) == {"Question: him\nAnswer: old town\n\nQuestion: the cat\nAnswer:"}
+
+
 def test_text_alone_in_every_mode(run, folder, tmp_path):  # noqa: F811
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on a mat\n" * 40)

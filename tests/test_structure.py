@@ -82,7 +82,7 @@ def documented_commands():
     for document in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         for block in pattern.findall(document.read_text(encoding="utf-8")):
             for line in block.replace("\\\n", " ").splitlines():
-                line = line.split(" #")[0].removeprefix("$ ").strip()
+                line = line.split(" #")[0].split(" > ")[0].removeprefix("$ ").strip()
                 if line.startswith("pldr "):
                     yield document.name, line
 
