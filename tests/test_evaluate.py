@@ -187,8 +187,14 @@ def test_the_table_and_the_default_mode(run, folder, data):  # noqa: F811
 def test_few_shot_examples_stand_before_the_question(run, folder, data, monkeypatch):  # noqa: F811
     from pldr import evaluate
 
-    (data / "piqa/train.jsonl").write_text(json.dumps({"goal": "him", "sol1": "a red", "sol2": "old town"}) + "\n")
+    example = json.dumps({"goal": "him", "sol1": "a red", "sol2": "old town"}) + "\n"
+    (data / "piqa/train.jsonl").write_text(example)
     (data / "piqa/train-labels.lst").write_text("1\n")
+    fails(
+        run("eval", folder, "--tasks", "piqa", "--data-dir", data, "--num-fewshot", "1"), "too few to draw 1 examples"
+    )
+    (data / "piqa/train.jsonl").write_text(2 * example)
+    (data / "piqa/train-labels.lst").write_text("1\n1\n")
     contexts = []
     encode = evaluate.PldrLM._encode_pair
     monkeypatch.setattr(evaluate.PldrLM, "_encode_pair", lambda self, context, continuation: (

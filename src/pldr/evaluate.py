@@ -223,6 +223,10 @@ def load_tasks(
             specs.append(name)
         else:
             splits = read_benchmark(name, Path(data_dir), few_shot=bool(num_fewshot))
+            if "train" in splits and len(splits["train"]) <= (num_fewshot or 0):  # the harness draws one to spare
+                raise ValueError(
+                    f"{name}: {len(splits['train'])} training questions are too few to draw {num_fewshot} examples from"
+                )
             found = {split: datasets.Dataset.from_list(rows) for split, rows in splits.items()}
             local = {"task": name, "custom_dataset": lambda found=found, **_: found}
             local |= {key: split if split in found else None for key, split in _SPLITS.items()}
