@@ -10,7 +10,6 @@ The target: the whole of PIQA, 1,838 questions, with the model that comes with t
 """
 
 import argparse
-import copy
 import json
 import os
 import platform
@@ -23,9 +22,9 @@ import transformers
 from bench_cache import processor
 
 import pldr
-from pldr import freeze, load_model, load_tokenizer
+from pldr import load_model, load_tokenizer
 from pldr.evaluate import PldrLM, load_tasks
-from pldr.scoring import OPERATOR_MODES, Scorer, read_calibration
+from pldr.scoring import make_scorers, read_calibration
 from pldr.shipped import STORIES
 
 TARGET = 180.0
@@ -57,10 +56,11 @@ def main() -> None:
 
     model, tokenizer = load_model(arguments.model, device=arguments.device).float(), load_tokenizer(arguments.model)
     calibration = read_calibration(tokenizer, model.config.max_position_embeddings).to(arguments.device)
-    plain = {"learned": model, "frozen": freeze(copy.deepcopy(model), calibration)}
+    scorers = make_scorers(model, calibration)
+    plain = {mode: scorers[mode].model for mode in ("learned", "frozen")}
     (task,) = load_tasks([arguments.task], data_dir=arguments.data_dir)["tasks"].values()
     task.build_all_requests()
-    lm = PldrLM(model, "frozen", calibration, tokenizer)
+    lm = PldrLM(scorers["frozen"], tokenizer=tokenizer)
     pairs, questions = [], []
     for request in task.instances:
         context, continuation = lm._encode_pair(*request.args)
@@ -69,14 +69,13 @@ def main() -> None:
     few = [pair for pair, question in zip(pairs, questions, strict=True) if question < 50]
     parity = {}
     for mode, running in plain.items():
-        scores = [score.log_likelihood for score in Scorer(model, mode, calibration=calibration).score(few)]
+        scores = [score.log_likelihood for score in scorers[mode].score(few)]
         parity[mode] = max(abs(a - b) for a, b in zip(scores, plainly(running, few), strict=True))
         assert parity[mode] < 1e-4, f"{mode}: log-likelihoods differ from plain forwards by {parity[mode]:.1e}"
 
     load = os.getloadavg()[0]
     seconds, found = {}, {}
-    for mode in OPERATOR_MODES:
-        scorer = Scorer(model, mode, calibration=calibration)
+    for mode, scorer in scorers.items():
         start = time.perf_counter()
         found[mode] = scorer.score(pairs)
         seconds[mode] = time.perf_counter() - start

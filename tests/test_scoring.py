@@ -13,6 +13,7 @@ from pldr.scoring import (
     OPERATOR_MODES,
     Scorer,
     evaluate_texts,
+    make_scorers,
     mode_disagreement,
     perplexity,
     read_calibration,
@@ -211,7 +212,7 @@ class TestPerplexity:
         with pytest.raises(ValueError, match="empty"):
             perplexity(scorer, toy_tokenizer, "")
         with pytest.raises(ValueError, match=r"a\.txt: is empty"):
-            evaluate_texts(scorer.model, toy_tokenizer, {"a.txt": " \n"})
+            evaluate_texts({"frozen": scorer}, toy_tokenizer, {"a.txt": " \n"})
 
     def test_words_are_counted_as_in_wikitext(self):
         """The test set of WikiText-2 has 245,569 tokens, ends of lines among them."""
@@ -220,9 +221,10 @@ class TestPerplexity:
 
 
 def test_modes_that_disagree_are_noticed(small_model, ids):
-    assert mode_disagreement(small_model(), ids) > 1e-3
-    tokenizer = load_tokenizer(STORIES)
-    assert mode_disagreement(load_model(STORIES).float(), read_calibration(tokenizer, 64)) < 1e-3
+    assert mode_disagreement(make_scorers(small_model(), ids), ids) > 1e-3
+    rows = read_calibration(load_tokenizer(STORIES), 64)
+    assert mode_disagreement(make_scorers(load_model(STORIES).float(), rows), rows) < 1e-3
+    assert list(make_scorers(small_model(operator="constant", operator_init="identity"))) == ["frozen"]
 
 
 def piqa(tokenizer, count):

@@ -562,20 +562,21 @@ def evaluate(
         _require("eval", "lm_eval")
     loaded, text_tokenizer = _load(model, tokenizer, device=device, dtype=dtype, rope=rope, g_lm=g_lm)
     from pldr.report import print_evaluation
-    from pldr.scoring import OPERATOR_MODES, Scorer, evaluate_texts, mode_disagreement, read_calibration
+    from pldr.scoring import OPERATOR_MODES, evaluate_texts, make_scorers, mode_disagreement, read_calibration
 
     is_learned = loaded.config.operator == "learned"
-    if compare and not is_learned:
-        raise ValueError("--compare: this model's operator is constant, so that frozen is its only mode")
+    if operator not in OPERATOR_MODES:
+        raise ValueError(f"--operator: must be one of {', '.join(OPERATOR_MODES)}, got {operator!r}")
+    if not is_learned and (compare or operator != "frozen"):
+        raise ValueError("eval: this model's operator is constant, so that frozen is its only mode")
     passages = None
     if is_learned:
         context = loaded.config.max_position_embeddings
-        passages = read_calibration(text_tokenizer, context, calibration, text_column).to(device)
-    modes = OPERATOR_MODES if compare else (operator,)
-    for mode in modes:  # what is wrong about them is said before any work
-        Scorer(loaded, mode, calibration=passages, batch_size=batch_size)
+        passages = read_calibration(text_tokenizer, context, calibration, text_column)
+    scorers = make_scorers(loaded, passages, batch_size=batch_size)
+    chosen = scorers if compare else {operator: scorers[operator]}
     report: dict[str, Any] = {
-        "model": str(model), "operator": loaded.config.operator, "modes": list(modes), "device": device, "dtype": dtype,
+        "model": str(model), "operator": loaded.config.operator, "modes": list(chosen), "device": device, "dtype": dtype,
         "calibration": calibration or "comes with the package", "disagreement": 0.0, "tasks": {},
     }  # fmt: skip
     if names:
@@ -584,17 +585,13 @@ def evaluate(
 
         found = load_tasks(names, data_dir=data_dir, num_fewshot=num_fewshot)
     if passages is not None:
-        report["disagreement"] = mode_disagreement(loaded, passages)
+        report["disagreement"] = mode_disagreement(scorers, passages)
     if names:
-        report |= run(
-            loaded, text_tokenizer, found, modes=modes, calibration=passages, batch_size=batch_size, limit=limit
-        )
+        report |= run(chosen, text_tokenizer, found, limit=limit)
         if suite is not None:
             report["suite"] = suite_report(report, suite)
     if texts:
-        report["texts"] = evaluate_texts(
-            loaded, text_tokenizer, texts, modes=modes, calibration=passages, batch_size=batch_size, stride=stride
-        )
+        report["texts"] = evaluate_texts(chosen, text_tokenizer, texts, stride=stride)
     largest = [value for task in report["tasks"].values() for value in task["largest"].values()]
     report["disagreement"] = max([report["disagreement"], *largest])
     if report["disagreement"] > threshold:

@@ -24,7 +24,6 @@ from lm_eval.tasks import TaskManager
 
 from pldr.benchmarks import LAYOUTS, SUITES, read_benchmark, suite_averages
 from pldr.convert import load_model
-from pldr.modeling_pldr import PldrForCausalLM
 from pldr.scoring import Scorer, progress, read_calibration, windows
 from pldr.tokenizer import check_vocabulary, load_tokenizer
 
@@ -39,7 +38,7 @@ class PldrLM(TemplateLM):
     """A PLDR-LLM as a model of lm-evaluation-harness.
 
     Args:
-        pretrained: folder in any layout, `.pth` file, or a model.
+        pretrained: folder in any layout, or `.pth` file; or a scorer, to which a `tokenizer` belongs, and no other argument.
         operator: "frozen" (default), "cached" or "learned"; a constant operator is always "frozen".
         calibration: text file or pattern that a learned operator is frozen from; by default what comes with the package.
         tokenizer: folder or SentencePiece file, if not in the model folder, or a tokenizer.
@@ -58,9 +57,9 @@ class PldrLM(TemplateLM):
 
     def __init__(
         self,
-        pretrained: str | Path | PldrForCausalLM,
+        pretrained: str | Path | Scorer,
         operator: str = "frozen",
-        calibration: str | torch.Tensor | None = None,
+        calibration: str | None = None,
         tokenizer: Any = None,
         batch_size: int | str = "auto",
         max_batch_size: int | str | None = None,
@@ -70,23 +69,21 @@ class PldrLM(TemplateLM):
         g_lm: str | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(pretrained, PldrForCausalLM):
-            model = pretrained
+        if isinstance(pretrained, Scorer):
+            self.scorer, self.tokenizer = pretrained, tokenizer
         else:
             if not device or (device.startswith("cuda") and not torch.cuda.is_available()):
                 device = "cuda" if torch.cuda.is_available() else "cpu"
             model = load_model(pretrained, dtype=dtype, device=device, rope_pairing=rope, G_LM=g_lm)
-            tokenizer = tokenizer or (pretrained if Path(pretrained).is_dir() else Path(pretrained).parent)
-        self.tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, (str, Path)) else tokenizer
-        check_vocabulary(self.tokenizer, model.config.vocab_size)
-        if model.config.operator == "learned" and operator == "frozen" and not isinstance(calibration, torch.Tensor):
-            calibration = read_calibration(
-                self.tokenizer, model.config.max_position_embeddings, [calibration] if calibration else None
-            )
-        self.scorer = Scorer(
-            model, operator, calibration=calibration if isinstance(calibration, torch.Tensor) else None,
-            batch_size=str(batch_size).split(":")[0],
-        )  # fmt: skip
+            folder = pretrained if Path(pretrained).is_dir() else Path(pretrained).parent
+            self.tokenizer = load_tokenizer(tokenizer or folder)
+            check_vocabulary(self.tokenizer, model.config.vocab_size)
+            passages = None
+            if model.config.operator == "learned" and operator == "frozen":
+                files = [calibration] if calibration else None
+                passages = read_calibration(self.tokenizer, model.config.max_position_embeddings, files)
+            size = str(batch_size).split(":")[0]  # the harness's auto:N says how often to look for a new one
+            self.scorer = Scorer(model, operator, calibration=passages, batch_size=size)
         self._device = self.scorer.model.device
 
     @property
@@ -268,23 +265,14 @@ def _hint(name: str) -> str:
 
 
 def evaluate(
-    model: PldrForCausalLM,
-    tokenizer: Any,
-    tasks: dict[str, Any],
-    *,
-    modes: Sequence[str] = ("frozen",),
-    calibration: torch.Tensor | None = None,
-    batch_size: int | str = "auto",
-    limit: int | float | None = None,
+    scorers: dict[str, Scorer], tokenizer: Any, tasks: dict[str, Any], *, limit: int | float | None = None
 ) -> dict[str, Any]:
     """Run tasks in each mode, and compare the modes with the first.
 
     Args:
-        model, tokenizer: of one checkpoint.
+        scorers: by mode (`pldr.scoring.make_scorers`).
+        tokenizer: of their model.
         tasks: of `load_tasks`.
-        modes: of `OPERATOR_MODES`.
-        calibration: [C, T], what a learned operator is frozen from; by default passages that come with the package.
-        batch_size: see `PldrLM`.
         limit: questions of each task, the first ones; below 1, their share.
 
     Returns:
@@ -293,18 +281,16 @@ def evaluate(
         one log-likelihood, nats); "groups": "scores" alone; "seconds" by mode.
 
     Raises:
-        ValueError: see `PldrLM`; `limit` is not positive.
+        ValueError: `limit` is not positive; a task can not be scored.
     """
     if limit is not None and not limit > 0:
         raise ValueError(f"limit: must be positive, got {limit}")
-    if calibration is None and model.config.operator == "learned":
-        calibration = read_calibration(tokenizer, model.config.max_position_embeddings)
-    report: dict[str, Any] = {"modes": list(modes), "tasks": {}, "groups": {}, "seconds": {}}
+    modes = list(scorers)
+    report: dict[str, Any] = {"modes": modes, "tasks": {}, "groups": {}, "seconds": {}}
     samples: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for mode in modes:
-        lm = PldrLM(model, mode, calibration, tokenizer, batch_size)
+    for mode, scorer in scorers.items():
         start = time.perf_counter()
-        found = run_harness(lm, tasks, limit=limit, bootstrap_iters=1000)
+        found = run_harness(PldrLM(scorer, tokenizer=tokenizer), tasks, limit=limit, bootstrap_iters=1000)
         report["seconds"][mode] = time.perf_counter() - start
         samples[mode] = found["samples"]
         for name, metrics in found["results"].items():

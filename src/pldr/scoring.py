@@ -207,22 +207,30 @@ def read_calibration(
     return read_passages(source, tokenizer, min(_CALIBRATION_LENGTH, context), _CALIBRATION_PASSAGES)
 
 
-def mode_disagreement(model: PldrForCausalLM, passages: torch.Tensor) -> float:
+def make_scorers(
+    model: PldrForCausalLM, calibration: torch.Tensor | None = None, *, batch_size: int | str = "auto"
+) -> dict[str, Scorer]:
+    """A scorer for each mode that the model has: all with a learned operator, "frozen" alone with a constant one.
+
+    Args and raises: see `Scorer`.
+    """
+    modes = OPERATOR_MODES if model.config.operator == "learned" else ("frozen",)
+    return {mode: Scorer(model, mode, calibration=calibration, batch_size=batch_size) for mode in modes}
+
+
+def mode_disagreement(scorers: dict[str, Scorer], passages: torch.Tensor) -> float:
     """How much the log-likelihood of one continuation depends on the mode: at most, over these passages, in nats.
 
     The 32 tokens behind each passage's middle are scored after what stands before them. A quick look before scores are
     believed; `pldr certify` is the thorough one.
 
     Args:
-        model: with a learned operator.
-        passages: [C, T], T ≥ 4; G_LM is frozen from them too.
+        scorers: of the modes to compare.
+        passages: [C, T], T ≥ 4.
     """
     middle = passages.shape[1] // 2
     pairs = [(row[:middle], row[middle : middle + 32]) for row in passages.tolist()]
-    found = [
-        [score.log_likelihood for score in Scorer(model, mode, calibration=passages).score(pairs)]
-        for mode in OPERATOR_MODES
-    ]
+    found = [[score.log_likelihood for score in scorer.score(pairs)] for scorer in scorers.values()]
     values = torch.tensor(found, dtype=torch.float64)
     return float((values.amax(0) - values.amin(0)).max())
 
@@ -321,33 +329,26 @@ def perplexity(
 
 
 def evaluate_texts(
-    model: PldrForCausalLM,
-    tokenizer: Any,
-    texts: dict[str, str],
-    *,
-    modes: Sequence[str] = ("frozen",),
-    calibration: torch.Tensor | None = None,
-    batch_size: int | str = "auto",
-    stride: int | None = None,
+    scorers: dict[str, Scorer], tokenizer: Any, texts: dict[str, str], *, stride: int | None = None
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Perplexity of texts in each mode, with a progress bar.
 
     Args:
+        scorers: by mode.
         texts: by name.
-        the others: see `Scorer` and `perplexity`.
+        the others: see `perplexity`.
 
     Returns:
         By text and mode: the fields of `Perplexity`, and "perplexity".
 
     Raises:
-        ValueError: see `Scorer` and `perplexity`; an empty text is named.
+        ValueError: see `perplexity`; an empty text is named.
     """
     for name, text in texts.items():
         if not text.strip():
             raise ValueError(f"{name}: is empty")
     found: dict[str, dict[str, dict[str, float]]] = {name: {} for name in texts}
-    for mode in modes:
-        scorer = Scorer(model, mode, calibration=calibration, batch_size=batch_size)
+    for mode, scorer in scorers.items():
         for name, text in texts.items():
             value = perplexity(scorer, tokenizer, text, stride=stride, title=f"perplexity of {name}, {mode}")
             found[name][mode] = value._asdict() | {"perplexity": value.perplexity}
