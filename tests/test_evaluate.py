@@ -39,6 +39,15 @@ PUBLISHED = {
 LABELS = {"piqa/valid-labels.lst": "0", "siqa/dev-labels.lst": "3"}
 
 
+def yaml_task(name, rows, **settings):
+    """A task of the harness on a file of rows in PIQA's columns; JSON is YAML."""
+    return {
+        "task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"validation": str(rows)}},
+        "output_type": "multiple_choice", "validation_split": "validation", "doc_to_text": "{{goal}}",
+        "doc_to_target": "label", "doc_to_choice": "{{[sol1, sol2]}}", "metric_list": [{"metric": "acc"}],
+    } | settings  # fmt: skip
+
+
 @pytest.fixture
 def data(tmp_path):
     """Three questions of each benchmark, in their authors' files."""
@@ -164,14 +173,15 @@ def test_the_papers_suite_offline(run, folder, data):  # noqa: F811
         assert report["tasks"]["piqa"]["largest"][mode] == pytest.approx(largest, abs=1e-5)
     # A fresh model's modes disagree, and that is said.
     assert report["disagreement"] > 0.01
-    assert "warning: where G_LM comes from moves a log-likelihood by" in err
+    assert "warning: G_LM depends on the text: where it comes from moves a log-likelihood" in err
+    assert "warning: the modes' log-likelihoods of an answer differ by up to" in err
 
 
 def test_the_table_and_the_default_mode(run, folder, data):  # noqa: F811
     text = data / "text.txt"
     text.write_text("the cat sat on a mat\n" * 40)
     code, out, _ = run("eval", folder, "--tasks", "piqa,winogrande", "--data-dir", data, "--limit", "2", "--batch-size", "1",
-                       "--perplexity", text, "--threshold", "100")  # fmt: skip
+                       "--perplexity", text, "--threshold", "100", "--window", "32")  # fmt: skip
     assert code == 0
     for word in (
         "frozen: G_LM is a constant, frozen from calibration passages",
@@ -204,6 +214,19 @@ def test_few_shot_examples_stand_before_the_question(run, folder, data, monkeypa
     assert json.loads(out)["tasks"]["piqa"]["num_fewshot"] == 1
     assert set(contexts) == {"Question: him\nAnswer: old town\n\nQuestion: the cat\nAnswer:"}
 
+    # In every mode the same examples, drawn from several.
+    examples = [{"goal": f"who ran {n}", "sol1": "a red", "sol2": "old town"} for n in range(30)]
+    (data / "piqa/train.jsonl").write_text("".join(json.dumps(example) + "\n" for example in examples))
+    (data / "piqa/train-labels.lst").write_text("1\n" * 30)
+    contexts.clear()
+    code, _, err = run(
+        "eval", folder, "--tasks", "piqa", "--data-dir", data, "--num-fewshot", "2", "--compare", "--json"
+    )
+    assert code == 0, err
+    third = len(contexts) // 3
+    assert contexts[:third] == contexts[third : 2 * third] == contexts[2 * third :]
+    assert len(set(contexts[:third])) > 1
+
 
 def test_text_alone_in_every_mode(run, folder, tmp_path):  # noqa: F811
     text = tmp_path / "text.txt"
@@ -222,29 +245,49 @@ def test_text_alone_in_every_mode(run, folder, tmp_path):  # noqa: F811
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "name --tasks, a --suite, or text for --perplexity"),
+        ([], "name --tasks, a --suite, or text files for --perplexity"),
         (["--suite", "papers"], "--suite: must be one of paper, got 'papers'"),
         (["--tasks", "piqq"], "no task 'piqq'; did you mean piqa"),
-        (["--tasks", "piqa", "--limit", "0"], "--limit: must be positive"),
+        (["--tasks", "piqa", "--limit", "0"], "limit: must be a number of questions"),
+        (["--tasks", "piqa", "--limit", "2.7"], "limit: must be a number of questions"),
+        (["--tasks", "piqa", "--limit", "inf"], "limit: must be a number of questions"),
         (["--tasks", "piqa", "--num-fewshot", "-1"], "--num-fewshot: must be 0 or more"),
-        (["--tasks", "piqa", "--batch-size", "none"], "batch_size: must be a positive number or auto"),
-        (["--tasks", "piqa", "--operator", "warm"], "operator: must be one of learned, cached, frozen"),
         (["--tasks", "piqa", "--data-dir", "nowhere"], "--data-dir: nowhere is not a folder"),
         (["--tasks", "piqa", "--data-dir", "."], "piqa: no validation data; expected piqa/valid.jsonl and piqa/valid-labels.lst"),
+        (["--tasks", "yaml_of_nothing.yaml"], "yaml_of_nothing.yaml: could not be loaded"),
         (["--perplexity", "nowhere.txt"], "nowhere.txt: No such file or directory"),
-        (["--tasks", "piqa", "--calibration", "nowhere.txt"], "nowhere.txt"),
+        (["--perplexity"], "--perplexity: needs text files"),
+        (["text.txt"], "--perplexity: needs text files, and they need it"),
+        (["--perplexity", "text.txt", "--batch-size", "none"], "batch_size: must be a positive number or auto"),
+        (["--perplexity", "text.txt", "--operator", "warm"], "--operator: must be one of learned, cached, frozen"),
+        (["--perplexity", "text.txt", "--calibration", "nowhere.txt"], "nowhere.txt"),
+        (["--perplexity", "text.txt", "--stride", "65"], "stride: must be between 1 and the window of 64"),
+        (["--perplexity", "text.txt", "--window", "65"], "window: must be between 1 and the context of 64"),
+        (["--perplexity", "empty.txt"], "empty.txt: is empty"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line(run, folder, tmp_path, monkeypatch, arguments, message):  # noqa: F811
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("the cat sat on a mat")
+    (tmp_path / "empty.txt").write_text("\u200b\n")
+    (tmp_path / "nothing.jsonl").write_text("")
+    (tmp_path / "yaml_of_nothing.yaml").write_text(json.dumps(yaml_task("nothing", tmp_path / "nothing.jsonl")))
     fails(run("eval", folder, *arguments), message)
 
 
 def test_a_constant_operator_has_one_mode(run, folder, tmp_path, data):  # noqa: F811
     frozen = tmp_path / "frozen"
     assert run("freeze", folder, frozen, "--prompt", "the cat sat")[0] == 0
-    fails(run("eval", frozen, "--tasks", "piqa", "--compare"), "constant, so that frozen is its only mode")
-    fails(run("eval", frozen, "--tasks", "piqa", "--operator", "learned"), "constant, so that frozen is its only mode")
+    text = data / "text.txt"
+    text.write_text("the cat sat")
+    fails(run("eval", frozen, "--perplexity", text, "--compare"), "constant, so that frozen is its only mode")
+    fails(
+        run("eval", frozen, "--perplexity", text, "--operator", "learned"), "constant, so that frozen is its only mode"
+    )
+    fails(
+        run("eval", frozen, "--perplexity", text, "--calibration", text),
+        "--calibration: this model's operator is constant",
+    )
     code, out, err = run("eval", frozen, "--tasks", "piqa", "--data-dir", data, "--json")
     assert code == 0
     assert json.loads(out)["disagreement"] == 0.0
@@ -331,41 +374,116 @@ class TestTheHarnessModel:
 
 
 def test_differences_between_two_runs():
+    from types import SimpleNamespace
+
     from pldr.evaluate import _differences
 
-    def sample(doc, first, second, texts=("a", "bbbb")):
-        return {
-            "doc_id": doc,
-            "resps": [[(first, False)], [(second, False)]],
-            "arguments": [("q", text) for text in texts],
-        }
+    task = SimpleNamespace(OUTPUT_TYPE="multiple_choice", doc_to_choice=lambda doc: doc["choices"])
 
-    before = [sample(0, -1.0, -2.0), sample(1, -3.0, -2.0), sample(2, -4.0, -5.0)]
-    assert _differences(before, before) == (0, 0.0)
-    # The first answer flips; the second only a byte: -3 / 1 < -2 / 4 both times; the third flips by bytes alone.
-    after = [sample(0, -2.5, -2.0), sample(1, -3.0, -2.5), sample(2, -1.0, -5.0)]
-    assert _differences(before, after) == (2, 3.0)
+    def sample(doc, *values, choices=("a", "bbb")):
+        arguments = [("q", f" {text}") for text in choices]
+        return {"doc_id": doc, "doc": {"choices": choices}, "resps": [[(value, False)] for value in values],
+                "arguments": arguments}  # fmt: skip
+
+    before = [sample(0, -1.0, -2.0), sample(1, -2.0, -5.0), sample(2, -4.0, -5.0)]
+    assert _differences(task, before, before) == (0, 0.0)
+    # The first answer flips by log-likelihood; the second by that a character alone (-5/3 against -2 and -1.6); the third not.
+    after = [sample(0, -2.5, -2.0), sample(1, -1.6, -5.0), sample(2, -4.5, -5.0)]
+    assert _differences(task, before, after) == (2, 1.5)
+    nan = [sample(0, math.nan, -2.0), *before[1:]]
+    assert _differences(task, before, nan) == (1, math.inf)
+    # What follows the choices is scored without the question, for mutual information, and is no answer.
+    more = [sample(0, -1.0, -2.0, -0.5, -0.1)]
+    assert _differences(task, more, [sample(0, -1.0, -2.0, -0.1, -0.5)]) == (0, 0.4)
+    with pytest.raises(AssertionError, match="not asked the same"):
+        _differences(task, before, [sample(0, -1.0, -2.0, choices=("a", "c")), *before[1:]])
     text = [{"doc_id": 0, "resps": [["a dog"]], "arguments": [("q", {})]}]
     other = [{"doc_id": 0, "resps": [["a cat"]], "arguments": [("q", {})]}]
-    assert _differences(text, other) == (1, 0.0)
+    assert _differences(task, text, other) == (1, 0.0)
+
+
+def test_what_the_harness_prints_does_not_get_into_the_json(run, folder, tmp_path, data):  # noqa: F811
+    """Bootstrapped metrics announce themselves on standard output; sampling gives every mode the same luck."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in read_benchmark("piqa", data)["validation"]))
+    likelihood = yaml_task("likelihood", rows, output_type="loglikelihood", doc_to_target=" {{sol1}}",
+                           metric_list=[{"metric": "perplexity"}])  # fmt: skip
+    del likelihood["doc_to_choice"]
+    sampled = yaml_task("sampled", rows, output_type="generate_until", doc_to_target="{{sol1}}",
+                        generation_kwargs={"until": ["."], "do_sample": True, "temperature": 2.0, "max_new_tokens": 6},
+                        metric_list=[{"metric": "exact_match"}])  # fmt: skip
+    del sampled["doc_to_choice"]
+    for task in (likelihood, sampled):
+        (tmp_path / f"{task['task']}.yaml").write_text(json.dumps(task))
+    frozen = tmp_path / "frozen"
+    assert run("freeze", folder, frozen, "--prompt", "the cat sat")[0] == 0
+    names = f"{tmp_path / 'likelihood.yaml'},{tmp_path / 'sampled.yaml'}"
+    found = []
+    for _ in range(2):
+        code, out, err = run("eval", frozen, "--tasks", names, "--json")
+        assert code == 0, err
+        found.append(json.loads(out))
+    assert found[0]["tasks"] == found[1]["tasks"]
+    assert found[0]["tasks"]["likelihood"]["scores"]["frozen"]["perplexity"] > 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "orig_argv", "is_loaded"),
+    [
+        (["/usr/bin/lm_eval", "--model", "pldr"], ["python", "/usr/bin/lm_eval", "--model", "pldr"], True),
+        (["C:/lm-eval.exe", "run", "--model=hf"], ["python.exe", "C:/lm-eval.exe", "run", "--model=hf"], True),
+        (["-m", "--model", "pldr"], ["python", "-X", "dev", "-m", "lm_eval", "--model", "pldr"], True),
+        (["/usr/bin/lm_eval", "--help"], ["python", "/usr/bin/lm_eval", "--help"], False),
+        (["s.py", "--out", "lm_eval", "--model", "x"], ["python", "s.py", "--out", "lm_eval", "--model", "x"], False),
+        (["my_lm_eval", "--model", "x"], ["python", "my_lm_eval", "--model", "x"], False),
+        (["-m", "--model", "x"], ["python", "-m", "pytest", "--model", "x"], False),
+        (["-c", "--model"], ["python", "-c", "pass", "--model"], False),
+        ([""], ["python"], False),
+    ],
+)  # fmt: skip
+def test_the_start_up_file_minds_its_own_business(monkeypatch, argv, orig_argv, is_loaded):
+    line = (Path(__file__).parents[1] / "src" / "pldr_lm_eval.pth").read_text(encoding="utf-8")
+    assert line.startswith("import ")  # else it would be a path
+    assert line.count("\n") == 1
+    loaded = []
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setattr(sys, "orig_argv", orig_argv)
+    exec(line, {"__import__": loaded.append})
+    assert loaded == (["pldr.lm_eval"] if is_loaded else [])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["pldr", "hf"])
-def test_the_harnesss_own_command_knows_the_model(run, folder, tmp_path, data, kind):  # noqa: F811
-    """Plain lm_eval, on a learned model as "pldr" and on its frozen form as "hf"."""
+def test_the_harnesss_own_command_knows_the_model(run, folder, tmp_path, data):  # noqa: F811
+    """Plain lm_eval: a frozen model has the same scores as "pldr", as "hf", and under pldr eval; a learned one runs too."""
     frozen = tmp_path / "frozen"
     assert run("freeze", folder, frozen, "--prompt", "the cat sat")[0] == 0
-    rows = read_benchmark("piqa", data)["validation"]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = {
-        "task": "local", "dataset_path": "json", "dataset_kwargs": {"data_files": {"validation": str(tmp_path / "rows.jsonl")}},
-        "output_type": "multiple_choice", "validation_split": "validation", "doc_to_text": "{{goal}}",
-        "doc_to_target": "label", "doc_to_choice": "{{[sol1, sol2]}}", "metric_list": [{"metric": "acc"}],
-    }  # fmt: skip
-    (tmp_path / "local.yaml").write_text(json.dumps(task))
-    command = [str(Path(sys.executable).parent / "lm_eval"), "--model", kind, "--tasks", str(tmp_path / "local.yaml"),
-               "--model_args", f"pretrained={folder if kind == 'pldr' else frozen}", "--device", "cpu"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "|local|" in done.stdout.replace(" ", "")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in read_benchmark("piqa", data)["validation"]))
+    choice = yaml_task("choice", rows)
+    rolling = yaml_task("rolling", rows, output_type="loglikelihood_rolling", doc_to_text="", doc_to_target="{{sol2}}",
+                        metric_list=[{"metric": "word_perplexity"}])  # fmt: skip
+    del rolling["doc_to_choice"]
+    for task in (choice, rolling):
+        (tmp_path / f"{task['task']}.yaml").write_text(json.dumps(task))
+    names = [str(tmp_path / "choice.yaml"), str(tmp_path / "rolling.yaml")]
+    scores = []
+    for kind, arguments in (
+        ("pldr", f"pretrained={frozen}"),
+        ("hf", f"pretrained={frozen},dtype=float32,prefix_token_id=3"),
+        ("pldr", f"pretrained={folder},operator=cached"),
+    ):
+        output = tmp_path / f"{kind}-{len(scores)}"
+        command = [str(Path(sys.executable).parent / "lm_eval"), "--model", kind, "--tasks", ",".join(names),
+                   "--model_args", arguments, "--device", "cpu", "--output_path", str(output)]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        (record,) = output.rglob("results*.json")
+        results = json.loads(record.read_text())
+        scores.append((results["results"]["choice"]["acc,none"], results["results"]["rolling"]["word_perplexity,none"]))
+        if kind == "pldr":
+            assert results["config"]["operator_mode"] == ("cached" if "cached" in arguments else "frozen")
+    code, out, _ = run("eval", frozen, "--tasks", ",".join(names), "--json")
+    assert code == 0
+    ours = {name: task["scores"]["frozen"] for name, task in json.loads(out)["tasks"].items()}
+    assert scores[0] == pytest.approx((ours["choice"]["acc"], ours["rolling"]["word_perplexity"]), rel=1e-5)
+    assert scores[1] == pytest.approx(scores[0], rel=1e-5)

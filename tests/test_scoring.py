@@ -105,13 +105,16 @@ def test_a_frozen_operator_obeys_the_chain_rule_and_a_learned_one_leaks(small_mo
 def test_greedy_continuations_are_known_as_such(small_model, calibration, mode):
     model = small_model()
     scorer = Scorer(model, mode, calibration=calibration)
-    context, greedy = [5, 6, 7], []
-    for _ in range(4):  # the next token is greedy under what this mode sees of the text so far
-        best = max(range(97), key=lambda token: scorer.score([(context, [*greedy, token])])[0].log_likelihood)
-        greedy.append(best)
-    if mode != "learned":  # its earlier tokens are judged anew with each later one
-        assert scorer.score([(context, greedy)])[0].is_greedy
-    assert not scorer.score([(context, [(greedy[0] + 1) % 97])])[0].is_greedy
+    plain, context = plain_model(model, mode, calibration), [5, 6, 7]
+    best = int(plain(torch.tensor([context])).logits[0, -1].argmax())
+    assert scorer.score([(context, [best])])[0].is_greedy
+    assert not scorer.score([(context, [(best + 1) % 97])])[0].is_greedy
+    if mode == "frozen":  # in the other modes the tokens of a text are not judged one by one
+        text = plain.generate(torch.tensor([context]), max_new_tokens=5, do_sample=False, eos_token_id=None)[
+            0, 3:
+        ].tolist()
+        assert scorer.score([(context, text)])[0].is_greedy
+        assert not scorer.score([(context, [*text[:-1], (text[-1] + 1) % 97])])[0].is_greedy
 
 
 def test_a_shared_context_is_read_once(small_model, monkeypatch):
@@ -131,6 +134,7 @@ def test_of_a_long_context_the_last_tokens_count(small_model, calibration):
         scorer = Scorer(model, mode, calibration=calibration)
         one, two = scorer.score([(long, [5, 6, 7]), (long[-62:], [5, 6, 7])])
         assert one == two
+        assert scorer.truncated == 1
 
 
 def test_what_can_not_be_scored_is_refused(small_model, calibration):
@@ -189,6 +193,8 @@ class TestPerplexity:
         assert found.perplexity == pytest.approx(len(toy_tokenizer), rel=1e-5)
         assert found.bits_per_byte == pytest.approx(tokens * vocabulary / math.log(2) / 45, rel=1e-6)  # é is two bytes
         assert found.words == 13  # eleven, and two ends of lines
+        assert not found.is_lossless  # the tokenizer knows no ends of lines
+        assert perplexity(Scorer(model, "frozen"), toy_tokenizer, "the cat sat").is_lossless
         assert found.word_perplexity == pytest.approx(math.exp(tokens * vocabulary / 13), rel=1e-5)
 
     def test_more_context_is_used(self, small_model, toy_tokenizer):
@@ -206,18 +212,27 @@ class TestPerplexity:
         scorer = Scorer(
             small_model(vocab_size=len(toy_tokenizer), operator="constant", operator_init="random"), "frozen"
         )
-        for settings, message in [({"length": 65}, "context of 64"), ({"stride": 0}, "window of 64"), ({"stride": 65}, "window")]:  # fmt: skip
+        for settings, message in [({"length": 65}, "context of 64"), ({"length": 0}, "context of 64"),
+                                  ({"stride": 0}, "window of 64"), ({"length": 8, "stride": 9}, "window of 8")]:  # fmt: skip
             with pytest.raises(ValueError, match=message):
                 perplexity(scorer, toy_tokenizer, "the cat", **settings)
         with pytest.raises(ValueError, match="empty"):
             perplexity(scorer, toy_tokenizer, "")
-        with pytest.raises(ValueError, match=r"a\.txt: is empty"):
-            evaluate_texts({"frozen": scorer}, toy_tokenizer, {"a.txt": " \n"})
+        for text in ("", " \n"):
+            with pytest.raises(ValueError, match=r"a\.txt: is empty"):
+                evaluate_texts({"frozen": scorer}, toy_tokenizer, {"b.txt": "the cat", "a.txt": text})
+
+    def test_words_beyond_a_float(self, small_model, toy_tokenizer):
+        """A text without spaces is one word."""
+        model = small_model(vocab_size=len(toy_tokenizer), operator="constant", operator_init="random")
+        found = perplexity(Scorer(model, "frozen"), toy_tokenizer, "cat" * 300)
+        assert (found.words, found.word_perplexity) == (1, None)
+        assert math.isfinite(found.nats_per_token)
 
     def test_words_are_counted_as_in_wikitext(self):
         """The test set of WikiText-2 has 245,569 tokens, ends of lines among them."""
         text = shared("data/wikitext-2/test.txt").read_text(encoding="utf-8")
-        assert len(text.split()) + len(text.splitlines()) == 245_569
+        assert len(text.split()) + text.count("\n") == 245_569
 
 
 def test_modes_that_disagree_are_noticed(small_model, ids):

@@ -1,6 +1,7 @@
 """The `pldr` command: one function a verb. Heavy imports happen inside the verbs, so that help starts at once."""
 
 import contextlib
+import copy
 import json
 import os
 import sys
@@ -509,6 +510,7 @@ def reproduce(
 @app.command("eval")
 def evaluate(
     model: Model,
+    files: Annotated[list[Path] | None, typer.Argument(help="Text files, with --perplexity.")] = None,
     tasks: Annotated[
         list[str] | None,
         typer.Option("--tasks", help="Tasks of lm-evaluation-harness, comma-separated; may be repeated."),
@@ -516,9 +518,7 @@ def evaluate(
     suite: Annotated[
         str | None, typer.Option(help="paper: the eight benchmarks of the paper, and their average.")
     ] = None,
-    perplexity: Annotated[
-        list[Path] | None, typer.Option(help="Text file to measure perplexity on; may be repeated.")
-    ] = None,
+    perplexity: Annotated[bool, typer.Option("--perplexity", help="Measure perplexity on the files.")] = False,
     operator: Annotated[str, typer.Option(help="Where G_LM comes from: frozen, cached or learned.")] = "frozen",
     compare: Annotated[bool, typer.Option("--compare", help="Run all three, and compare every answer.")] = False,
     data_dir: Annotated[
@@ -527,7 +527,10 @@ def evaluate(
     limit: Annotated[float | None, typer.Option(help="Questions of each task; below 1, their share.")] = None,
     num_fewshot: Annotated[int | None, typer.Option(help="Examples before each question.")] = None,
     batch_size: Annotated[str, typer.Option(help="Sequences of a batch, or auto.")] = "auto",
-    stride: Annotated[int | None, typer.Option(help="Of the perplexity's window; half the context by default.")] = None,
+    window: Annotated[
+        int | None, typer.Option(help="Tokens of the perplexity's window; the context by default.")
+    ] = None,
+    stride: Annotated[int | None, typer.Option(help="Tokens by which it moves; half the window by default.")] = None,
     calibration: Annotated[
         list[str] | None, typer.Option(help="Text that G_LM is frozen from; else what comes with the package.")
     ] = None,
@@ -547,62 +550,89 @@ def evaluate(
     if suite is not None and suite not in SUITES:
         raise ValueError(f"--suite: must be one of {', '.join(SUITES)}, got {suite!r}")
     names += [name for name in SUITES[suite] if name not in names] if suite is not None else []
-    if not names and not perplexity:
-        raise ValueError("eval: name --tasks, a --suite, or text for --perplexity")
-    if limit is not None and not limit > 0:
-        raise ValueError(f"--limit: must be positive, got {limit}")
+    if bool(files) != perplexity:
+        raise ValueError("--perplexity: needs text files, and they need it: pldr eval MODEL --perplexity FILE ...")
+    if not names and not files:
+        raise ValueError("eval: name --tasks, a --suite, or text files for --perplexity")
     if num_fewshot is not None and num_fewshot < 0:
         raise ValueError(f"--num-fewshot: must be 0 or more, got {num_fewshot}")
     if data_dir is not None and not data_dir.is_dir():
         raise ValueError(f"--data-dir: {data_dir} is not a folder")
     from pldr.data import read_text
 
-    texts = {str(file): read_text(file) for file in perplexity or []}
+    texts = {str(file): read_text(file) for file in files or []}
+    _quiet()
     if names:
         _require("eval", "lm_eval")
+        from pldr.evaluate import check_limit, load_tasks, suite_report
+        from pldr.evaluate import evaluate as run
+
+        check_limit(limit)
+        found = load_tasks(names, data_dir=data_dir, num_fewshot=num_fewshot)
     loaded, text_tokenizer = _load(model, tokenizer, device=device, dtype=dtype, rope=rope, g_lm=g_lm)
     from pldr.report import print_evaluation
-    from pldr.scoring import OPERATOR_MODES, evaluate_texts, make_scorers, mode_disagreement, read_calibration
+    from pldr.scoring import (
+        OPERATOR_MODES,
+        check_window,
+        evaluate_texts,
+        make_scorers,
+        mode_disagreement,
+        read_calibration,
+    )
 
-    is_learned = loaded.config.operator == "learned"
+    is_learned, context = loaded.config.operator == "learned", loaded.config.max_position_embeddings
+    check_window(context, window, stride)
     if operator not in OPERATOR_MODES:
         raise ValueError(f"--operator: must be one of {', '.join(OPERATOR_MODES)}, got {operator!r}")
     if not is_learned and (compare or operator != "frozen"):
         raise ValueError("eval: this model's operator is constant, so that frozen is its only mode")
-    passages = None
-    if is_learned:
-        context = loaded.config.max_position_embeddings
-        passages = read_calibration(text_tokenizer, context, calibration, text_column)
+    if not is_learned and calibration:
+        raise ValueError("--calibration: this model's operator is constant already")
+    passages = read_calibration(text_tokenizer, context, calibration, text_column) if is_learned else None
     scorers = make_scorers(loaded, passages, batch_size=batch_size)
     chosen = scorers if compare else {operator: scorers[operator]}
     report: dict[str, Any] = {
         "model": str(model), "operator": loaded.config.operator, "modes": list(chosen), "device": device, "dtype": dtype,
-        "calibration": calibration or "comes with the package", "disagreement": 0.0, "tasks": {},
+        "calibration": (calibration or "comes with the package") if is_learned else None, "tasks": {}, "disagreement": 0.0,
     }  # fmt: skip
-    if names:
-        from pldr.evaluate import evaluate as run
-        from pldr.evaluate import load_tasks, suite_report
-
-        found = load_tasks(names, data_dir=data_dir, num_fewshot=num_fewshot)
-    if passages is not None:
-        report["disagreement"] = mode_disagreement(scorers, passages)
+    if passages is not None:  # in float32, where what differs is the operator and not the rounding
+        report["disagreement"] = mode_disagreement(
+            scorers if dtype == "float32" else make_scorers(copy.deepcopy(loaded).float(), passages), passages
+        )
+    if texts:
+        report["texts"] = evaluate_texts(chosen, text_tokenizer, texts, length=window, stride=stride)
     if names:
         report |= run(chosen, text_tokenizer, found, limit=limit)
         if suite is not None:
             report["suite"] = suite_report(report, suite)
-    if texts:
-        report["texts"] = evaluate_texts(chosen, text_tokenizer, texts, stride=stride)
-    largest = [value for task in report["tasks"].values() for value in task["largest"].values()]
-    report["disagreement"] = max([report["disagreement"], *largest])
-    if report["disagreement"] > threshold:
-        _report(
-            f"warning: where G_LM comes from moves a log-likelihood by {report['disagreement']:.2g} nats, more than "
-            f"{threshold:g}; a learned G_LM sees the tokens it scores, compare models with --operator frozen"
-        )
+    report["truncated"] = max(scorer.truncated for scorer in chosen.values())
+    for warning in _evaluation_warnings(report, threshold):
+        _report(f"warning: {warning}")
     if as_json:
         _print_json(report)
     else:
         print_evaluation(report)
+
+
+def _evaluation_warnings(report: dict[str, Any], threshold: float) -> Iterator[str]:
+    if report["disagreement"] > threshold:
+        yield (
+            f"G_LM depends on the text: where it comes from moves a log-likelihood of 32 tokens by "
+            f"{report['disagreement']:.2g} nats, more than {threshold:g}; a learned G_LM sees the tokens it scores, so that "
+            "only frozen scores compare with other models'; see pldr certify"
+        )
+    largest = max((value for task in report["tasks"].values() for value in task["largest"].values()), default=0.0)
+    if largest > threshold:
+        rounding = "" if report["dtype"] == "float32" else f"; in {report['dtype']} much of that is rounding"
+        yield f"the modes' log-likelihoods of an answer differ by up to {largest:.2g} nats, more than {threshold:g}{rounding}"
+    if report["truncated"]:
+        yield f"{report['truncated']} contexts were longer than the model's and lost their beginning"
+    for name, found in report.get("texts", {}).items():
+        if not all(value["is_lossless"] for value in found.values()):
+            yield (
+                f"{name}: the tokenizer drops part of the text (ends of lines, repeated spaces), which is counted in bits a "
+                "byte and word perplexity all the same"
+            )
 
 
 @app.command()
@@ -662,6 +692,8 @@ def main() -> NoReturn:
             raise
         _report(_described(error))
         sys.exit(1)
+    if code == 130:  # typer has made an exit of the interruption
+        _report("interrupted")
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -3,23 +3,29 @@
 What the modes mean is in `pldr.scoring`. Importing this module registers the model "pldr" with the harness.
 """
 
+import contextlib
 import difflib
 import json
 import logging
+import math
+import random
+import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import datasets
 import lm_eval.models  # noqa: F401 (the harness registers its own models only where there is none)
+import numpy as np
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.evaluator import evaluate as run_harness
+from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.tasks import TaskManager
 
 from pldr.benchmarks import LAYOUTS, SUITES, read_benchmark, suite_averages
@@ -29,8 +35,12 @@ from pldr.tokenizer import check_vocabulary, load_tokenizer
 
 # The harness's settings for the parts of a data set, and their names in `pldr.benchmarks`.
 _SPLITS = {"training_split": "train", "validation_split": "validation", "test_split": "test"}
-# The harness draws few-shot examples with this seed.
-_FEW_SHOT_SEED = 1234
+# What the harness seeds the generators with, for few-shot examples and for sampling.
+_SEED = 1234
+_MOST_NEW_TOKENS = 256  # of a task that does not say, or half the context
+
+_LEAK = "; G_LM sees the very tokens that are scored: they compare with no other model's (use operator=frozen)"
+_log = logging.getLogger("lm_eval.pldr")
 
 
 @register_model("pldr")
@@ -84,6 +94,7 @@ class PldrLM(TemplateLM):
                 passages = read_calibration(self.tokenizer, model.config.max_position_embeddings, files)
             size = str(batch_size).split(":")[0]  # the harness's auto:N says how often to look for a new one
             self.scorer = Scorer(model, operator, calibration=passages, batch_size=size)
+            _log.warning("pldr: %s scores%s", operator, _LEAK if operator == "learned" else "")
         self._device = self.scorer.model.device
 
     @property
@@ -95,15 +106,22 @@ class PldrLM(TemplateLM):
     def max_length(self) -> int:
         return self.scorer.max_length
 
-    @property
-    def tokenizer_name(self) -> str:
-        return self.tokenizer.name_or_path.replace("/", "__")
+    def get_model_info(self) -> dict[str, Any]:
+        """For the harness's record of a run."""
+        model = self.scorer.model
+        return {
+            "operator_mode": self.scorer.operator, "model_num_parameters": model.num_parameters(),
+            "model_dtype": str(model.dtype),
+        }  # fmt: skip
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Without special tokens, as in training."""
         return self.tokenizer.encode(string, add_special_tokens=False)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        for context, continuation in (request.args for request in requests):
+            if not context and not self.tok_encode(continuation):
+                raise ValueError(f"eval: neither a context nor a continuation with tokens ({continuation!r})")
         return super().loglikelihood(requests, disable_tqdm=True)  # of its bar for the tokenizer, which takes no time
 
     def _loglikelihood_tokens(
@@ -140,8 +158,10 @@ class PldrLM(TemplateLM):
         """Continuations up to a stop string; batches of one length, so that no prompt is padded."""
         groups: dict[tuple[str, int], list[tuple[int, list[int]]]] = defaultdict(list)
         for index, request in enumerate(requests):
-            context, settings = request.args
-            room = self.max_length - settings.get("max_gen_toks", 256)
+            context, given = request.args
+            settings: dict[str, Any] = dict(normalize_gen_kwargs(given, min(_MOST_NEW_TOKENS, self.max_length // 2)))
+            settings.pop("max_length", None)  # of prompt and text together; max_gen_toks says it for the text
+            room = self.max_length - settings["max_gen_toks"]
             if room < 1:
                 raise ValueError(
                     f"eval: this task generates up to {settings['max_gen_toks']} tokens, the model's context is "
@@ -152,8 +172,9 @@ class PldrLM(TemplateLM):
         texts: dict[int, str] = {}
         with progress(f"texts, {self.scorer.operator}", len(requests), disable=disable_tqdm) as done:
             for (settings_text, length), members in groups.items():
-                for batch in self.scorer.batches(members, 2 * length):
-                    found = self._generate([ids for _, ids in batch], json.loads(settings_text))
+                settings = json.loads(settings_text)
+                for batch in self.scorer.batches(members, length + settings["max_gen_toks"]):
+                    found = self._generate([ids for _, ids in batch], dict(settings))
                     texts |= {index: text for (index, _), text in zip(batch, found, strict=True)}
                     done(len(batch))
         for index, request in enumerate(requests):
@@ -161,19 +182,17 @@ class PldrLM(TemplateLM):
         return [texts[index] for index in range(len(requests))]
 
     def _generate(self, prompts: list[list[int]], settings: dict[str, Any]) -> list[str]:
-        """Of prompts of one length, with the harness's settings."""
-        until = settings.pop("until", None) or []
-        until = [until] if isinstance(until, str) else until
-        sampling = settings.pop("do_sample", bool(settings.get("temperature")))
-        if not sampling:
+        """Of prompts of one length, with the harness's settings, normalised."""
+        until = settings.pop("until")
+        if not settings["do_sample"]:
             settings = {
                 name: value for name, value in settings.items() if name not in ("temperature", "top_p", "top_k")
             }
         keep = self.scorer.operator != "learned"
         ids = torch.tensor(prompts, device=self.device)
         found = self.scorer.model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=settings.pop("max_gen_toks", 256),
-            do_sample=sampling, use_cache=keep, use_g_cache=keep, stop_strings=until or None, tokenizer=self.tokenizer,
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=settings.pop("max_gen_toks"),
+            use_cache=keep, use_g_cache=keep, stop_strings=until or None, tokenizer=self.tokenizer,
             pad_token_id=self.tokenizer.pad_token_id, eos_token_id=self.eot_token_id, **settings,
         )  # fmt: skip
         texts = []
@@ -181,8 +200,7 @@ class PldrLM(TemplateLM):
             before, whole = (
                 self.tokenizer.decode(part, skip_special_tokens=True) for part in (row[: ids.shape[1]], row)
             )
-            text = whole[len(before) :]
-            texts.append(text[: min((text.find(stop) for stop in until if stop in text), default=len(text))])
+            texts.append(postprocess_generated_text(whole[len(before) :], until, None))
         return texts
 
 
@@ -202,7 +220,7 @@ def load_tasks(
     """The harness's tasks, with their data.
 
     Args:
-        names: of tasks, groups or tags of the harness, or YAML files.
+        names: of tasks, groups or tags of the harness, patterns of such (mmlu_*), or YAML files.
         data_dir: folder with the benchmarks' published files (`pldr.benchmarks`); by default data sets come from the hub.
         num_fewshot: examples before each question; what the task says by default.
 
@@ -212,10 +230,14 @@ def load_tasks(
     """
     manager = _task_manager()
     specs: list[Any] = []
+    patterns, names = names, []
+    for pattern in patterns:
+        found_names = [pattern] if Path(pattern).is_file() else manager.match_tasks([pattern])
+        if not found_names:
+            near = difflib.get_close_matches(pattern, manager.all_tasks, n=3)
+            raise ValueError(f"eval: no task {pattern!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+        names += found_names
     for name in names:
-        if name not in manager.all_tasks and not Path(name).is_file():
-            near = difflib.get_close_matches(name, manager.all_tasks, n=3)
-            raise ValueError(f"eval: no task {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
         if data_dir is None:
             specs.append(name)
         else:
@@ -247,10 +269,22 @@ def load_tasks(
             task.set_config(key="num_fewshot", value=num_fewshot)
         elif task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=_FEW_SHOT_SEED)
         if not len(task.eval_docs):
             raise ValueError(f"eval: {name} has no question to ask")
     return loaded
+
+
+@contextlib.contextmanager
+def _harness() -> Iterator[None]:
+    """While the harness runs: standard output is ours, and what the hub's library says of its retries is left out."""
+    logger = logging.getLogger("huggingface_hub")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        logger.setLevel(before)
 
 
 def _hint(name: str) -> str:
@@ -262,6 +296,15 @@ def _hint(name: str) -> str:
 
 
 # --- evaluation -----------------------------------------------------------------------------------------------------
+
+
+def check_limit(limit: int | float | None) -> None:
+    """
+    Raises:
+        ValueError: neither a number of questions nor a share of them.
+    """
+    if limit is not None and not (0 < limit < 1 or (limit >= 1 and math.isfinite(limit) and limit == int(limit))):
+        raise ValueError(f"limit: must be a number of questions, or a share of them below 1, got {limit}")
 
 
 def evaluate(
@@ -281,16 +324,27 @@ def evaluate(
         one log-likelihood, nats); "groups": "scores" alone; "seconds" by mode.
 
     Raises:
-        ValueError: `limit` is not positive; a task can not be scored.
+        ValueError: see `check_limit`; a task can not be scored, or has too few questions to draw examples from.
     """
-    if limit is not None and not limit > 0:
-        raise ValueError(f"limit: must be positive, got {limit}")
+    check_limit(limit)
     modes = list(scorers)
     report: dict[str, Any] = {"modes": modes, "tasks": {}, "groups": {}, "seconds": {}}
     samples: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for mode, scorer in scorers.items():
+        # Each mode has the same few-shot examples, and the same luck where it samples.
+        for task in tasks["tasks"].values():
+            task.set_fewshot_seed(seed=_SEED)
+        random.seed(_SEED)
+        np.random.seed(_SEED)
+        torch.manual_seed(_SEED)
         start = time.perf_counter()
-        found = run_harness(PldrLM(scorer, tokenizer=tokenizer), tasks, limit=limit, bootstrap_iters=1000)
+        try:
+            with _harness():
+                found = run_harness(PldrLM(scorer, tokenizer=tokenizer), tasks, limit=limit, bootstrap_iters=1000)
+        except ValueError as error:
+            if "larger than population" not in str(error):
+                raise
+            raise ValueError("eval: a task has fewer questions than few-shot examples are to be drawn from") from error
         report["seconds"][mode] = time.perf_counter() - start
         samples[mode] = found["samples"]
         for name, metrics in found["results"].items():
@@ -302,7 +356,7 @@ def evaluate(
     for name, entry in report["tasks"].items():
         entry |= {"differ": {}, "largest": {}}
         for mode in modes[1:]:
-            differ, largest = _differences(samples[modes[0]][name], samples[mode][name])
+            differ, largest = _differences(tasks["tasks"][name], samples[modes[0]][name], samples[mode][name])
             entry["differ"][mode], entry["largest"][mode] = differ, largest
     return report
 
@@ -326,16 +380,18 @@ def _metrics(found: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def _differences(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> tuple[int, float]:
-    """Questions with another answer, and the largest difference of a log-likelihood."""
+def _differences(task: Any, one: list[dict[str, Any]], other: list[dict[str, Any]]) -> tuple[int, float]:
+    """Questions with another answer, and the largest difference of a log-likelihood (infinite where one is NaN)."""
     differ: set[int] = set()
     largest = 0.0
     for before, after in zip(one, other, strict=True):
-        first, second = (_answer(sample) for sample in (before, after))
-        if first != second:
+        if before["arguments"] != after["arguments"]:
+            raise AssertionError("the modes were not asked the same")
+        if _answer(task, before) != _answer(task, after):
             differ.add(before["doc_id"])
         for a, b in zip(_log_likelihoods(before), _log_likelihoods(after), strict=True):
-            largest = max(largest, abs(a - b))
+            difference = abs(a - b)
+            largest = max(largest, difference if math.isfinite(difference) else math.inf)
     return len(differ), largest
 
 
@@ -346,14 +402,17 @@ def _log_likelihoods(sample: dict[str, Any]) -> list[float]:
             if not isinstance(response, str)]  # fmt: skip
 
 
-def _answer(sample: dict[str, Any]) -> Any:
-    """What the model answered: its choice, by log-likelihood and by that a byte of the choice; or its text."""
+def _answer(task: Any, sample: dict[str, Any]) -> Any:
+    """What the model answered: its choices, by log-likelihood (acc) and by that a character (acc_norm); or its text."""
     found = [responses[0] for responses in sample["resps"]]
     if isinstance(found[0], str):
         return found
     values = _log_likelihoods(sample)
-    if len(values) == 1:
-        return found[0][1] if isinstance(found[0], (list, tuple)) else None  # whether it is greedy; of a text, nothing
-    lengths = [len(arguments[1]) or 1 for arguments in sample["arguments"]]
-    per_length = [value / length for value, length in zip(values, lengths, strict=True)]
-    return values.index(max(values)), per_length.index(max(per_length))
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return [response[1] for response in found if isinstance(response, (list, tuple))]  # whether it is greedy
+    choices = task.doc_to_choice(sample["doc"])
+    values = values[: len(choices)]  # what follows is without the question, for mutual information
+    if any(math.isnan(value) for value in values):
+        return math.nan  # equal to nothing
+    per_character = [value / max(1, len(choice)) for value, choice in zip(values, choices, strict=True)]
+    return values.index(max(values)), per_character.index(max(per_character))

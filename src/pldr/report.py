@@ -127,48 +127,62 @@ def print_certificate(certificate: dict[str, Any]) -> None:
 def print_evaluation(report: dict[str, Any]) -> None:
     """Scores by task and operator mode, what the modes change, averages and perplexities, as tables."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console, modes = Console(), report["modes"]
+    if not console.is_terminal:
+        console.width = max(console.width, 120)  # numbers in a file or a pipe are not cut
     source = {
         "learned": "computed from all that is read, the scored tokens too",
         "cached": "computed from the context and kept",
         "frozen": "a constant" if report["operator"] != "learned" else "a constant, frozen from calibration passages",
     }
-    console.print(f"[bold]{report['model']}[/bold], {report['dtype']} on {report['device']}", soft_wrap=True)
+    console.print(f"[bold]{escape(report['model'])}[/bold], {report['dtype']} on {report['device']}", soft_wrap=True)
     for mode in modes:
         console.print(f"  {mode}: G_LM is {source[mode]}", style="dim", soft_wrap=True)
     if report["tasks"]:
-        table = Table("task", "questions", "metric", *modes, "standard error")
+        table = Table("task", "questions", "shots", "metric")
+        for name in (*modes, "standard error"):
+            table.add_column(name, justify="right", no_wrap=True)
         for name, task in (report["tasks"] | report["groups"]).items():
             first = task["scores"][modes[0]]
             for place, metric in enumerate(metric for metric in first if "_stderr" not in metric):
-                row = ["", ""] if place else [name, f"{task['questions']:,}" if "questions" in task else ""]
+                about = (
+                    [escape(name), f"{task['questions']:,}", str(task["num_fewshot"])]
+                    if "questions" in task
+                    else [name, "", ""]
+                )
                 scores = [f"{task['scores'][mode][metric]:.4f}" for mode in modes]
                 filtered, *rest = metric.split(", ")
                 error = first.get(", ".join([f"{filtered}_stderr", *rest]))
-                table.add_row(*row, metric, *scores, "" if error is None else f"{error:.4f}")
+                table.add_row(
+                    *(["", "", ""] if place else about), metric, *scores, "" if error is None else f"{error:.4f}"
+                )
         if "suite" in report:
             table.add_section()
             for name in report["suite"]["averages"][modes[0]]:
-                table.add_row(name, "", "", *(f"{report['suite']['averages'][mode][name]:.4f}" for mode in modes), "")
+                table.add_row(
+                    name, "", "", "", *(f"{report['suite']['averages'][mode][name]:.4f}" for mode in modes), ""
+                )
         console.print(table)
     if report["tasks"] and len(modes) > 1:
-        table = Table(f"against {modes[0]}", "G_LM", "answers that differ", "largest log-likelihood difference, nats")
+        table = Table(f"against {modes[0]}", "G_LM", "answers that differ", "largest difference, nats")
         for name, task in report["tasks"].items():
             for place, mode in enumerate(modes[1:]):
-                differ = f"{task['differ'][mode]} of {task['questions']:,}"
-                table.add_row("" if place else name, mode, differ, f"{task['largest'][mode]:.1e}")
+                differ = f"{task['differ'][mode]:,} of {task['questions']:,}"
+                table.add_row("" if place else escape(name), mode, differ, f"{task['largest'][mode]:.1e}")
         console.print(table)
     if "texts" in report:
-        table = Table("text", "G_LM", "tokens", "nats a token", "bits a byte", "word perplexity")
         for name, found in report["texts"].items():
-            for place, (mode, value) in enumerate(found.items()):
+            table = Table("G_LM", "tokens", "nats a token", "bits a byte", "word perplexity", title=escape(name))
+            for mode, value in found.items():
+                words = value["word_perplexity"]
                 table.add_row(
-                    "" if place else Path(name).name, mode, f"{value['tokens']:,}", f"{value['nats_per_token']:.6f}",
-                    f"{value['bits_per_byte']:.6f}", f"{value['word_perplexity']:.4f}",
+                    mode, f"{value['tokens']:,}", f"{value['nats_per_token']:.6f}", f"{value['bits_per_byte']:.6f}",
+                    "too large" if words is None else f"{words:,.3f}",
                 )  # fmt: skip
-        console.print(table)
+            console.print(table)
 
 
 def plot_operators(

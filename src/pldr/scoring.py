@@ -31,8 +31,9 @@ from pldr.shipped import HELD_OUT
 OPERATOR_MODES = ("learned", "cached", "frozen")
 # Passages that G_LM is frozen from, and their most tokens, if nothing else is said.
 _CALIBRATION_PASSAGES, _CALIBRATION_LENGTH = 4, 512
-# Tokens of a batch if its size is not given: what keeps two cores, or a large GPU, busy.
+# Tokens of a batch if its size is not given: what keeps two cores, or a GPU, busy; and the most logits of one.
 _BATCH_TOKENS = {"cpu": 2048, "cuda": 65_536}
+_BATCH_LOGITS = 1 << 28
 
 
 class Score(NamedTuple):
@@ -52,11 +53,17 @@ class Pair(NamedTuple):
 class Scorer:
     """A model in one operator mode.
 
+    Attributes:
+        model: what scores; for "frozen" with a constant operator.
+        operator: the mode.
+        truncated: contexts so far that were too long for the model and lost their beginning.
+
     Args:
         model: in float32, float16 or bfloat16; its own dtype is used, and log-softmax in float32.
         operator: "learned", "cached" or "frozen".
         calibration: [C, T], what a learned operator is frozen from (the mean over C); for "frozen" only.
-        batch_size: sequences of a batch; "auto": as many as fit into some 2,000 tokens on a CPU, 65,000 on a GPU.
+        batch_size: sequences of a batch; "auto": as many as fit into some 2,000 tokens on a CPU, 65,000 on a GPU, fewer
+            with a large vocabulary.
 
     Raises:
         ValueError: another mode; a constant operator in a mode that needs a learned one; no calibration passages; a batch
@@ -83,6 +90,7 @@ class Scorer:
             model = freeze(copy.deepcopy(model), calibration.to(model.device))
         self.model = model.eval()
         self.operator = operator
+        self.truncated = 0
         self.batch_size = None if batch_size == "auto" else int(batch_size)
 
     @property
@@ -92,6 +100,7 @@ class Scorer:
     def batches(self, items: Sequence[Any], tokens: int) -> Iterator[Sequence[Any]]:
         """Cut items of so many tokens each into batches."""
         budget = _BATCH_TOKENS["cpu" if self.model.device.type == "cpu" else "cuda"]
+        budget = min(budget, _BATCH_LOGITS // self.model.config.vocab_size)
         size = self.batch_size or max(1, budget // tokens)
         for start in range(0, len(items), size):
             yield items[start : start + size]
@@ -128,6 +137,7 @@ class Scorer:
             raise ValueError(
                 f"pairs: a continuation of {len(continuation)} tokens is longer than the context of {self.max_length}"
             )
+        self.truncated += len(context) > room
         return Pair(context[-room:], continuation)
 
     def _score_whole(self, pairs: list[Pair]) -> Iterator[dict[int, Score]]:
@@ -249,21 +259,21 @@ class Perplexity(NamedTuple):
     Attributes:
         tokens: that were scored, all but none.
         nats_per_token: mean negative log-likelihood.
+        perplexity: exp of that.
         bits_per_byte: total over the UTF-8 bytes of the text.
-        word_perplexity: exp of the total over `words`.
+        word_perplexity: exp of the total over `words`; None where that is beyond a float, as for text without spaces.
         words: separated by white space, and one more a line for its end, as WikiText counts.
+        is_lossless: the tokens spell the text out. If not, what the tokenizer drops (ends of lines, say) costs nothing and
+            yet is counted among bytes and words, so that these two compare with no model whose tokenizer keeps it.
     """
 
     tokens: int
     nats_per_token: float
+    perplexity: float
     bits_per_byte: float
-    word_perplexity: float
+    word_perplexity: float | None
     words: int
-
-    @property
-    def perplexity(self) -> float:
-        """Of a token."""
-        return math.exp(self.nats_per_token)
+    is_lossless: bool
 
 
 def windows(ids: Sequence[int], prefix: int, length: int, stride: int) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
@@ -281,6 +291,21 @@ def windows(ids: Sequence[int], prefix: int, length: int, stride: int) -> Iterat
     for start in range(length, len(ids), stride):
         scored = ids[start : start + stride]
         yield ids[max(0, start + len(scored) - 1 - length) : start], scored
+
+
+def check_window(context: int, length: int | None, stride: int | None) -> tuple[int, int]:
+    """Window and stride, by default the model's context and half the window.
+
+    Raises:
+        ValueError: one of them is outside its range.
+    """
+    length = context if length is None else length
+    stride = max(1, length // 2) if stride is None else stride
+    if not 1 <= length <= context:
+        raise ValueError(f"window: must be between 1 and the context of {context} tokens, got {length}")
+    if not 1 <= stride <= length:
+        raise ValueError(f"stride: must be between 1 and the window of {length} tokens, got {stride}")
+    return length, stride
 
 
 def perplexity(
@@ -305,12 +330,7 @@ def perplexity(
     Raises:
         ValueError: an empty text, or a window or stride outside its range.
     """
-    length = scorer.max_length if length is None else length
-    stride = max(1, length // 2) if stride is None else stride
-    if not 1 <= length <= scorer.max_length:
-        raise ValueError(f"length: must be between 1 and the context of {scorer.max_length}, got {length}")
-    if not 1 <= stride <= length:
-        raise ValueError(f"stride: must be between 1 and the window of {length} tokens, got {stride}")
+    length, stride = check_window(scorer.max_length, length, stride)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not ids:
         raise ValueError("perplexity: the text is empty")
@@ -318,19 +338,26 @@ def perplexity(
     with progress(title or "", len(pairs), disable=title is None) as done:
         scores = scorer.score(pairs, done=done)
     nats = -math.fsum(score.log_likelihood for score in scores)
-    words = len(text.split()) + len(text.splitlines())
+    words = len(text.split()) + text.count("\n")
     return Perplexity(
         tokens=len(ids),
         nats_per_token=nats / len(ids),
+        perplexity=math.exp(nats / len(ids)),
         bits_per_byte=nats / math.log(2) / len(text.encode()),
-        word_perplexity=math.exp(min(nats / words, 700.0)),
+        word_perplexity=math.exp(nats / words) if words and nats / words < 700 else None,
         words=words,
+        is_lossless=tokenizer.decode(ids, skip_special_tokens=True) == text,
     )
 
 
 def evaluate_texts(
-    scorers: dict[str, Scorer], tokenizer: Any, texts: dict[str, str], *, stride: int | None = None
-) -> dict[str, dict[str, dict[str, float]]]:
+    scorers: dict[str, Scorer],
+    tokenizer: Any,
+    texts: dict[str, str],
+    *,
+    length: int | None = None,
+    stride: int | None = None,
+) -> dict[str, dict[str, dict[str, Any]]]:
     """Perplexity of texts in each mode, with a progress bar.
 
     Args:
@@ -339,17 +366,17 @@ def evaluate_texts(
         the others: see `perplexity`.
 
     Returns:
-        By text and mode: the fields of `Perplexity`, and "perplexity".
+        By text and mode: the fields of `Perplexity`.
 
     Raises:
-        ValueError: see `perplexity`; an empty text is named.
+        ValueError: see `perplexity`; a text without tokens is named, before any is scored.
     """
     for name, text in texts.items():
-        if not text.strip():
-            raise ValueError(f"{name}: is empty")
-    found: dict[str, dict[str, dict[str, float]]] = {name: {} for name in texts}
+        if not tokenizer(text, add_special_tokens=False)["input_ids"]:
+            raise ValueError(f"{name}: is empty, or nothing that the tokenizer keeps")
+    found: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in texts}
     for mode, scorer in scorers.items():
         for name, text in texts.items():
-            value = perplexity(scorer, tokenizer, text, stride=stride, title=f"perplexity of {name}, {mode}")
-            found[name][mode] = value._asdict() | {"perplexity": value.perplexity}
+            title = f"perplexity of {name}, {mode}"
+            found[name][mode] = perplexity(scorer, tokenizer, text, length=length, stride=stride, title=title)._asdict()
     return found
