@@ -398,3 +398,14 @@ def test_the_demo_replaces_only_its_own_folder(run, tmp_path):
         "the recipe needs data.validation",
     )
     assert not (tmp_path / "new").exists()
+
+
+def test_json_holds_no_infinity(capsys):
+    from pldr.cli import _print_json
+
+    _print_json({"a": float("inf"), "b": [1.5, float("nan")], "c": {"d": "é"}})
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {
+        "a": None,
+        "b": [1.5, None],
+        "c": {"d": "é"},
+    }

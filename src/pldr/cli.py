@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -776,4 +777,13 @@ def _require(extra: str, *packages: str) -> None:
 
 
 def _print_json(fields: dict[str, Any]) -> None:
-    typer.echo(json.dumps(fields, ensure_ascii=False))
+    typer.echo(json.dumps(_finite(fields), ensure_ascii=False, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no infinity: null stands for it, and for NaN."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

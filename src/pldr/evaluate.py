@@ -39,7 +39,6 @@ _SPLITS = {"training_split": "train", "validation_split": "validation", "test_sp
 _SEED = 1234
 _MOST_NEW_TOKENS = 256  # of a task that does not say, or half the context
 
-_LEAK = "; G_LM sees the very tokens that are scored: they compare with no other model's (use operator=frozen)"
 _log = logging.getLogger("lm_eval.pldr")
 
 
@@ -94,7 +93,10 @@ class PldrLM(TemplateLM):
                 passages = read_calibration(self.tokenizer, model.config.max_position_embeddings, files)
             size = str(batch_size).split(":")[0]  # the harness's auto:N says how often to look for a new one
             self.scorer = Scorer(model, operator, calibration=passages, batch_size=size)
-            _log.warning("pldr: %s scores%s", operator, _LEAK if operator == "learned" else "")
+            if operator == "learned":
+                _log.warning(
+                    "G_LM sees the very tokens that are scored: compare with other models' scores by operator=frozen"
+                )
         self._device = self.scorer.model.device
 
     @property
@@ -228,42 +230,20 @@ def load_tasks(
         ValueError: an unknown name (the message suggests the nearest), or data that can not be had or read.
         FileNotFoundError: a file of `data_dir` is missing.
     """
-    manager = _task_manager()
-    specs: list[Any] = []
-    patterns, names = names, []
-    for pattern in patterns:
-        found_names = [pattern] if Path(pattern).is_file() else manager.match_tasks([pattern])
-        if not found_names:
-            near = difflib.get_close_matches(pattern, manager.all_tasks, n=3)
-            raise ValueError(f"eval: no task {pattern!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
-        names += found_names
-    for name in names:
-        if data_dir is None:
-            specs.append(name)
-        else:
-            splits = read_benchmark(name, Path(data_dir), few_shot=bool(num_fewshot))
-            if "train" in splits and len(splits["train"]) <= (num_fewshot or 0):  # the harness draws one to spare
-                raise ValueError(
-                    f"{name}: {len(splits['train'])} training questions are too few to draw {num_fewshot} examples from"
-                )
-            found = {split: datasets.Dataset.from_list(rows) for split, rows in splits.items()}
-            local = {"task": name, "custom_dataset": lambda found=found, **_: found}
-            local |= {key: split if split in found else None for key, split in _SPLITS.items()}
-            # Only as a member of a group does the harness take a task of its own with another source of data.
-            specs.append({"group": "local", "task": [local]})
+    found = [name for pattern in names for name in _matching(pattern)]
+    specs = {name: name if data_dir is None else _local_task(name, Path(data_dir), num_fewshot or 0) for name in found}
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
-    for name, spec in zip(names, specs, strict=True):
+    for name, spec in specs.items():
         try:
-            part: dict[str, Any] = dict(manager.load([spec]))
-            if data_dir is not None:
-                part = {"tasks": part["tasks"]}
-        except Exception as error:
-            reason = " ".join(str(error).split())[:200]
+            with _harness():
+                part: dict[str, Any] = dict(_task_manager().load([spec]))
+        except Exception as error:  # whatever the hub and its libraries raise, the user needs one line
+            reason = " ".join(str(error).split())[:200] or "no question to ask"
             raise ValueError(
                 f"eval: {name}: could not be loaded ({type(error).__name__}: {reason}){_hint(name)}"
             ) from error
         for kind, items in loaded.items():
-            items |= part.get(kind, {})
+            items |= part.get(kind, {}) if spec == name or kind == "tasks" else {}  # the group of a local task is none
     for name, task in loaded["tasks"].items():
         if num_fewshot is not None and task.get_config("num_fewshot") != 0:
             task.set_config(key="num_fewshot", value=num_fewshot)
@@ -272,6 +252,31 @@ def load_tasks(
         if not len(task.eval_docs):
             raise ValueError(f"eval: {name} has no question to ask")
     return loaded
+
+
+def _matching(pattern: str) -> list[str]:
+    """The harness's names that a pattern stands for; a YAML file stands for itself."""
+    known = _task_manager().all_tasks
+    found = [pattern] if Path(pattern).is_file() else _task_manager().match_tasks([pattern])
+    if not found:
+        near = difflib.get_close_matches(pattern, known, n=3)
+        raise ValueError(f"eval: no task {pattern!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+    return found
+
+
+def _local_task(name: str, data_dir: Path, num_fewshot: int) -> dict[str, Any]:
+    """What makes the harness take a task's data from published files.
+
+    Only as a member of a group does it take a task of its own with another source of data.
+    """
+    splits = read_benchmark(name, data_dir, few_shot=num_fewshot > 0)
+    if "train" in splits and len(splits["train"]) <= num_fewshot:  # the harness draws one to spare
+        raise ValueError(
+            f"{name}: {len(splits['train'])} training questions are too few to draw {num_fewshot} examples from"
+        )
+    parts = {split: datasets.Dataset.from_list(rows) for split, rows in splits.items()}
+    used = {key: split if split in parts else None for key, split in _SPLITS.items()}
+    return {"group": "local", "task": [{"task": name, "custom_dataset": lambda **_: parts, **used}]}
 
 
 @contextlib.contextmanager
