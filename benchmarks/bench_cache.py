@@ -12,16 +12,13 @@ wrong answer stops there. The floor is the time to read every weight once a toke
 import argparse
 import copy
 import json
-import platform
 import statistics
-import subprocess
 import time
 from pathlib import Path
 
 import torch
-import transformers
+from conditions import conditions
 
-import pldr
 from pldr import PldrConfig, PldrForCausalLM, freeze, make_cache
 
 MODES = {"none": (False, False), "g": (False, True), "kv": (True, False), "kv+g": (True, True)}
@@ -66,13 +63,6 @@ def bandwidth(device: str) -> float:
     return data.numel() * 4 / min(times)
 
 
-def processor() -> str:
-    """The CPU's own name where the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    names = cpuinfo.read_text().partition("model name")[2].splitlines() if cpuinfo.exists() else []
-    return names[0].lstrip("\t :") if names else platform.processor() or platform.machine()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--preset", default="v51-110M-1")
@@ -114,17 +104,12 @@ def main() -> None:
     # Read at every cached step: all but the embedding table, of which one row is read.
     weights = sum(p.numel() * 4 for n, p in frozen.named_parameters() if "embed_tokens" not in n)
     rate = bandwidth(arguments.device)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     result = {
         "benchmark": "cache",
         "preset": arguments.preset, "prompt": arguments.prompt, "new": arguments.new, "dtype": "float32",
         "modes": rows,
         "floor_seconds_per_token": weights / rate, "bandwidth_bytes_per_second": rate,
-        "device": processor() if arguments.device == "cpu" else torch.cuda.get_device_name(),
-        "threads": torch.get_num_threads(), "pldr": pldr.__version__, "commit": commit.stdout.strip(),
-        "torch": torch.__version__, "transformers": transformers.__version__,
-        "python": platform.python_version(), "date": time.strftime("%Y-%m-%d"),
-    }  # fmt: skip
+    } | conditions(arguments.device)  # fmt: skip
     print(f"{'mode':>8} {'ms/token':>9} {'tokens/s':>9} {'× none':>8} {'× published':>12}")
     for name, row in rows.items():
         published = f"{row['speed_up_over_published']:.1f}" if "speed_up_over_published" in row else ""

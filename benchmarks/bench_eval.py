@@ -12,16 +12,12 @@ The target: the whole of PIQA, 1,838 questions, with the model that comes with t
 import argparse
 import json
 import os
-import platform
-import subprocess
 import time
 from pathlib import Path
 
 import torch
-import transformers
-from bench_cache import processor
+from conditions import conditions
 
-import pldr
 from pldr import load_model, load_tokenizer
 from pldr.evaluate import PldrLM, load_tasks
 from pldr.scoring import make_scorers, read_calibration
@@ -87,17 +83,12 @@ def main() -> None:
         plainly(running, some)
         plain_seconds[mode] = share * (time.perf_counter() - start)
 
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     result = {
         "benchmark": "eval", "task": arguments.task, "model": arguments.model.name, "dtype": "float32",
         "questions": len(set(questions)), "continuations": len(pairs), "parity": parity,
         "seconds": seconds, "plain_seconds": plain_seconds, "target_seconds": TARGET,
         "within_target": all(value < TARGET for value in seconds.values()), "load_average_before": load,
-        "device": processor() if arguments.device == "cpu" else torch.cuda.get_device_name(),
-        "threads": torch.get_num_threads(), "pldr": pldr.__version__, "commit": commit.stdout.strip(),
-        "torch": torch.__version__, "transformers": transformers.__version__,
-        "python": platform.python_version(), "date": time.strftime("%Y-%m-%d"),
-    }  # fmt: skip
+    } | conditions(arguments.device)  # fmt: skip
     for mode, value in seconds.items():
         beside = f", one sequence at a time {plain_seconds[mode]:.0f} s" if mode in plain_seconds else ""
         print(f"{mode}: {value:.1f} s for {result['questions']} questions (target {TARGET:.0f} s){beside}")

@@ -14,17 +14,13 @@ the cores, set OMP_WAIT_POLICY=PASSIVE: threads that spin while they wait for ea
 import argparse
 import json
 import os
-import platform
-import subprocess
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-import transformers
-from bench_cache import processor
+from conditions import conditions
 
-import pldr
 from pldr import PldrConfig, PldrForCausalLM, deductive_outputs
 from pldr.analysis import analyse_model
 from pldr.html_report import write_report
@@ -84,7 +80,6 @@ def main() -> None:
 
     tokens = passages.numel() + sum(analysis.lengths[:-1]) * analysis.growth_passages
     used = sum(p.numel() for n, p in model.model.layers.named_parameters() if ".operator." not in n)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     result = {
         "benchmark": "inspect",
         "preset": arguments.preset, "passages": arguments.passages, "length": arguments.length, "dtype": "float32",
@@ -92,12 +87,8 @@ def main() -> None:
         "seconds": seconds, "statistics_seconds": statistics_seconds, "report_seconds": seconds - statistics_seconds,
         "cpu_seconds": cpu, "load_average_before": load,
         "target_seconds": TARGET, "within_target": seconds < TARGET, "report_bytes": size,
-        "device": processor() if arguments.device == "cpu" else torch.cuda.get_device_name(),
-        "threads": torch.get_num_threads(), "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
-        "pldr": pldr.__version__, "commit": commit.stdout.strip(),
-        "torch": torch.__version__, "transformers": transformers.__version__,
-        "python": platform.python_version(), "date": time.strftime("%Y-%m-%d"),
-    }  # fmt: skip
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
+    } | conditions(arguments.device)  # fmt: skip
     if arguments.device == "cpu":
         result["floor_seconds"] = 2 * used * tokens / flops_a_second(config.hidden_size)
         print(f"floor of the matrix products: {result['floor_seconds']:.1f} s")

@@ -13,9 +13,7 @@ data loader over memory-mapped rows (of random tokens).
 import argparse
 import gc
 import json
-import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from functools import partial
@@ -23,10 +21,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
+from conditions import conditions
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import pldr
 from pldr import PldrConfig, PldrForCausalLM
 
 # Steps timed at once: like training, the host runs ahead of the device and is waited for only now and then.
@@ -210,14 +207,11 @@ def main() -> None:
         rows["trainer"]["ratio_to_bare_step"] = (
             rows["trainer"]["tokens_per_second"] / rows["learned"]["tokens_per_second"]
         )
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     result = {
         "benchmark": "train", "preset": arguments.preset, "batch": arguments.batch, "length": arguments.length,
         "precision": "bf16 autocast", "rows": rows, "published_tokens_per_second": PUBLISHED,
-        "matrix_flops_per_second": rate, "device": torch.cuda.get_device_name(), "pldr": pldr.__version__,
-        "commit": commit.stdout.strip(), "torch": torch.__version__, "transformers": transformers.__version__,
-        "python": platform.python_version(), "date": time.strftime("%Y-%m-%d"),
-    }  # fmt: skip
+        "matrix_flops_per_second": rate,
+    } | conditions("cuda")  # fmt: skip
     print(f"{'':>9} {'tokens/s':>10} {'ms/step':>8} {'floor ms':>9} {'GiB':>6} {'× llama':>8}")
     for name, row in rows.items():
         print(f"{name:>9} {row['tokens_per_second']:10,.0f} {1e3 * row['seconds_per_step']:8.1f} "
