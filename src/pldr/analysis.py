@@ -285,19 +285,21 @@ def _plain(statistics: Statistics) -> dict[str, Any]:
     for field in fields(statistics):
         value = getattr(statistics, field.name)
         if field.name == "rank":
-            result["rank"] = {str(tolerance): _numbers(rank.tolist()) for tolerance, rank in value.items()}
+            result["rank"] = {str(tolerance): json_safe(rank.tolist()) for tolerance, rank in value.items()}
         elif field.name == "scale":
             result["scale"] = value._asdict()
         elif field.name != "example":
-            result[field.name] = _numbers(value.tolist())
+            result[field.name] = json_safe(value.tolist())
     return result
 
 
-def _numbers(value: Any) -> Any:
-    """Nested lists with None for what JSON has no number for."""
-    if isinstance(value, list):
-        return [_numbers(item) for item in value]
-    return value if math.isfinite(value) else None
+def json_safe(value: Any) -> Any:
+    """Nested dictionaries and lists with None for what JSON has no number for: infinities and NaN."""
+    if isinstance(value, dict):
+        return {name: json_safe(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_safe(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # --- for people -----------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import json
-import math
 import os
 import sys
 from collections.abc import Iterator
@@ -569,7 +568,6 @@ def evaluate(
         from pldr.evaluate import evaluate as run
 
         check_limit(limit)
-        found = load_tasks(names, data_dir=data_dir, num_fewshot=num_fewshot)
     loaded, text_tokenizer = _load(model, tokenizer, device=device, dtype=dtype, rope=rope, g_lm=g_lm)
     from pldr.report import print_evaluation
     from pldr.scoring import (
@@ -589,6 +587,8 @@ def evaluate(
         raise ValueError("eval: this model's operator is constant, so that frozen is its only mode")
     if not is_learned and calibration:
         raise ValueError("--calibration: this model's operator is constant already")
+    if names:
+        found = load_tasks(names, data_dir=data_dir, num_fewshot=num_fewshot)
     passages = read_calibration(text_tokenizer, context, calibration, text_column) if is_learned else None
     scorers = make_scorers(loaded, passages, batch_size=batch_size)
     chosen = scorers if compare else {operator: scorers[operator]}
@@ -777,13 +777,6 @@ def _require(extra: str, *packages: str) -> None:
 
 
 def _print_json(fields: dict[str, Any]) -> None:
-    typer.echo(json.dumps(_finite(fields), ensure_ascii=False, allow_nan=False))
+    from pldr.analysis import json_safe
 
-
-def _finite(value: Any) -> Any:
-    """JSON knows no infinity: null stands for it, and for NaN."""
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    typer.echo(json.dumps(json_safe(fields), ensure_ascii=False, allow_nan=False))
