@@ -65,9 +65,8 @@ def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         disable_tqdm=True,
     )
     if arguments.n_gpu > 1:
-        arguments._n_gpu = (
-            1  # or the Trainer would spread each batch over all devices (DataParallel) without being asked
-        )
+        # Else the Trainer would spread each batch over all devices (DataParallel) without being asked.
+        arguments._n_gpu = 1
     return arguments
 
 
