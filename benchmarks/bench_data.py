@@ -18,9 +18,10 @@ from pathlib import Path
 
 
 def measure(file: str, cache: str, streaming: bool) -> None:
-    from pldr.data import Source, TokenStream, cached_rows
+    from pldr.data.rows import TokenStream, cached_rows
+    from pldr.data.sources import Source
+    from pldr.models.shipped import STORIES
     from pldr.recipe import DataRecipe
-    from pldr.shipped import STORIES
     from pldr.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(STORIES)

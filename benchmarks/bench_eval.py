@@ -19,9 +19,9 @@ import torch
 from conditions import conditions
 
 from pldr import load_model, load_tokenizer
-from pldr.evaluate import PldrLM, load_tasks
-from pldr.scoring import make_scorers, read_calibration
-from pldr.shipped import STORIES
+from pldr.evaluation.harness import PldrLM, load_tasks
+from pldr.evaluation.scoring import make_scorers, read_calibration
+from pldr.models.shipped import STORIES
 
 TARGET = 180.0
 

@@ -22,8 +22,8 @@ import torch
 from conditions import conditions
 
 from pldr import PldrConfig, PldrForCausalLM, deductive_outputs
-from pldr.analysis import analyse_model
-from pldr.html_report import write_report
+from pldr.study.page import write_report
+from pldr.study.statistics import analyse_model
 
 TARGET = 120.0
 

@@ -126,9 +126,9 @@ def measure(make, batch, steps, warmup=6):
 def measure_trainer(preset, batch, steps, warmup=20):
     from transformers import PrinterCallback, TrainerCallback
 
-    from pldr.data import TokenRows, collate
+    from pldr.data.rows import TokenRows, collate
     from pldr.recipe import DataRecipe, OptimizationRecipe, Recipe
-    from pldr.trainer import PldrTrainer, training_arguments
+    from pldr.training.trainer import PldrTrainer, training_arguments
 
     torch.manual_seed(0)
     times = []

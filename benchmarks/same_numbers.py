@@ -25,7 +25,17 @@ TINY_RUN = ["train", "demo-cpu", "optimization.steps=12", "optimization.warmup_s
 # Names of 0.1.0.dev0 that say the same in other words now.
 RENAMED = {"computed": "learned", "full": "learned"}
 # What two runs of the same code differ in: timings, and what says when and with what it was run.
-VARYING = {"seconds", "tokens_per_second", "seconds_per_token", "date", "versions", "command", "folder", "output", "size"}
+VARYING = {
+    "seconds",
+    "tokens_per_second",
+    "seconds_per_token",
+    "date",
+    "versions",
+    "command",
+    "folder",
+    "output",
+    "size",
+}
 
 
 def capture(source: Path, folder: Path) -> dict[str, Any]:
@@ -46,9 +56,13 @@ def capture(source: Path, folder: Path) -> dict[str, Any]:
 
     found: dict[str, Any] = {
         "demo": pldr("demo", "--output", "demo", "--json"),
-        "certify": pldr("certify", stories, held_out, "--passages", 8, "--length", 128, "--output", "certified", "--json"),
+        "certify": pldr(
+            "certify", stories, held_out, "--passages", 8, "--length", 128, "--output", "certified", "--json"
+        ),
         "eval": pldr("eval", stories, "--tasks", "piqa", "--compare", "--data-dir", FIXTURE, "--json"),
-        "perplexity": pldr("eval", stories, "--perplexity", FIXTURE / "piqa" / "valid.jsonl", "--window", 128, "--json"),
+        "perplexity": pldr(
+            "eval", stories, "--perplexity", FIXTURE / "piqa" / "valid.jsonl", "--window", 128, "--json"
+        ),
         "inspect": pldr("inspect", stories, "--passages", 8, "--length", 128, "--html", "report.html", "--json"),
         "generate": pldr("generate", "The old man", "--seed", 1, "--temperature", 0.8, "--top-k", 40, "--json"),
         "info": pldr("info", stories, "--json"),
@@ -67,7 +81,7 @@ def capture(source: Path, folder: Path) -> dict[str, Any]:
             {k: v for k, v in json.loads(line).items() if not k.startswith(("train_", "total_flos", "epoch"))}
             for line in lines
         ]
-    written = sorted(path for path in folder.glob("*/*.safetensors"))
+    written = sorted([*folder.glob("*/*.safetensors"), *folder.glob("*/*.pth")])
     assert len(written) >= 6, written
     found["weights"] = {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in written
@@ -76,7 +90,7 @@ def capture(source: Path, folder: Path) -> dict[str, Any]:
     for path, name in ((stories, "STORIES"), (source, "SOURCE"), (folder, "FOLDER")):
         text = text.replace(str(path), name)
     cleaned: dict[str, Any] = json.loads(text)
-    cleaned["certify"].pop("sha256")  # over the date, too
+    cleaned["certify"].pop("sha256", None)  # over the date, too
     return cleaned
 
 

@@ -11,12 +11,14 @@ import torch
 from conftest import FIXTURES, SENTENCE, shared
 from helpers import assert_close
 from pldr import deductive_outputs, freeze, load_model, load_tokenizer
-from pldr.analysis import Scale, analyse_model, analyse_operator, number, summarise
-from pldr.convert import load_predefined_G
-from pldr.data import Source, read_passages
+from pldr.checkpoints.load import load_predefined_G
+from pldr.data.rows import read_passages
+from pldr.data.sources import Source
 from pldr.deductive import numerical_rank, variation
-from pldr.html_report import report
-from pldr.shipped import HELD_OUT
+from pldr.models.shipped import HELD_OUT
+from pldr.study.page import report
+from pldr.study.statistics import Scale, analyse_model, analyse_operator, summarise
+from pldr.tables import number
 from test_cli import fails, folder, run  # noqa: F401 (fixtures)
 
 NAMES = ("A", "A_LM", "A_P", "G_LM")

@@ -8,11 +8,12 @@ import torch
 from torch.nn import functional as F
 
 from pldr import freeze, load_model, load_tokenizer
-from pldr.certificate import read_certificate, signed, weights_digest, write_certificate
-from pldr.certify import Thresholds, certify
-from pldr.data import Source, read_passages
+from pldr.checkpoints.certificate import read_certificate, signed, weights_digest, write_certificate
+from pldr.data.rows import read_passages
+from pldr.data.sources import Source
 from pldr.deductive import deductive_outputs, variation
-from pldr.shipped import HELD_OUT, STORIES
+from pldr.models.shipped import HELD_OUT, STORIES
+from pldr.study.certify import Thresholds, certify
 from test_cli import folder, run  # noqa: F401 (fixtures)
 
 

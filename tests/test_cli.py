@@ -312,7 +312,7 @@ def test_a_bug_is_one_line_with_a_way_to_its_traceback(run, folder, monkeypatch)
     def broken(*args, **kwargs):
         raise KeyError("surprise")
 
-    monkeypatch.setattr("pldr.report.model_facts", broken)
+    monkeypatch.setattr("pldr.tables.model_facts", broken)
     fails(run("info", folder), "unexpected KeyError (PLDR_TRACEBACK=1 shows where)")
     monkeypatch.setenv("PLDR_TRACEBACK", "1")
     monkeypatch.setattr(sys, "argv", ["pldr", "info", str(folder)])
@@ -345,7 +345,7 @@ def test_a_full_disk(tmp_path, to):
         "import resource, signal, sys\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "from pldr.cli import main\n"
-        "import pldr.convert\n"
+        "import pldr.checkpoints.convert\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
         f"sys.argv = ['pldr', 'convert', {str(FIXTURES / 'v51-small' / 'hub')!r}, {str(tmp_path / 'out')!r}, '--to', {to!r}]\n"
         "main()\n"

@@ -10,22 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from pldr import data as data_module
-from pldr.data import (
-    BadRows,
-    Share,
-    Source,
-    TokenStream,
-    cached_rows,
-    collate,
-    parse_interval,
-    read_documents,
-    read_passages,
-    read_pieces,
-    rows_of,
-    shuffled,
-    write_rows,
-)
+from pldr.data import rows as rows_module
+from pldr.data import sources as sources_module
+from pldr.data.rows import TokenStream, cached_rows, collate, read_passages, rows_of, shuffled, write_rows
+from pldr.data.sources import BadRows, Share, Source, parse_interval, read_documents, read_pieces
 from pldr.recipe import DataRecipe
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -47,7 +35,7 @@ def json_lines(texts, column="text"):
 
 
 def pieces(texts):
-    return [data_module.Piece(text, True) for text in texts]
+    return [sources_module.Piece(text, True) for text in texts]
 
 
 def token_ids(tokenizer, texts):
@@ -73,7 +61,7 @@ class TestReading:
     @pytest.mark.parametrize("ending", COMPRESS)
     def test_text_files(self, tmp_path, ending, monkeypatch):
         """One document a file, also where it is read in pieces; nothing of it is lost or changed."""
-        monkeypatch.setattr(data_module, "_PIECE_BYTES", 50)
+        monkeypatch.setattr(sources_module, "_PIECE_BYTES", 50)
         text = "".join(f"line {i} grüße 😀\r\n\n" for i in range(40)) + "no newline at the end"
         for name in ("a", "b"):
             (tmp_path / f"{name}.txt{ending}").write_bytes(COMPRESS[ending](text.encode()))
@@ -239,14 +227,14 @@ class TestRows:
     def test_pieces_of_a_document_are_tokenised_as_one(self, toy_tokenizer):
         text = "the cat sat\non a mat\n\nand saw that dog\n"
         whole = pieces([text])
-        cut = [data_module.Piece(line, index == 3) for index, line in enumerate(text.splitlines(keepends=True))]
-        one, other = (np.concatenate([ids for ids, _ in data_module.tokenize(p, toy_tokenizer)]) for p in (whole, cut))
+        cut = [sources_module.Piece(line, index == 3) for index, line in enumerate(text.splitlines(keepends=True))]
+        one, other = (np.concatenate([ids for ids, _ in rows_module.tokenize(p, toy_tokenizer)]) for p in (whole, cut))
         assert one.tolist() == other.tolist()
 
     @pytest.mark.parametrize("layout", ["padded", "unpadded"])
     def test_short_rows(self, toy_tokenizer, tmp_path, monkeypatch, layout):
         """Documents are laid out together in groups, here of two; the last row of each group is short."""
-        monkeypatch.setattr(data_module, "GROUP_DOCUMENTS", 2)
+        monkeypatch.setattr(rows_module, "GROUP_DOCUMENTS", 2)
         rows = write_rows(pieces(TEXTS), toy_tokenizer, 7, tmp_path, layout)
         expected = []
         for pair in (TEXTS[:2], TEXTS[2:]):
@@ -276,7 +264,7 @@ class TestRows:
             raise AssertionError("tokenised again")
 
         with monkeypatch.context() as patch:
-            patch.setattr(data_module, "write_rows", fail)
+            patch.setattr(rows_module, "write_rows", fail)
             again = cached_rows(Source([str(file)]), toy_tokenizer, recipe, report=said.append)
             assert len(said) == 2
             assert torch.equal(again.full_rows(9), first.full_rows(9))
@@ -348,7 +336,7 @@ class TestStream:
     def test_the_buffer_is_bounded_by_characters_too(self, monkeypatch):
         import random
 
-        monkeypatch.setattr(data_module, "_BUFFER_CHARACTERS", 30)
+        monkeypatch.setattr(rows_module, "_BUFFER_CHARACTERS", 30)
         taken = []
 
         def items():
@@ -372,7 +360,8 @@ def test_memory_does_not_grow_with_the_data(tmp_path, toy_model_file):
     code = """
         import resource, sys
         from pldr import load_tokenizer
-        from pldr.data import Source, cached_rows
+        from pldr.data.sources import Source
+        from pldr.data.rows import cached_rows
         from pldr.recipe import DataRecipe
         recipe = DataRecipe([sys.argv[1]], sequence_length=128, cache=sys.argv[2])
         rows = cached_rows(Source([sys.argv[1]]), load_tokenizer(sys.argv[3]), recipe)

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from pldr import load_model
-from pldr.checkpoint import checkpoints, step_of
 from pldr.recipe import load_recipe
-from pldr.train import train
+from pldr.training.checkpoint import checkpoints, step_of
+from pldr.training.run import train
 from test_recipe_and_train import TINY, texts, write_recipe  # noqa: F401 (fixtures)
 
 pytestmark = pytest.mark.slow

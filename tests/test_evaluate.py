@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from pldr import load_model, load_tokenizer
-from pldr.benchmarks import LAYOUTS, PAPER_SUITE, read_benchmark, suite_averages
+from pldr.evaluation.published import LAYOUTS, PAPER_SUITE, read_benchmark, suite_averages
+from pldr.evaluation.scoring import Scorer, read_calibration
 from pldr.generation import generate_text
-from pldr.scoring import Scorer, read_calibration
 from test_cli import fails, folder, run  # noqa: F401 (fixtures)
 
 pytest.importorskip("lm_eval")
@@ -195,7 +195,7 @@ def test_the_table_and_the_default_mode(run, folder, data):  # noqa: F811
 
 
 def test_few_shot_examples_stand_before_the_question(run, folder, data, monkeypatch):  # noqa: F811
-    from pldr import evaluate
+    from pldr.evaluation import harness as evaluate
 
     example = json.dumps({"goal": "him", "sol1": "a red", "sol2": "old town"}) + "\n"
     (data / "piqa/train.jsonl").write_text(example)
@@ -295,7 +295,7 @@ def test_a_constant_operator_has_one_mode(run, folder, tmp_path, data):  # noqa:
 
 
 def test_data_that_the_hub_does_not_give_is_one_line(monkeypatch):
-    from pldr import evaluate
+    from pldr.evaluation import harness as evaluate
 
     def unreachable(names):
         raise ConnectionError("Couldn't reach 'baber/piqa' on the Hub")
@@ -309,7 +309,7 @@ def test_data_that_the_hub_does_not_give_is_one_line(monkeypatch):
 class TestTheHarnessModel:
     @pytest.fixture
     def lm(self, folder):  # noqa: F811
-        from pldr.evaluate import PldrLM
+        from pldr.evaluation.harness import PldrLM
 
         return lambda **settings: PldrLM(str(folder), **settings)
 
@@ -367,7 +367,7 @@ class TestTheHarnessModel:
     def test_the_entry_point_names_it(self):
         from importlib.metadata import entry_points
 
-        from pldr.evaluate import PldrLM
+        from pldr.evaluation.harness import PldrLM
 
         (point,) = entry_points(group="lm_eval.models", name="pldr")
         assert point.load() is PldrLM
@@ -376,7 +376,7 @@ class TestTheHarnessModel:
 def test_differences_between_two_runs():
     from types import SimpleNamespace
 
-    from pldr.evaluate import _differences
+    from pldr.evaluation.harness import _differences
 
     task = SimpleNamespace(OUTPUT_TYPE="multiple_choice", doc_to_choice=lambda doc: doc["choices"])
 
@@ -449,7 +449,7 @@ def test_the_start_up_file_minds_its_own_business(monkeypatch, argv, orig_argv, 
     monkeypatch.setattr(sys, "argv", argv)
     monkeypatch.setattr(sys, "orig_argv", orig_argv)
     exec(line, {"__import__": loaded.append})
-    assert loaded == (["pldr.lm_eval"] if is_loaded else [])
+    assert loaded == (["pldr.evaluation.lm_eval"] if is_loaded else [])
 
 
 @pytest.mark.slow

@@ -11,13 +11,16 @@ from safetensors.torch import load_file, save_file
 from conftest import WORDS
 from pldr import dag_loss, deductive_outputs, freeze, load_model, load_tokenizer
 from pldr.configuration_pldr import PRESETS
-from pldr.data import Source, cached_rows, collate
+from pldr.data.rows import cached_rows, collate
+from pldr.data.sources import Source
 from pldr.deductive import variation
+from pldr.evaluation.modes import operator_metrics
+from pldr.files import whole_folder
+from pldr.models.shipped import STORIES
 from pldr.recipe import Recipe, find_recipe, load_recipe
-from pldr.saving import whole_folder
-from pldr.shipped import STORIES
-from pldr.train import build_model, train
-from pldr.trainer import PldrTrainer, ProgressBar, operator_metrics, training_arguments
+from pldr.training.callbacks import ProgressBar
+from pldr.training.run import build_model, train
+from pldr.training.trainer import PldrTrainer, training_arguments
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 TINY = {
@@ -454,7 +457,8 @@ class TestWholeFolder:
 
 def test_demo_measures_what_it_says(write_recipe, tmp_path, monkeypatch):
     """The demo on a recipe of seconds: every number is there, and the losses are those of separate computations."""
-    from pldr import demo
+    from pldr.study import demo
+    from pldr.tables import print_demo
 
     monkeypatch.setattr(demo, "REFERENCE_PROMPT", "the cat sat on")
     monkeypatch.setattr(demo, "NEW_TOKENS", 12)
@@ -472,12 +476,12 @@ def test_demo_measures_what_it_says(write_recipe, tmp_path, monkeypatch):
         assert load_model(tmp_path / "demo" / f"{name}-frozen").config.operator == "constant"
     loss = result["stories"]["losses"]
     assert max(abs(loss[name] - loss["full"]) for name in ("cached", "frozen")) <= 1e-5
-    demo.print_demo(result)
+    print_demo(result)
 
 
 def test_the_three_losses(small_model, ids):
     """By direct forwards: full, cached from a prefix, frozen."""
-    from pldr.demo import losses
+    from pldr.study.demo import losses
 
     model = small_model()
     frozen = freeze(small_model(), ids[1:2])

@@ -6,10 +6,11 @@ import pytest
 import torch
 import yaml
 
-from pldr import reproduce as module
 from pldr.recipe import load_recipe
-from pldr.reproduce import SIZES, Lab, Size, reproduce, table
-from pldr.train import train
+from pldr.study import claims as module
+from pldr.study.claims import reproduce
+from pldr.study.lab import SIZES, Lab, Size, default_data, table
+from pldr.training.run import train
 from test_cli import fails, run  # noqa: F401 (fixture)
 from test_recipe_and_train import TINY, texts  # noqa: F401 (fixture)
 
@@ -148,7 +149,7 @@ def test_separation_is_welchs():
 
 @pytest.mark.parametrize("claim", ["caching", "transfer"])
 def test_claims_about_the_model_that_comes_along(lab, claim, monkeypatch):
-    data = module.default_data("tiny", held_out=True)
+    data = default_data("tiny", held_out=True)
     here = dataclasses.replace(lab(claim), size=dataclasses.replace(TOY, passages=4), data=data)
     reproduce(claim, here)
     text, numbers = page(here)
@@ -189,7 +190,7 @@ def test_a_run_in_a_process_of_its_own(tmp_path, texts, toy_model_file):  # noqa
 
 @pytest.mark.parametrize("size", SIZES)
 def test_recipes_of_every_size_are_valid(size, tmp_path):
-    here = Lab(SIZES[size], tmp_path, tmp_path, module.default_data(size))
+    here = Lab(SIZES[size], tmp_path, tmp_path, default_data(size))
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(here.recipe("run", {"optimization.dag_A_P": 0.05})))
     assert load_recipe(tmp_path / "r.yaml").optimization.dag_A_P == 0.05
     assert len(SIZES[size].seeds) >= (2 if size == "tiny" else 3)

@@ -9,17 +9,9 @@ import torch
 
 from conftest import shared
 from pldr import freeze, load_model, load_tokenizer, make_cache
-from pldr.scoring import (
-    OPERATOR_MODES,
-    Scorer,
-    evaluate_texts,
-    make_scorers,
-    mode_disagreement,
-    perplexity,
-    read_calibration,
-    windows,
-)
-from pldr.shipped import STORIES
+from pldr.evaluation.perplexity import evaluate_texts, perplexity, windows
+from pldr.evaluation.scoring import OPERATOR_MODES, Scorer, make_scorers, mode_disagreement, read_calibration
+from pldr.models.shipped import STORIES
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import torch
 from conftest import shared
 from pldr import freeze, load_model, load_tokenizer
 from pldr.generation import generate_text
-from pldr.shipped import STORIES
+from pldr.models.shipped import STORIES
 
 MODES = ("none", "kv", "kv+g", "frozen")
 

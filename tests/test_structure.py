@@ -15,47 +15,69 @@ from pldr.cli import app
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "pldr"
 
-# A module may import those to its right, never one to its left; operator and cache know nothing of the model.
-LAYERS = [
+# The rooms of the house, top floor first: a module may import those of its own room and of the floors below, never one above.
+FLOORS = [
     {"__main__"},
     {"cli"},
-    {"demo", "reproduce"},
-    {"train"},
-    {"trainer"},
-    {"lm_eval"},
-    {"evaluate"},
-    {"html_report", "scoring", "benchmarks"},
-    {"analysis", "certify", "generation", "report", "data"},
-    {"recipe"},
-    {"convert", "deductive"},
-    {"modeling_pldr"},
-    {"operator"},
-    {"cache"},
-    {"certificate", "checkpoint", "configuration_pldr", "ops", "saving", "shipped", "tokenizer"},
-    {"layouts"},
+    {"study"},
+    {"training"},
+    {"evaluation"},
+    {"checkpoints", "data", "generation"},
+    {"tables", "plots", "models", "recipe"},
+    {"deductive", "modeling_pldr"},
+    {"operator", "cache", "configuration_pldr", "tokenizer"},
+    {"ops", "layouts", "files"},
 ]
 
 
 def imports(path):
-    """Names of the package's own modules that a file imports, at any depth of its code."""
+    """The package's own modules that a file imports when it runs, at any depth of its code: "room" or "room.module"."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):  # names for the type checker alone
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "pldr":
-            parts = node.module.split(".")
-            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+            place = node.module.removeprefix("pldr").removeprefix(".")
+            for alias in node.names:
+                inside = f"{place}.{alias.name}".lstrip(".").replace(".", "/")
+                is_module = (SOURCE / f"{inside}.py").is_file() or (SOURCE / inside).is_dir()
+                found.add(inside.replace("/", ".") if is_module else place)
         elif isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("pldr.")}
-    return found - {"__version__"}
+            found |= {alias.name.removeprefix("pldr.") for alias in node.names if alias.name.startswith("pldr.")}
+    return found - {""}
+
+
+def modules():
+    for path in sorted(SOURCE.rglob("*.py")):
+        name = ".".join(path.relative_to(SOURCE).with_suffix("").parts)
+        if name != "__init__":
+            yield name, imports(path)
 
 
 def test_imports_point_one_way():
-    rank = {name: index for index, layer in enumerate(LAYERS) for name in layer}
-    for path in sorted(SOURCE.rglob("*.py")):
-        module = path.relative_to(SOURCE).parts[0].removesuffix(".py")
-        if module == "__init__":
-            continue
-        for imported in imports(path) - {module}:
-            assert rank[module] < rank[imported], f"{module} must not import {imported}"
+    floor = {room: index for index, rooms in enumerate(FLOORS) for room in rooms}
+    for module, imported in modules():
+        room = module.split(".")[0]
+        for other in {name.split(".")[0] for name in imported} - {room}:
+            assert floor[room] <= floor[other], f"{module} must not import {other}"
+
+
+def test_imports_go_in_no_circle():
+    """Not within a room or a floor either."""
+    graph = {module.removesuffix(".__init__"): imported for module, imported in modules()}
+    done = set()
+
+    def visit(module, path):
+        assert module not in path, f"circle: {' → '.join((*path, module))}"
+        if module not in done:
+            for other in sorted(graph.get(module, ())):
+                visit(other, (*path, module))
+        done.add(module)
+
+    for module in graph:
+        visit(module, ())
 
 
 def test_the_model_knows_nothing_of_training_or_text():

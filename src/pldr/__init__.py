@@ -19,11 +19,13 @@ _PUBLIC = {
     "make_cache": "cache",
     "dag_loss": "deductive",
     "deductive_outputs": "deductive",
-    "convert_checkpoint": "convert",
-    "load_model": "convert",
-    "load_predefined_G": "convert",
+    "convert_checkpoint": "checkpoints.convert",
+    "load_model": "checkpoints.load",
+    "load_predefined_G": "checkpoints.load",
     "load_tokenizer": "tokenizer",
-    "train": "train",
+    "train": "training.run",
+    "STORIES": "models.shipped",
+    "HELD_OUT": "models.shipped",
 }
 __all__ = ["__version__", *_PUBLIC]
 

@@ -71,7 +71,7 @@ def generate(
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
 ) -> None:
     """Continue a text, with the model named or with the small story model that comes with the package."""
-    from pldr.shipped import STORIES
+    from pldr.models.shipped import STORIES
 
     if prompt is None:
         if os.path.exists(model):  # also of a text too long for a file name
@@ -116,7 +116,7 @@ def train(
     parsed = load_recipe(recipe, overrides)
     _quiet()
     _require("train", "accelerate")
-    from pldr.train import train as run
+    from pldr.training.run import train as run
 
     parsed.data.strict |= strict
     summary = run(parsed, overwrite=overwrite, resume=resume_from or resume)
@@ -148,8 +148,8 @@ def train_tokenizer(
 ) -> None:
     """Train a SentencePiece model and save it as a transformers fast tokenizer too."""
     _quiet()
-    from pldr.data import BadRows, Source, read_pieces
-    from pldr.saving import check_output, whole_folder
+    from pldr.data.sources import BadRows, Source, read_pieces
+    from pldr.files import check_output, whole_folder
     from pldr.tokenizer import load_tokenizer, train_sentencepiece
 
     check_output(output, overwrite=overwrite)
@@ -171,7 +171,7 @@ def merge(
 ) -> None:
     """Make a model folder of a training checkpoint."""
     _quiet()
-    from pldr.convert import merge_checkpoint
+    from pldr.training.checkpoint import merge_checkpoint
 
     model = merge_checkpoint(checkpoint, destination, overwrite=overwrite)
     typer.echo(f"{destination}: {model.num_parameters():,} parameters, {model.config.operator} operator")
@@ -189,7 +189,7 @@ def convert(
 ) -> None:
     """Rewrite a checkpoint in another layout, bit for bit."""
     _quiet()
-    from pldr.convert import convert_checkpoint
+    from pldr.checkpoints.convert import convert_checkpoint
 
     model = convert_checkpoint(
         source, destination, to=to, rope_pairing=rope, G_LM=g_lm, tokenizer=tokenizer, overwrite=overwrite
@@ -210,19 +210,19 @@ def freeze(
     overwrite: Overwrite = False,
 ) -> None:
     """Make the operator a constant, from prompts or from a file, and drop the network that computed it."""
-    from pldr.saving import check_output, whole_folder
+    from pldr.files import check_output, whole_folder
 
     check_output(destination, overwrite=overwrite)
     texts = list(prompt or [])
     if prompts_file is not None:
-        from pldr.data import read_text
+        from pldr.files import read_text
 
         texts += [line for line in read_text(prompts_file).splitlines() if line.strip()]
     if bool(texts) == (g_lm is not None):
         raise ValueError("pass either --prompt / --prompts-file (with some text) or --g-lm")
     import torch
 
-    from pldr.convert import load_predefined_G
+    from pldr.checkpoints.load import load_predefined_G
     from pldr.generation import encode_prompt
     from pldr.operator import freeze as make_constant
 
@@ -244,9 +244,9 @@ def freeze(
 def info(model: Model, rope: Rope = None, g_lm: OperatorFile = None, as_json: AsJson = False) -> None:
     """Show a model's shape, parameters, operators and cache sizes."""
     _quiet()
-    from pldr.certificate import read_certificate
-    from pldr.convert import load_model
-    from pldr.report import model_facts, print_facts
+    from pldr.checkpoints.certificate import read_certificate
+    from pldr.checkpoints.load import load_model
+    from pldr.tables import model_facts, print_facts
 
     facts = model_facts(load_model(model, rope_pairing=rope, G_LM=g_lm))
     if certificate := read_certificate(model):
@@ -286,12 +286,12 @@ def inspect(
                 f"inspect: {model} holds a tensor, with which go no data and no options but --json and --html"
             )
         _quiet()
-        from pldr.analysis import analyse_operator
-        from pldr.convert import load_predefined_G
+        from pldr.checkpoints.load import load_predefined_G
+        from pldr.study.statistics import analyse_operator
 
         analysis, source = analyse_operator(load_predefined_G(model)), ""
     else:
-        from pldr.analysis import analyse_model
+        from pldr.study.statistics import analyse_model
 
         loaded, text_tokenizer = _load(model, tokenizer, device=device, dtype=dtype, rope=rope, g_lm=g_lm)
         ids, source = _passages(
@@ -299,13 +299,13 @@ def inspect(
         )
         analysis = analyse_model(loaded, ids)
     if html is not None:
-        from pldr.html_report import write_report
+        from pldr.study.page import write_report
 
         write_report(analysis, html, title=model.resolve().name, source=source)
     if as_json:
         _print_json({"model": str(model), "source": source} | analysis.to_json())
         return
-    from pldr.analysis import print_analysis
+    from pldr.tables import print_analysis
 
     if source:
         typer.echo(f"{analysis.passages} passages of {analysis.length} tokens: {source}\n")
@@ -326,8 +326,9 @@ def _passages(
         raise ValueError(f"--length must be between 1 and the context of {context}, got {length}")
     if count is not None and count < 1:
         raise ValueError(f"--passages must be at least 1, got {count}")
-    from pldr.data import Source, read_passages
-    from pldr.shipped import HELD_OUT
+    from pldr.data.rows import read_passages
+    from pldr.data.sources import Source
+    from pldr.models.shipped import HELD_OUT
 
     length = length or min(512, context)
     # The excerpts that come along have one form; --text-column is about the user's own data.
@@ -369,7 +370,7 @@ def certify(
 ) -> None:
     """Measure whether G_LM may be cached or frozen. Exit code 0: certified, 1: not certified, 2: error."""
     with _errors_exit(2):
-        from pldr.saving import check_output
+        from pldr.files import check_output
 
         if output is not None:
             check_output(output, overwrite=overwrite)
@@ -384,13 +385,13 @@ def certify(
         if certified and output is not None:
             _write_certified(output, constant, certificate, text_tokenizer, overwrite)
         elif certified and frozen is not None:
-            from pldr.certificate import write_certificate
+            from pldr.checkpoints.certificate import write_certificate
 
             write_certificate(frozen, certificate)
         if as_json:
             _print_json(certificate)
         else:
-            from pldr.report import print_certificate
+            from pldr.tables import print_certificate
 
             print_certificate(certificate)
     raise typer.Exit(0 if certified else 1)
@@ -411,10 +412,11 @@ def _certify(
     from rich.console import Console
     from rich.progress import track
 
-    from pldr.certificate import weights_digest
-    from pldr.certify import Thresholds, certify, make_certificate
-    from pldr.convert import load_model
-    from pldr.data import Source, read_passages
+    from pldr.checkpoints.certificate import weights_digest
+    from pldr.checkpoints.load import load_model
+    from pldr.data.rows import read_passages
+    from pldr.data.sources import Source
+    from pldr.study.certify import Thresholds, certify, make_certificate
 
     loaded, text_tokenizer = _load(model, tokenizer, device=device, rope=rope)
     weights = weights_digest(loaded.state_dict())  # as they are stored; measured in float32
@@ -457,8 +459,8 @@ def _certify(
 
 
 def _write_certified(output: Path, model: Any, certificate: dict[str, Any], tokenizer: Any, overwrite: bool) -> None:
-    from pldr.certificate import write_certificate
-    from pldr.saving import whole_folder
+    from pldr.checkpoints.certificate import write_certificate
+    from pldr.files import whole_folder
 
     with whole_folder(output, overwrite=overwrite) as folder:
         model.save_pretrained(folder)
@@ -485,8 +487,9 @@ def reproduce(
     """Reproduce a claim of the paper: train what it needs, measure, write tables and pictures. Finished runs are kept."""
     _quiet()
     _require("train", "accelerate", "matplotlib")
-    from pldr.reproduce import CLAIMS, OF_A_MODEL, SIZES, Lab, default_data, reproduce
-    from pldr.shipped import STORIES
+    from pldr.models.shipped import STORIES
+    from pldr.study.claims import CLAIMS, OF_A_MODEL, reproduce
+    from pldr.study.lab import SIZES, Lab, default_data
 
     if size not in SIZES:
         raise ValueError(f"--size: must be one of {', '.join(SIZES)}, got {size!r}")
@@ -544,7 +547,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Benchmarks and perplexity of a model, with G_LM frozen, cached or computed anew."""
-    from pldr.benchmarks import SUITES
+    from pldr.evaluation.published import SUITES
 
     names = [name.strip() for part in tasks or [] for name in part.split(",") if name.strip()]
     if suite is not None and suite not in SUITES:
@@ -558,26 +561,20 @@ def evaluate(
         raise ValueError(f"--num-fewshot: must be 0 or more, got {num_fewshot}")
     if data_dir is not None and not data_dir.is_dir():
         raise ValueError(f"--data-dir: {data_dir} is not a folder")
-    from pldr.data import read_text
+    from pldr.files import read_text
 
     texts = {str(file): read_text(file) for file in files or []}
     _quiet()
     if names:
         _require("eval", "lm_eval")
-        from pldr.evaluate import check_limit, load_tasks, suite_report
-        from pldr.evaluate import evaluate as run
+        from pldr.evaluation.harness import check_limit, load_tasks, suite_report
+        from pldr.evaluation.harness import evaluate as run
 
         check_limit(limit)
     loaded, text_tokenizer = _load(model, tokenizer, device=device, dtype=dtype, rope=rope, g_lm=g_lm)
-    from pldr.report import print_evaluation
-    from pldr.scoring import (
-        OPERATOR_MODES,
-        check_window,
-        evaluate_texts,
-        make_scorers,
-        mode_disagreement,
-        read_calibration,
-    )
+    from pldr.evaluation.perplexity import check_window, evaluate_texts
+    from pldr.evaluation.scoring import OPERATOR_MODES, make_scorers, mode_disagreement, read_calibration
+    from pldr.tables import print_evaluation
 
     is_learned, context = loaded.config.operator == "learned", loaded.config.max_position_embeddings
     check_window(context, window, stride)
@@ -643,7 +640,7 @@ def plot(
 ) -> None:
     """Draw the curves of a training run."""
     _require("train", "matplotlib")
-    from pldr.report import plot_run
+    from pldr.plots import plot_run
 
     target = output or run / "curves.png"
     plot_run(run, target)
@@ -662,7 +659,8 @@ def demo(
     """Cache and freeze the operator of the model that comes along, and compare; with --train, of a new one too."""
     _quiet()
     _require("train", "accelerate", "matplotlib")
-    from pldr.demo import print_demo, run_demo
+    from pldr.study.demo import run_demo
+    from pldr.tables import print_demo
 
     result = run_demo(output, recipe if train else None)
     if as_json:
@@ -742,7 +740,7 @@ def _load(
         raise ValueError(f"--dtype: must be auto, float32 or bfloat16, got {dtype!r}")
     import torch
 
-    from pldr.convert import load_model
+    from pldr.checkpoints.load import load_model
     from pldr.tokenizer import check_vocabulary, load_tokenizer
 
     try:
@@ -777,6 +775,6 @@ def _require(extra: str, *packages: str) -> None:
 
 
 def _print_json(fields: dict[str, Any]) -> None:
-    from pldr.analysis import json_safe
+    from pldr.files import json_safe
 
     typer.echo(json.dumps(json_safe(fields), ensure_ascii=False, allow_nan=False))

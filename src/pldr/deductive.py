@@ -10,6 +10,9 @@ import torch
 
 from pldr.operator import DeductiveOutputs
 
+# Shares of the largest singular value below which another counts as zero, where a numerical rank is shown.
+RANK_TOLERANCES = (1e-2, 1e-3)
+
 
 @torch.no_grad()
 def deductive_outputs(

@@ -4,7 +4,6 @@ Shapes: B batch, T tokens of this forward, S tokens seen by attention, H heads, 
 V vocabulary, L layers.
 """
 
-import hashlib
 import math
 import os
 from collections.abc import Callable
@@ -32,11 +31,10 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from pldr import layouts
 from pldr.cache import OperatorOnlyLayer, check_operator_cache, make_cache, operator_state, set_g_cache
 from pldr.configuration_pldr import PldrConfig
+from pldr.files import write_checksums
 from pldr.operator import ConstantOperator, DeductiveOutputs, GatedLinearUnit, LearnedOperator, make_operator
 from pldr.ops import reference
 from pldr.ops.cross_entropy import linear_cross_entropy
-
-CHECKSUMS = "SHA256SUMS"
 
 
 @dataclass
@@ -276,14 +274,6 @@ class PldrPreTrainedModel(PreTrainedModel):
             raise OSError(f"{save_directory}: the weights could not be written ({error})") from None
         if kwargs.get("is_main_process", True):
             write_checksums(Path(save_directory))
-
-
-def write_checksums(folder: Path) -> None:
-    lines = []
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            lines.append(f"{hashlib.file_digest(stream, 'sha256').hexdigest()}  {file.name}\n")
-    (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
 
 
 class PldrModel(PldrPreTrainedModel):

@@ -273,3 +273,9 @@ def freeze(
             operator.G_LM.copy_(value)
         layer.self_attn.operator = operator.train(model.training)
     return model
+
+
+def stored_operator(model: Any) -> torch.Tensor:
+    """[L, H, D, D], on the CPU."""
+    operators = (module for module in model.modules() if isinstance(module, ConstantOperator))
+    return torch.stack([operator.G_LM.detach().cpu() for operator in operators])

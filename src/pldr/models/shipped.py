@@ -2,6 +2,6 @@
 
 from pathlib import Path
 
-STORIES = Path(__file__).parent / "models" / "stories-10m"
+STORIES = Path(__file__).parent / "stories-10m"
 # Excerpts of six public-domain books that it was not trained on: title, author, year, text.
 HELD_OUT = STORIES / "held-out.jsonl"

@@ -21,15 +21,17 @@ from accelerate import PartialState
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import PrinterCallback, set_seed
 
-from pldr import checkpoint as files
 from pldr.configuration_pldr import PldrConfig
-from pldr.data import BadRows, Source, TokenRows, TokenStream, cached_rows, collate, read_pieces
+from pldr.data.rows import TokenRows, TokenStream, cached_rows, collate
+from pldr.data.sources import BadRows, Source, read_pieces
+from pldr.files import check_output, write_json
 from pldr.modeling_pldr import PldrForCausalLM
 from pldr.operator import freeze
 from pldr.recipe import DataRecipe, Recipe
-from pldr.saving import check_output
 from pldr.tokenizer import load_tokenizer, train_sentencepiece
-from pldr.trainer import ADVICE, PROBED, PldrTrainer, ProgressBar, dag_coefficients, training_arguments
+from pldr.training import checkpoint as files
+from pldr.training.callbacks import ProgressBar
+from pldr.training.trainer import ADVICE, PROBED, PldrTrainer, dag_coefficients, training_arguments
 
 _RECIPE = "recipe.json"
 # What may change when a run goes on: everything that does not change its losses.
@@ -87,7 +89,7 @@ def train(
         model = build_model(recipe, tokenizer)
         datasets = _datasets(recipe, tokenizer, process)
         if process.is_main_process:
-            files.write_json(folder / _RECIPE, dataclasses.asdict(recipe) | {"processes": process.num_processes})
+            write_json(folder / _RECIPE, dataclasses.asdict(recipe) | {"processes": process.num_processes})
             _cut_log(folder / "log.jsonl", 0 if start is None else files.step_of(start))
         summary: dict[str, float] = {}
         while True:
@@ -293,7 +295,7 @@ def build_model(recipe: Recipe, tokenizer: Any) -> PldrForCausalLM:
     set_seed(recipe.seed)
     model = PldrForCausalLM(config)
     if recipe.model.G_LM is not None:
-        from pldr.convert import load_predefined_G
+        from pldr.checkpoints.load import load_predefined_G
 
         freeze(model, G_LM=load_predefined_G(recipe.model.G_LM), trainable=config.operator_trainable)
     return model

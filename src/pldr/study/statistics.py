@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pldr.deductive import deductive_outputs, log_determinant, variation
+from pldr.deductive import RANK_TOLERANCES, deductive_outputs, log_determinant, variation
+from pldr.files import json_safe
 from pldr.operator import DeductiveOutputs
 
-RANK_TOLERANCES = (1e-2, 1e-3)
 _BINS = 41
 # A scale is never more than this many times finer around zero than at its ends: about three decades either way.
 _MOST_COMPRESSED = 1e3
@@ -293,82 +293,4 @@ def _plain(statistics: Statistics) -> dict[str, Any]:
     return result
 
 
-def json_safe(value: Any) -> Any:
-    """Nested dictionaries and lists with None for what JSON has no number for: infinities and NaN."""
-    if isinstance(value, dict):
-        return {name: json_safe(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [json_safe(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 # --- for people -----------------------------------------------------------------------------------------------------
-
-# What `layer_rows` shows: r is the numerical rank, log the decimal logarithm, cond the condition number.
-COLUMNS = ("RMS", "min", "max", "r(1e-2)", "r(1e-3)", "log|det|", "cond", "heads", "passages")
-
-
-def layer_rows(statistics: Statistics) -> list[list[str]]:
-    """A row of texts a layer, for `COLUMNS`: means over heads, but the extremes of all and the median condition."""
-    ranks = [statistics.rank[tolerance].mean(1) for tolerance in RANK_TOLERANCES]
-    return [
-        [
-            number(statistics.rms[layer].mean()),
-            number(statistics.minimum[layer].min()),
-            number(statistics.maximum[layer].max()),
-            *(f"{float(rank[layer]):.1f}" for rank in ranks),
-            number(statistics.log10_determinant[layer].mean(), ".1f"),
-            number(statistics.condition[layer].median()),
-            number(statistics.head_distance[layer]),
-            number(statistics.layer_variation[layer]),
-        ]
-        for layer in range(len(statistics.rms))
-    ]
-
-
-def number(value: Any, form: str | None = None) -> str:
-    """A short text for a number, 4.5e-6 rather than 4.5e-06; "-" where there is none.
-
-    Args:
-        value: what `float` takes.
-        form: a format; by default two digits, with an exponent where they would be far from the point.
-    """
-    value = float(value)
-    if math.isnan(value):
-        return "-"
-    if form is None:
-        near = value == 0 or 0.01 <= abs(value) < 1000
-        form = ".1e" if not near else ".2g" if abs(value) < 10 else ".0f"
-    mantissa, exponent, power = format(value, form).partition("e")
-    return f"{mantissa}e{int(power)}" if exponent else mantissa
-
-
-def print_analysis(analysis: Analysis) -> None:
-    """One table for each tensor in the terminal, a row a layer."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    for name, statistics in analysis.tensors.items():
-        table = Table(title=name, title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0))
-        for heading in ("layer", *COLUMNS):
-            table.add_column(heading, justify="right", no_wrap=True)
-        for layer, row in enumerate(layer_rows(statistics)):
-            table.add_row(str(layer), *row)
-        console.print(table)
-        console.print()
-    if analysis.lengths:
-        console.print("[bold]growth[/bold]: relative RMSE to all tokens, from the first ones alone; mean over layers")
-        table = Table(box=None, padding=(0, 1, 0, 0))
-        table.add_column("tokens", justify="right")
-        for name in analysis.tensors:
-            table.add_column(name, justify="right")
-        for index, length in enumerate(analysis.lengths):
-            table.add_row(str(length), *(number(s.growth[index].mean()) for s in analysis.tensors.values()))
-        console.print(table)
-        console.print()
-    console.print(
-        "Means over heads (condition: median; min, max: of all). heads: distance between the heads of a layer; "
-        "passages: variation over passages, RMS of the difference to the mean / RMS of the mean.",
-        style="dim",
-    )

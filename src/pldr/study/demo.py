@@ -2,9 +2,7 @@
 
 import copy
 import json
-import shutil
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,18 +11,19 @@ import torch
 from torch.nn import functional as F
 
 from pldr.cache import make_cache
-from pldr.convert import load_model
-from pldr.data import Source, read_passages
+from pldr.checkpoints.load import load_model
+from pldr.data.rows import read_passages
+from pldr.data.sources import Source
 from pldr.deductive import deductive_outputs, log_determinant, numerical_rank, variation
+from pldr.files import check_output, whole_folder
 from pldr.generation import generate_text
 from pldr.modeling_pldr import PldrForCausalLM
+from pldr.models.shipped import HELD_OUT, STORIES
 from pldr.operator import freeze
+from pldr.plots import plot_operators
 from pldr.recipe import Recipe, load_recipe
-from pldr.report import plot_operators
-from pldr.saving import check_output, whole_folder
-from pldr.shipped import HELD_OUT, STORIES
 from pldr.tokenizer import load_tokenizer
-from pldr.train import source_of, train
+from pldr.training.run import source_of, train
 
 STORY_PROMPT = "The old man looked out over the sea and"
 REFERENCE_PROMPT = "The list of names is a comma-separated list of expressions. An expression"
@@ -173,83 +172,3 @@ def generations(model: Any, frozen: Any, tokenizer: Any, prompt: str) -> list[di
             }
         )
     return rows
-
-
-def print_demo(result: dict[str, Any]) -> None:
-    """The demo's tables and what to try next."""
-    from rich.console import Console
-
-    console = Console()
-    console.print(
-        "\n[bold]stories-10m[/bold], the model that comes with the package, on books it was not trained on:\n"
-    )
-    _print_measured(console, result["stories"])
-    if "trained" in result:
-        training = result["trained"]["training"]
-        console.print(
-            f"\n[bold]A new model[/bold], trained for {training['steps']} steps ({training['tokens']:,} tokens) in "
-            f"{training['seconds']:.0f} s: loss {training['train_loss']:.2f}, held out {training['validation_loss']:.2f} "
-            "nats a token:\n",
-            soft_wrap=True,
-        )
-        _print_measured(console, result["trained"])
-    folder = result["folder"]
-    # As it was called, where the command is not on the path (the Makefile keeps it in .venv).
-    pldr = "pldr" if shutil.which("pldr") else sys.argv[0]
-    console.print(
-        f"\nPicture of G_LM: {folder}/stories-G_LM.png   numbers: {folder}/demo.json   total: {result['seconds']:.0f} s\n\n"
-        "Try next:\n"
-        f'  {pldr} generate "Once upon a time there was" --stream --temperature 0.8\n'
-        f'  {pldr} generate {folder}/stories-frozen "Once upon a time there was" --json\n'
-        f"  {pldr} info {folder}/stories-frozen\n"
-        + (
-            ""
-            if "trained" in result
-            else f"  {pldr} demo --train      the same of a model that is trained here, in minutes\n"
-        ),
-        highlight=False,
-        soft_wrap=True,
-    )
-
-
-def _print_measured(console: Any, measured: dict[str, Any]) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    loss, rows = measured["losses"], measured["generation"]
-    # One table of two parts with five columns each: the four modes, then how far G_LM depends on the text.
-    table = Table("cache", "held-out loss", "difference", "tokens/s", "greedy text")
-    for column in table.columns[1:4]:
-        column.justify = "right"
-    sources = {"no cache": "full", "KV": "cached", "KV+G": "cached", "frozen G": "frozen"}
-    for row in rows:
-        key = sources[row["mode"]]
-        speed_up = row["tokens_per_second"] / rows[0]["tokens_per_second"]
-        table.add_row(
-            row["mode"], f"{loss[key]:.6f}", f"{loss[key] - loss['full']:+.0e}" if key != "full" else "",
-            f"{row['tokens_per_second']:,.0f}  {speed_up:.1f}×", "the same" if row["same_text"] else "differs",
-        )  # fmt: skip
-    table.add_section()
-    table.add_row("G_LM of", "variation", "before", "log10 |det|", "numerical rank", style="bold")
-    for layer in measured["operator"]:
-        table.add_row(
-            f"layer {layer['layer']}", f"{layer['variation']:.1e}", f"{layer['untrained_variation']:.1e}",
-            f"{layer['log10_determinant']:.1f}", f"{layer['rank']:.1f} of {measured['head_dim']}",
-        )  # fmt: skip
-    console.print(table)
-    console.print(
-        "Loss in nats a token, after the first half of each held-out passage. No cache: G_LM from all tokens, later ones "
-        "too; KV, KV+G: from the first half; frozen: a constant from one passage. Variation: of G_LM over held-out passages, "
-        "relative RMSE, after and before training.",
-        style="dim",
-    )
-    worst = max(abs(loss[key] - loss["full"]) for key in ("cached", "frozen"))
-    if worst <= 1e-5 and all(row["same_text"] for row in rows):
-        verdict = "[green]G_LM does not depend on the text: cached or constant, it changes neither loss nor output."
-    else:
-        verdict = (
-            f"[yellow]This model's G_LM still depends on the text: caching or freezing moves the loss by up to {worst:.1e} "
-            "nats. Whether training gets there depends on learning rate and warm-up (README, “Is G constant?”)."
-        )
-    console.print(verdict)
-    console.print(f"\n[bold]{escape(measured['prompt'])}[/bold]{escape(rows[-1]['text'])}\n", highlight=False)

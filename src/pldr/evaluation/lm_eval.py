@@ -4,7 +4,7 @@ The harness finds both by itself too (`lm_eval --model pldr`): releases with plu
 earlier ones through `pldr_lm_eval.pth`, which imports this module where the command is `lm_eval` with a model.
 """
 
-import pldr.evaluate  # noqa: F401 (registers the model)
+import pldr.evaluation.harness  # noqa: F401 (registers the model)
 
 if __name__ == "__main__":
     from lm_eval.__main__ import cli_evaluate

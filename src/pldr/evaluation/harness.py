@@ -28,9 +28,10 @@ from lm_eval.evaluator import evaluate as run_harness
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.tasks import TaskManager
 
-from pldr.benchmarks import LAYOUTS, SUITES, read_benchmark, suite_averages
-from pldr.convert import load_model
-from pldr.scoring import Scorer, progress, read_calibration, windows
+from pldr.checkpoints.load import load_model
+from pldr.evaluation.perplexity import windows
+from pldr.evaluation.published import LAYOUTS, SUITES, read_benchmark, suite_averages
+from pldr.evaluation.scoring import Scorer, progress, read_calibration
 from pldr.tokenizer import check_vocabulary, load_tokenizer
 
 # The harness's settings for the parts of a data set, and their names in `pldr.benchmarks`.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pldr.data import read_text
+from pldr.files import read_text
 
 # Task of the harness to the metric that counts: accuracy by log-likelihood a character where the task has it.
 PAPER_SUITE = {

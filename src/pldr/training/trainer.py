@@ -1,31 +1,28 @@
 """transformers' Trainer for PLDR-LLMs: the published optimisation, what to log, and checkpoints that can be trusted."""
 
-import contextlib
-import copy
 import json
 import math
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.initialization import no_init_weights
 
-from pldr import checkpoint as files
-from pldr.data import TokenStream
-from pldr.deductive import dag_loss, deductive_outputs, variation
+from pldr.data.rows import TokenStream
+from pldr.deductive import dag_loss
+from pldr.evaluation.modes import operator_metrics
+from pldr.files import write_json
 from pldr.modeling_pldr import PldrForCausalLM
-from pldr.operator import freeze
 from pldr.recipe import DistributedRecipe, OptimizationRecipe, Recipe
+from pldr.training import checkpoint as files
+from pldr.training.callbacks import ClipByValue, Stops, tensorboard_callback
 
 # Held-out passages that an evaluation measures the operator on.
 PROBED = 16
 ADVICE = "lower optimization.learning_rate or raise optimization.warmup_steps"
-# Several processes agree on a signal every so many steps; one looks after each.
-_SIGNAL_STEPS = 10
 _STATE = "run.json"
 
 
@@ -137,10 +134,10 @@ class PldrTrainer(Trainer):
         self._losses: list[tuple[int, torch.Tensor, torch.Tensor]] = []  # step, loss, rows: not looked at yet
         self._broken_step = False
         if recipe.optimization.clip_value is not None:
-            self.add_callback(_ClipByValue(recipe.optimization.clip_value))
-        self.add_callback(_Stops(self))
+            self.add_callback(ClipByValue(recipe.optimization.clip_value))
+        self.add_callback(Stops(self))
         if "tensorboard" in recipe.report_to and self.is_world_process_zero():
-            self.add_callback(_tensorboard(folder / "tensorboard"))
+            self.add_callback(tensorboard_callback(folder / "tensorboard"))
 
     # --- the processes of a run -------------------------------------------------------------------------------------
 
@@ -352,7 +349,7 @@ class PldrTrainer(Trainer):
             if self.is_world_process_zero():
                 state = {"totals": self.totals, "guesses": guesses, "tr_loss": tr_loss,
                          "last_logged": self._globalstep_last_logged}  # fmt: skip
-                files.write_json(self._staging / name / _STATE, state)
+                write_json(self._staging / name / _STATE, state)
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
                 files.commit(self._staging / name, self.folder / name, self.recipe.keep_checkpoints)
@@ -398,7 +395,7 @@ class PldrTrainer(Trainer):
         self._save_tensors(files.optimizer_tensors(self._names(), self.optimizer), Path(output_dir), "optimizer")
         if self.is_world_process_zero():
             state = {k: v for k, v in self.lr_scheduler.state_dict().items() if k != "lr_lambdas"}
-            files.write_json(Path(output_dir) / "scheduler.json", state)
+            write_json(Path(output_dir) / "scheduler.json", state)
 
     def _names(self) -> dict[torch.Tensor, str]:
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
@@ -456,136 +453,3 @@ class PldrTrainer(Trainer):
 
 def _first_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-@torch.no_grad()
-def operator_metrics(model: PldrForCausalLM, passages: torch.Tensor) -> dict[str, Any]:
-    """Whether G_LM has become a constant: what an evaluation logs beside the loss.
-
-    Args:
-        model: with a learned operator.
-        passages: [B, T], B ≥ 2, held out.
-
-    Returns:
-        "G_variation", of G_LM over the passages, layer by layer (see `pldr.deductive.variation`); "G_frozen_difference",
-        the mean loss of all passages but the first with G_LM frozen from the first, minus that with G_LM computed from
-        each, in nats a token; "dag_A_LM", "dag_A_P" and "dag_G_LM", the DAG loss of each deductive output.
-    """
-    was_training = model.training
-    model.eval()
-    frozen = freeze(copy.deepcopy(model), passages[:1])
-    losses = [
-        float(running(passages[1:], labels=passages[1:], use_cache=False, return_logits=False).loss)
-        for running in (frozen, model)
-    ]
-    outputs = deductive_outputs(model, passages)
-    model.train(was_training)
-    return {
-        "G_variation": variation(outputs.G_LM).tolist(),
-        "G_frozen_difference": losses[0] - losses[1],
-        # In float64, which holds the exponentials of larger tensors.
-        **{f"dag_{name}": float(dag_loss(getattr(outputs, name).double())) for name in ("A_LM", "A_P", "G_LM")},
-    }
-
-
-def _tensorboard(folder: Path) -> TrainerCallback:
-    """
-    Raises:
-        ModuleNotFoundError: TensorBoard is not installed.
-    """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            "report_to: needs tensorboard: pip install 'pldr[train]', or set report_to=[] in the recipe"
-        ) from None
-    from transformers.integrations import TensorBoardCallback
-
-    return TensorBoardCallback(tb_writer=SummaryWriter(log_dir=str(folder)))
-
-
-class _Stops(TrainerCallback):
-    """Ends the run, with a checkpoint, at a signal and at the hand-off; restores its sums where it goes on."""
-
-    def __init__(self, trainer: PldrTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer._start is not None:
-            self.trainer.restore_run(self.trainer._start)
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if self.trainer._broken_step:  # without gradients AdamW leaves weights and moments as they are
-            for parameter in model.parameters():
-                parameter.grad = None
-            self.trainer._broken_step = False
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = self.trainer
-        step = trainer.recipe.optimization.handoff_step
-        trainer.must_hand_off = state.global_step == step and trainer.model.config.operator == "learned"
-        stopped = trainer.stop_signal or 0
-        if args.world_size > 1:
-            if state.global_step % _SIGNAL_STEPS:
-                stopped = 0
-            else:
-                everyone = torch.tensor(stopped, device=args.device)
-                torch.distributed.all_reduce(everyone, torch.distributed.ReduceOp.MAX)
-                stopped = int(everyone)
-                if stopped:  # and a signal that came meanwhile is not forgotten
-                    trainer.stop_signal = stopped
-        trainer.interrupted = bool(stopped)
-        if trainer.must_hand_off or stopped:
-            control.should_save = control.should_training_stop = True
-
-
-class _ClipByValue(TrainerCallback):
-    def __init__(self, bound: float) -> None:
-        self.bound = bound
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        torch.nn.utils.clip_grad_value_(model.parameters(), self.bound)
-
-
-class ProgressBar(TrainerCallback):
-    """One line on standard error: steps, loss, learning rate, tokens a second, time left. Use it as a context.
-
-    Attributes:
-        last: the last logged loss and accuracy.
-    """
-
-    def __init__(self, recipe: Recipe, *, enabled: bool) -> None:
-        self.last = {"loss": math.nan, "accuracy": math.nan}
-        self.enabled = enabled
-        o = recipe.optimization
-        self.tokens_per_step = o.batch_size * o.accumulation * recipe.data.sequence_length
-        self._exit = contextlib.ExitStack()
-
-    def __enter__(self) -> "ProgressBar":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._exit.close()  # also after an error, or the terminal would keep the bar
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (
-            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"),
-            TimeRemainingColumn(),
-        )  # fmt: skip
-        self.bar = self._exit.enter_context(Progress(*columns, console=Console(stderr=True), disable=not self.enabled))
-        self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step)
-        self.first, self.start = state.global_step, time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        seconds = time.perf_counter() - self.start
-        speed = self.tokens_per_step * (state.global_step - self.first) * args.world_size / seconds
-        self.bar.update(
-            self.task, completed=state.global_step, description=f"loss {self.last['loss']:.3f} · {speed:,.0f} tokens/s"
-        )
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        for name in self.last:
-            self.last[name] = (logs or {}).get(name, self.last[name])

@@ -1,11 +1,15 @@
 """Writing results so that a folder or file is there whole or not at all."""
 
+import hashlib
+import json
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def check_output(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
@@ -70,3 +74,48 @@ def _umask() -> int:
     value = os.umask(0)
     os.umask(value)
     return value
+
+
+def read_text(file: str | os.PathLike[str]) -> str:
+    """The text of one file.
+
+    Raises:
+        OSError: it can not be read.
+        ValueError: it is not valid UTF-8.
+    """
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not valid UTF-8 at byte {error.start}") from None
+
+
+def json_safe(value: Any) -> Any:
+    """Nested dictionaries and lists with None for what JSON has no number for: infinities and NaN."""
+    if isinstance(value, dict):
+        return {name: json_safe(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_safe(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+CHECKSUMS = "SHA256SUMS"
+
+
+def write_checksums(folder: Path) -> None:
+    lines = []
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            lines.append(f"{hashlib.file_digest(stream, 'sha256').hexdigest()}  {file.name}\n")
+    (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(value) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:199] + "…"

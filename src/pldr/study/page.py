@@ -19,7 +19,9 @@ from pathlib import Path
 import torch
 
 from pldr import __version__
-from pldr.analysis import COLUMNS, RANK_TOLERANCES, Analysis, Scale, Statistics, layer_rows, number
+from pldr.deductive import RANK_TOLERANCES
+from pldr.study.statistics import Analysis, Scale, Statistics
+from pldr.tables import COLUMNS, layer_rows, number
 
 _NAMES = {"A": "A", "A_LM": "A<sub>LM</sub>", "A_P": "A<sub>P</sub>", "G_LM": "G<sub>LM</sub>"}
 _WHAT = {

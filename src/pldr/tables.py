@@ -1,12 +1,16 @@
 """What people look at: facts about a model, pictures of its operator."""
 
-import json
-import os
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
+import math
+import shutil
+import sys
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+from pldr.deductive import RANK_TOLERANCES
+
+if TYPE_CHECKING:
+    from pldr.study.statistics import Analysis, Statistics
 
 
 def model_facts(model: Any) -> dict[str, Any]:
@@ -185,135 +189,151 @@ def print_evaluation(report: dict[str, Any]) -> None:
             console.print(table)
 
 
-def plot_operators(
-    rows: dict[str, torch.Tensor],
-    path: str | os.PathLike[str],
-    *,
-    layers: Iterable[int] | None = None,
-    heads: int = 4,
-    title: str = "",
-) -> None:
-    """Heatmaps of G_LM: one row of pictures for each entry of `rows` and layer, one column a head.
+# What `layer_rows` shows: r is the numerical rank, log the decimal logarithm, cond the condition number.
+COLUMNS = ("RMS", "min", "max", "r(1e-2)", "r(1e-3)", "log|det|", "cond", "heads", "passages")
+
+
+def layer_rows(statistics: "Statistics") -> list[list[str]]:
+    """A row of texts a layer, for `COLUMNS`: means over heads, but the extremes of all and the median condition."""
+    ranks = [statistics.rank[tolerance].mean(1) for tolerance in RANK_TOLERANCES]
+    return [
+        [
+            number(statistics.rms[layer].mean()),
+            number(statistics.minimum[layer].min()),
+            number(statistics.maximum[layer].max()),
+            *(f"{float(rank[layer]):.1f}" for rank in ranks),
+            number(statistics.log10_determinant[layer].mean(), ".1f"),
+            number(statistics.condition[layer].median()),
+            number(statistics.head_distance[layer]),
+            number(statistics.layer_variation[layer]),
+        ]
+        for layer in range(len(statistics.rms))
+    ]
+
+
+def number(value: Any, form: str | None = None) -> str:
+    """A short text for a number, 4.5e-6 rather than 4.5e-06; "-" where there is none.
 
     Args:
-        rows: label → [L, H, D, D]; the rows of a layer share one colour scale, symmetric around zero.
-        path: PNG file to write.
-        layers: which to show, all by default.
-        heads: most heads to show.
-        title: above the picture.
+        value: what `float` takes.
+        form: a format; by default two digits, with an exponent where they would be far from the point.
     """
-    import matplotlib
+    value = float(value)
+    if math.isnan(value):
+        return "-"
+    if form is None:
+        near = value == 0 or 0.01 <= abs(value) < 1000
+        form = ".1e" if not near else ".2g" if abs(value) < 10 else ".0f"
+    mantissa, exponent, power = format(value, form).partition("e")
+    return f"{mantissa}e{int(power)}" if exponent else mantissa
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    shape = next(iter(rows.values())).shape
-    shown, heads = list(range(shape[0]) if layers is None else layers), min(heads, shape[1])
-    count = len(shown) * len(rows)
-    figure, axes = pyplot.subplots(
-        count, heads, figsize=(2.0 * heads + 1.6, 2.0 * count + 0.6), squeeze=False, layout="constrained"
+def print_analysis(analysis: "Analysis") -> None:
+    """One table for each tensor in the terminal, a row a layer."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    for name, statistics in analysis.tensors.items():
+        table = Table(title=name, title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0))
+        for heading in ("layer", *COLUMNS):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for layer, row in enumerate(layer_rows(statistics)):
+            table.add_row(str(layer), *row)
+        console.print(table)
+        console.print()
+    if analysis.lengths:
+        console.print("[bold]growth[/bold]: relative RMSE to all tokens, from the first ones alone; mean over layers")
+        table = Table(box=None, padding=(0, 1, 0, 0))
+        table.add_column("tokens", justify="right")
+        for name in analysis.tensors:
+            table.add_column(name, justify="right")
+        for index, length in enumerate(analysis.lengths):
+            table.add_row(str(length), *(number(s.growth[index].mean()) for s in analysis.tensors.values()))
+        console.print(table)
+        console.print()
+    console.print(
+        "Means over heads (condition: median; min, max: of all). heads: distance between the heads of a layer; "
+        "passages: variation over passages, RMS of the difference to the mean / RMS of the mean.",
+        style="dim",
     )
-    for place, layer in enumerate(shown):
-        bound = max(float(value[layer, :heads].abs().max()) for value in rows.values())
-        for row, (label, value) in enumerate(rows.items()):
-            line = axes[place * len(rows) + row]
-            for head in range(heads):
-                image = line[head].imshow(
-                    value[layer, head].float().cpu(), cmap="RdBu_r", vmin=-bound, vmax=bound, interpolation="nearest"
-                )
-                line[head].set_xticks([])
-                line[head].set_yticks([])
-                if place == row == 0:
-                    line[head].set_title(f"head {head}", fontsize=9)
-            line[0].set_ylabel(f"layer {layer}\n{label}", fontsize=9)
-            figure.colorbar(image, ax=line[-1], fraction=0.05)
-    figure.suptitle(title, fontsize=11)
-    save_figure(figure, path)
 
 
-def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
-    """Write a PNG, whole or not at all, and let go of the figure."""
-    from matplotlib import pyplot
+def print_demo(result: dict[str, Any]) -> None:
+    """The demo's tables and what to try next."""
+    from rich.console import Console
 
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        figure.savefig(partial, dpi=110, format="png")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-        pyplot.close(figure)
+    console = Console()
+    console.print(
+        "\n[bold]stories-10m[/bold], the model that comes with the package, on books it was not trained on:\n"
+    )
+    _print_measured(console, result["stories"])
+    if "trained" in result:
+        training = result["trained"]["training"]
+        console.print(
+            f"\n[bold]A new model[/bold], trained for {training['steps']} steps ({training['tokens']:,} tokens) in "
+            f"{training['seconds']:.0f} s: loss {training['train_loss']:.2f}, held out {training['validation_loss']:.2f} "
+            "nats a token:\n",
+            soft_wrap=True,
+        )
+        _print_measured(console, result["trained"])
+    folder = result["folder"]
+    # As it was called, where the command is not on the path (the Makefile keeps it in .venv).
+    pldr = "pldr" if shutil.which("pldr") else sys.argv[0]
+    console.print(
+        f"\nPicture of G_LM: {folder}/stories-G_LM.png   numbers: {folder}/demo.json   total: {result['seconds']:.0f} s\n\n"
+        "Try next:\n"
+        f'  {pldr} generate "Once upon a time there was" --stream --temperature 0.8\n'
+        f'  {pldr} generate {folder}/stories-frozen "Once upon a time there was" --json\n'
+        f"  {pldr} info {folder}/stories-frozen\n"
+        + (
+            ""
+            if "trained" in result
+            else f"  {pldr} demo --train      the same of a model that is trained here, in minutes\n"
+        ),
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
-def _read_log(file: Path) -> list[dict[str, Any]]:
-    """
-    Raises:
-        ValueError: a line that no training wrote (named).
-    """
-    lines = []
-    for number, text in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
-        try:
-            line = json.loads(text)
-            scalars = [line[name] for name in ("step", "loss", "eval_loss", "G_frozen_difference") if name in line]
-            numbers = [*scalars, *line.get("G_variation", [])]
-            if "step" not in line or not all(isinstance(value, (int, float)) for value in numbers):
-                raise ValueError("no step, or a value that is no number")
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{file}: line {number}: not a line of a training log ({error})") from None
-        lines.append(line)
-    if len({len(line["G_variation"]) for line in lines if "G_variation" in line}) > 1:
-        raise ValueError(f"{file}: G_variation has different numbers of layers; this is the log of several runs")
-    return lines
+def _print_measured(console: Any, measured: dict[str, Any]) -> None:
+    from rich.markup import escape
+    from rich.table import Table
 
-
-def plot_run(run: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
-    """The curves of a training run over steps: loss, accuracy, how far G_LM varies, what freezing costs, DAG losses.
-
-    Args:
-        run: output folder of `pldr train`, with its ``log.jsonl``.
-        path: PNG file to write.
-
-    Raises:
-        FileNotFoundError: the folder has no log.
-        ValueError: the log is damaged (line named) or empty.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    file = Path(run) / "log.jsonl"
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file; {run} is not the output of pldr train")
-    lines = _read_log(file)
-
-    def curve(name: str) -> tuple[list[int], list[Any]]:
-        points = [(line["step"], line[name]) for line in lines if name in line]
-        return [step for step, _ in points], [value for _, value in points]
-
-    if not curve("loss")[0] and not curve("eval_loss")[0]:
-        raise ValueError(f"{file}: holds no loss to plot")
-    probed = bool(curve("G_variation")[0])
-    count = 5 if probed else 2
-    figure, axes = pyplot.subplots(1, count, figsize=(4.5 * count, 4), squeeze=False, layout="constrained")
-    for column, (name, unit) in enumerate((("loss", "nats a token"), ("accuracy", "fraction of tokens"))):
-        for key, label in ((name, "training"), (f"eval_{name}", "validation")):
-            axes[0, column].plot(*curve(key), label=label)
-        axes[0, column].set(title=name, ylabel=unit)
-    if probed:
-        steps, layers = curve("G_variation")
-        for layer, values in enumerate(zip(*layers, strict=True)):
-            axes[0, 2].plot(steps, values, marker=".", label=f"layer {layer}")
-        axes[0, 2].set(title="variation of G_LM over held-out passages", ylabel="relative RMSE", yscale="log")
-        steps, differences = curve("G_frozen_difference")
-        axes[0, 3].plot(steps, [abs(value) for value in differences], marker=".", label="|frozen - computed|")
-        axes[0, 3].set(title="loss with G_LM frozen", ylabel="nats a token", yscale="log")
-        for name in ("A_LM", "A_P", "G_LM"):
-            axes[0, 4].plot(*curve(f"dag_{name}"), marker=".", label=name)
-        axes[0, 4].set(title="DAG loss", yscale="log")
-    for axis in axes[0]:
-        axis.set_xlabel("step")
-        axis.legend()
-        axis.grid(alpha=0.3)
-    save_figure(figure, path)
+    loss, rows = measured["losses"], measured["generation"]
+    # One table of two parts with five columns each: the four modes, then how far G_LM depends on the text.
+    table = Table("cache", "held-out loss", "difference", "tokens/s", "greedy text")
+    for column in table.columns[1:4]:
+        column.justify = "right"
+    sources = {"no cache": "full", "KV": "cached", "KV+G": "cached", "frozen G": "frozen"}
+    for row in rows:
+        key = sources[row["mode"]]
+        speed_up = row["tokens_per_second"] / rows[0]["tokens_per_second"]
+        table.add_row(
+            row["mode"], f"{loss[key]:.6f}", f"{loss[key] - loss['full']:+.0e}" if key != "full" else "",
+            f"{row['tokens_per_second']:,.0f}  {speed_up:.1f}×", "the same" if row["same_text"] else "differs",
+        )  # fmt: skip
+    table.add_section()
+    table.add_row("G_LM of", "variation", "before", "log10 |det|", "numerical rank", style="bold")
+    for layer in measured["operator"]:
+        table.add_row(
+            f"layer {layer['layer']}", f"{layer['variation']:.1e}", f"{layer['untrained_variation']:.1e}",
+            f"{layer['log10_determinant']:.1f}", f"{layer['rank']:.1f} of {measured['head_dim']}",
+        )  # fmt: skip
+    console.print(table)
+    console.print(
+        "Loss in nats a token, after the first half of each held-out passage. No cache: G_LM from all tokens, later ones "
+        "too; KV, KV+G: from the first half; frozen: a constant from one passage. Variation: of G_LM over held-out passages, "
+        "relative RMSE, after and before training.",
+        style="dim",
+    )
+    worst = max(abs(loss[key] - loss["full"]) for key in ("cached", "frozen"))
+    if worst <= 1e-5 and all(row["same_text"] for row in rows):
+        verdict = "[green]G_LM does not depend on the text: cached or constant, it changes neither loss nor output."
+    else:
+        verdict = (
+            f"[yellow]This model's G_LM still depends on the text: caching or freezing moves the loss by up to {worst:.1e} "
+            "nats. Whether training gets there depends on learning rate and warm-up (README, “Is G constant?”)."
+        )
+    console.print(verdict)
+    console.print(f"\n[bold]{escape(measured['prompt'])}[/bold]{escape(rows[-1]['text'])}\n", highlight=False)

@@ -5,267 +5,27 @@ only once) and measures trained models. What a claim finds is reported whether i
 """
 
 import copy
-import dataclasses
-import json
 import math
 import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from pldr.cache import make_cache
-from pldr.convert import load_model
-from pldr.data import Source, read_passages
-from pldr.deductive import deductive_outputs, log_determinant, variation
+from pldr.checkpoints.load import load_model
+from pldr.deductive import deductive_outputs, log_determinant
 from pldr.generation import generate_text
 from pldr.modeling_pldr import PldrForCausalLM
 from pldr.operator import DeductiveOutputs, freeze
-from pldr.report import save_figure
-from pldr.shipped import HELD_OUT, STORIES
+from pldr.plots import INVARIANT_LOSS, INVARIANT_VARIATION, plot_curves, plot_invariance
+from pldr.study.lab import COLLAPSED_GAIN, Lab, mean_loss, table
 from pldr.tokenizer import load_tokenizer
 
-# A run whose operator varies less, and whose frozen form loses less, has an invariant operator.
-INVARIANT_VARIATION, INVARIANT_LOSS = 1e-3, 1e-4
 # Log-likelihoods of an ending, some 16 tokens, that differ by no more than this (nats) count as the same.
 SAME_LIKELIHOOD = 1e-3
-# A model that gains less from its context than this (nats a token, over one token of context) has no attention left.
-COLLAPSED_GAIN = 0.02
 NAMES = ("A", "A_LM", "A_P", "G_LM")
-
-
-@dataclass(frozen=True)
-class Size:
-    """How large the experiments of a claim are.
-
-    Attributes:
-        recipe: what its runs share, in the terms of a recipe (without output and data).
-        seeds: of each variant.
-        length: tokens of a sequence.
-        passages: held out, to measure on.
-        grid: (peak rate, warm-up, units R, GLUs N, width F_A, seed) of each run of the invariance claim.
-    """
-
-    recipe: dict[str, Any]
-    seeds: tuple[int, ...]
-    length: int
-    passages: int
-    grid: tuple[tuple[float, int, int, int, int, int], ...]
-
-
-def _recipe(model: dict[str, Any], **optimization: Any) -> dict[str, Any]:
-    return {"model": model, "optimization": optimization}
-
-
-SIZES = {
-    "tiny": Size(
-        _recipe(
-            {"config": {"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2,
-                        "max_position_embeddings": 128, "metric_learner_units": 4, "metric_learner_width": 64}},
-            steps=140, batch_size=16, learning_rate=4e-3, warmup_steps=60, precision="fp32",
-        ),
-        seeds=(1, 2), length=64, passages=32,
-        grid=tuple((rate, warmup, units, 2, 64, 1) for rate, warmup, units in
-                   ((1e-3, 60, 4), (8e-3, 60, 8), (3e-2, 5, 4))),
-    ),
-    "small": Size(
-        _recipe(
-            {"config": {"hidden_size": 256, "num_attention_heads": 8, "num_hidden_layers": 3,
-                        "max_position_embeddings": 512, "metric_learner_units": 16, "metric_learner_width": 64}},
-            steps=1200, batch_size=64, learning_rate=8e-3, warmup_steps=700, precision="bf16", compile=True,
-        ),
-        seeds=(1, 2, 3), length=256, passages=32,
-        grid=(
-            *((rate, 700, 16, 2, 64, 1) for rate in (1e-3, 3e-3, 6e-3, 1.6e-2)),
-            (8e-3, 50, 16, 2, 64, 1),
-            *((8e-3, 700, units, glus, width, 1) for units, glus, width in
-              ((2, 2, 64), (8, 2, 64), (16, 1, 64), (16, 2, 170))),
-        ),
-    ),
-    "paper": Size(
-        {"model": {"preset": "v51-110M-1"}, "optimization": {"warmup_steps": 2000, "compile": True}},
-        seeds=(1, 2, 3), length=1024, passages=32,
-        grid=tuple((rate, warmup, 8, 2, 170, 1) for rate in (3e-4, 1e-3, 1.2e-3) for warmup in (2000, 4000, 8000)),
-    ),
-}  # fmt: skip
-
-
-@dataclass
-class Lab:
-    """Where the experiments of a claim happen.
-
-    Attributes:
-        size: see `SIZES`.
-        folder: where the page, its numbers and its pictures go.
-        runs: where trained runs go; claims share them.
-        data: keys of a recipe's data section, with `train`, `validation` and `tokenizer`.
-        parallel: runs at once.
-        model: of claims that need no training; by default the one that comes along.
-        device: where models are measured.
-        say: takes a line about what happens.
-        command: what the page says it was made with.
-    """
-
-    size: Size
-    folder: Path
-    runs: Path
-    data: dict[str, Any]
-    parallel: int = 1
-    model: Path = STORIES
-    device: str = "cpu"
-    say: Callable[[str], None] = lambda line: None
-    command: str = ""
-
-    # --- training ---
-
-    def recipe(self, name: str, changes: dict[str, Any]) -> dict[str, Any]:
-        """A run's recipe: the size's, with changes of dotted keys."""
-        recipe: dict[str, Any] = copy.deepcopy(self.size.recipe)
-        steps = recipe["optimization"].get("steps", 250_000)
-        recipe |= {
-            "output": str(self.runs / name),
-            "data": dict(self.data, sequence_length=self.size.length, validation_rows=4 * self.size.passages),
-            "log_steps": max(steps // 40, 1),
-            "eval_steps": max(steps // 8, 1),
-            "report_to": [],
-        }
-        for key, value in changes.items():
-            *parents, last = key.split(".")
-            section = recipe
-            for parent in parents:
-                section = section.setdefault(parent, {})
-            section[last] = value
-        return recipe
-
-    def train(self, runs: dict[str, dict[str, Any]]) -> None:
-        """Train the runs that are not there yet, `parallel` at once, each in a process of its own.
-
-        Raises:
-            RuntimeError: a run failed for another reason than a loss that is not finite.
-        """
-        waiting = {name: changes for name, changes in runs.items() if not self._done(name, changes)}
-        self.say(f"{len(runs)} runs, {len(runs) - len(waiting)} done before")
-        with ThreadPoolExecutor(self.parallel) as pool:
-            list(pool.map(lambda run: self._train_one(*run), waiting.items()))
-
-    def _done(self, name: str, changes: dict[str, Any]) -> bool:
-        """Whether this very run, and not another of the same name, has ended."""
-        run, file = self.runs / name, self.runs / f"{name}.yaml"
-        if not file.is_file() or yaml.safe_load(file.read_text(encoding="utf-8")) != self.recipe(name, changes):
-            return False
-        return (run / "config.json").is_file() or (self.runs / f"{name}.diverged").is_file()
-
-    def _train_one(self, name: str, changes: dict[str, Any]) -> None:
-        self.runs.mkdir(parents=True, exist_ok=True)
-        file = self.runs / f"{name}.yaml"
-        (self.runs / f"{name}.diverged").unlink(missing_ok=True)
-        file.write_text(yaml.safe_dump(self.recipe(name, changes), sort_keys=False), encoding="utf-8")
-        start = time.perf_counter()
-        code = "import sys; from pldr.recipe import load_recipe; from pldr.train import train; " \
-               "train(load_recipe(sys.argv[1]), overwrite=True, progress=False)"  # fmt: skip
-        done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, check=False)
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            if "FloatingPointError" not in last:
-                raise RuntimeError(f"{name}: {last}")
-            (self.runs / f"{name}.diverged").write_text(last + "\n", encoding="utf-8")
-        self.say(f"{name}: {time.perf_counter() - start:.0f} s{' (diverged)' if done.returncode else ''}")
-
-    # --- measuring ---
-
-    def passages(self, tokenizer: Any, count: int | None = None, *, part: str = "validation") -> torch.Tensor:
-        data = self.data
-        source = Source(data[part], data.get("text_column", "text"), data.get(f"{part}_split", part),
-                        data.get(f"{part}_interval", ""))  # fmt: skip
-        count = count or self.size.passages
-        return read_passages(source, tokenizer, self.size.length, count, streaming=data.get("streaming", False)).to(
-            self.device
-        )
-
-    def load(self, name: str) -> tuple[PldrForCausalLM, Any] | None:
-        """A trained run's model and tokenizer; None if it diverged."""
-        run = self.runs / name
-        if not (run / "config.json").is_file():
-            return None
-        return load_model(run, device=self.device), load_tokenizer(run)
-
-    def log(self, name: str) -> list[dict[str, Any]]:
-        file = self.runs / name / "log.jsonl"
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
-
-    @torch.no_grad()
-    def measure(self, name: str) -> dict[str, Any]:
-        """Held-out loss and accuracy of a run, what its context gains it and, of a learned operator, its invariance."""
-        loaded = self.load(name)
-        if loaded is None:
-            return {"run": name, "diverged": True}
-        model, tokenizer = loaded
-        rows = self.passages(tokenizer)
-        outputs = [model(row[None], labels=row[None], use_cache=False) for row in rows]
-        loss = statistics.fmean(float(output.loss) for output in outputs)
-        found = {
-            "run": name,
-            "diverged": False,
-            "loss": loss,
-            "accuracy": statistics.fmean(float(output.accuracy) for output in outputs),
-            "gain": _mean_loss(model, rows.reshape(-1, 2)) - loss,
-        }
-        if model.config.operator == "learned":
-            calibration = self.passages(tokenizer, 1, part="train")
-            G_LM = torch.cat([deductive_outputs(model, row[None]).G_LM for row in rows], 1)
-            frozen = freeze(copy.deepcopy(model), calibration)
-            found |= {"variation": variation(G_LM).tolist(), "frozen_difference": _mean_loss(frozen, rows) - loss}
-        return found
-
-    # --- results ---
-
-    def write(self, claim: str, verdict: str, sections: Iterable[str], numbers: dict[str, Any]) -> None:
-        """The page, README.md, and its numbers, results.json."""
-        import transformers
-
-        import pldr
-
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-        about: dict[str, Any] = {
-            "claim": claim, "verdict": verdict, "command": self.command, "device": device,
-            "versions": {"pldr": pldr.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
-            "date": time.strftime("%Y-%m-%d"), "size": dataclasses.asdict(self.size), "data": self.data,
-        }  # fmt: skip
-        versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-        page = "\n\n".join(
-            [
-                f"# {claim}",
-                f"**{verdict}**",
-                *sections,
-                f"`{about['command']}` · {device} · {versions} · {about['date']}",
-            ]
-        )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "README.md").write_text(page + "\n", encoding="utf-8")
-        text = json.dumps(about | {"numbers": numbers}, indent=1, default=str)
-        text = text.replace(str(Path(__file__).parent), "pldr")  # where the package lies is nobody's business
-        (self.folder / "results.json").write_text(text + "\n", encoding="utf-8")
-
-
-@torch.no_grad()
-def _mean_loss(model: PldrForCausalLM, rows: torch.Tensor) -> float:
-    """Over every target, nats a token."""
-    step = max(1, 4096 // rows.shape[1])
-    losses = [(float(model(part, labels=part, use_cache=False).loss), len(part)) for part in rows.split(step)]
-    return sum(loss * count for loss, count in losses) / len(rows)
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
@@ -436,7 +196,7 @@ def invariance(lab: Lab) -> None:
         else:
             cells.append([*settings, f"{row['loss']:.3f}", f"{row['gain']:.3f}", f"{max(row['variation']):.1e}",
                           f"{row['frozen_difference']:+.1e}", row["state"]])  # fmt: skip
-    _plot_invariance(rows, usual, lab.folder / "invariance.png")
+    plot_invariance(rows, usual, lab.folder / "invariance.png")
     general = counts["invariant"] == len(rows)
     verdict = "Confirmed" if general else "Confirmed under conditions" if counts["invariant"] else "Not confirmed"
     lab.write(
@@ -463,36 +223,6 @@ def _state(found: dict[str, Any]) -> str:
         return "constant"
     invariant = max(found["variation"]) < INVARIANT_VARIATION and abs(found["frozen_difference"]) < INVARIANT_LOSS
     return "invariant" if invariant else "varies"
-
-
-def _plot_invariance(rows: list[dict[str, Any]], usual: tuple[float, ...], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(7, 5), layout="constrained")
-    colours = {"invariant": "tab:green", "varies": "tab:orange", "collapsed": "tab:red"}
-    for state, colour in colours.items():
-        picked = [row for row in rows if row["state"] == state]
-        axis.scatter(
-            [max(row["variation"]) for row in picked], [row["loss"] for row in picked], color=colour, label=state
-        )
-    names = ("rate", "warm-up", "R", "N", "F_A")
-    for row in rows:
-        if not row["diverged"]:
-            *settings, seed = row["condition"]
-            other = [
-                f"{name} {value:g}" for name, value, base in zip(names, settings, usual, strict=True) if value != base
-            ]
-            axis.annotate(", ".join(other) or f"seed {seed}", (max(row["variation"]), row["loss"]), fontsize=7, xytext=(4, 4),
-                          textcoords="offset points")  # fmt: skip
-    axis.axvline(INVARIANT_VARIATION, color="grey", linewidth=0.8)
-    axis.set(xscale="log", xlabel="variation of G_LM over held-out passages", ylabel="held-out loss, nats a token",
-             title="labels: what differs from " + ", ".join(f"{n} {v:g}" for n, v in zip(names, usual, strict=True)))  # fmt: skip
-    axis.legend()
-    axis.grid(alpha=0.3)
-    save_figure(figure, path)
 
 
 def ablation(lab: Lab) -> None:
@@ -578,7 +308,7 @@ def report_comparison(lab: Lab, claim: str, found: dict[str, list[dict[str, Any]
         difference = "" if kind == reference or not base else f"{row['loss'][0] - statistics.fmean(base):+.4f}"
         cells.append([kind, runs, _shown(*row["loss"]), _shown(*row["accuracy"]), difference,
                       "" if row["separation"] is None else f"{row['separation']:.1f}"])  # fmt: skip
-    _plot_curves(
+    plot_curves(
         {kind: [lab.log(row["run"]) for row in rows] for kind, rows in found.items()}, lab.folder / "curves.png"
     )
 
@@ -631,29 +361,6 @@ def _seconds(log: list[dict[str, Any]]) -> float:
     return sum(line["train_runtime"] for line in log if "train_runtime" in line)
 
 
-def _plot_curves(logs: dict[str, list[list[dict[str, Any]]]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
-    for kind, runs in logs.items():
-        for axis, key in zip(axes, ("loss", "eval_loss", "eval_accuracy"), strict=True):
-            curves = [{line["step"]: line[key] for line in log if key in line} for log in runs if log]  # none: diverged
-            steps = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
-            values = [[curve[step] for curve in curves] for step in steps]
-            means = [statistics.fmean(row) for row in values]
-            (line,) = axis.plot(steps, means, label=kind, linewidth=1.2)
-            low, high = ([bound(row) for row in values] for bound in (min, max))
-            axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
-    for axis, title in zip(axes, ("training loss", "validation loss", "validation accuracy"), strict=True):
-        axis.set(title=title, xlabel="step")
-        axis.grid(alpha=0.3)
-        axis.legend()
-    save_figure(figure, path)
-
-
 @torch.no_grad()
 def transfer(lab: Lab) -> None:
     """A learned model's weights with a constant G_LM: its own (v51Gi), and the negative test with others."""
@@ -675,10 +382,10 @@ def transfer(lab: Lab) -> None:
         "random normal": random,
         "random normal, scaled to its own RMS": random * scale,
     }
-    loss = _mean_loss(model, rows)
-    gain = _mean_loss(model, rows.reshape(-1, 2)) - loss
+    loss = mean_loss(model, rows)
+    gain = mean_loss(model, rows.reshape(-1, 2)) - loss
     losses = {
-        name: _mean_loss(freeze(copy.deepcopy(model), G_LM=value.clone()), rows) for name, value in variants.items()
+        name: mean_loss(freeze(copy.deepcopy(model), G_LM=value.clone()), rows) for name, value in variants.items()
     }
     kept = abs(losses["its own, frozen (v51Gi)"] - loss)
     harm = min(value - loss for name, value in losses.items() if not name.startswith("its own, frozen"))
@@ -706,24 +413,6 @@ CLAIMS: dict[str, Callable[[Lab], None]] = {
 }
 # Claims about one trained model, which they do not train.
 OF_A_MODEL = ("caching", "transfer")
-
-
-def default_data(size: str, *, held_out: bool = False) -> dict[str, Any]:
-    """What a size trains on unless told otherwise: Python's language reference, or the published data.
-
-    Args:
-        size: a key of `SIZES`.
-        held_out: of the claims about the model that comes along: the excerpts that it was not trained on.
-    """
-    if held_out:
-        return {"train": [str(HELD_OUT)], "validation": [str(HELD_OUT)], "tokenizer": str(STORIES)}
-    if size == "paper":
-        return {
-            "train": ["hub:tiiuae/falcon-refinedweb"], "train_interval": "0:16000000", "text_column": "content",
-            "validation": ["hub:tiiuae/falcon-refinedweb"], "validation_split": "train",
-            "validation_interval": "16000000:16000200", "streaming": True, "tokenizer": "PLDR-LLM-v51-110M-1",
-        }  # fmt: skip
-    return {"train": ["pydoc-topics:train"], "validation": ["pydoc-topics:validation"], "tokenizer": str(STORIES)}
 
 
 def reproduce(claim: str, lab: Lab) -> Path:

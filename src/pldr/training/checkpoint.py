@@ -6,7 +6,6 @@ any number of ranks.
 """
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -17,6 +16,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from transformers.initialization import no_init_weights
+
+from pldr.checkpoints.load import check_tensors, read_config
+from pldr.files import check_output, whole_folder
+from pldr.modeling_pldr import PldrForCausalLM
+from pldr.tokenizer import load_tokenizer
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _SHARD = re.compile(r"(?P<kind>\w+)-(?P<rank>\d+)-of-(?P<ranks>\d+)\.safetensors")
@@ -239,8 +244,39 @@ def load_optimizer(names: dict[torch.Tensor, str], optimizer: Any, saved: SavedT
             optimizer.state[parameter] = {"step": step.to(parameter.device) if on_device else step, **moments}
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+def merge_checkpoint(
+    checkpoint: str | os.PathLike[str], destination: str | os.PathLike[str], *, overwrite: bool = False
+) -> PldrForCausalLM:
+    """Make a model folder of a training checkpoint, whose tensors may be cut into one file a rank.
+
+    Args:
+        checkpoint: a folder `checkpoint-STEP` of a training run; the run's tokenizer, where it has one, comes along.
+        destination: folder to write.
+        overwrite: replace a folder that is not empty.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: the checkpoint is damaged, or files are missing.
+        FileExistsError, OSError: the destination can not be written.
+    """
+    checkpoint = Path(checkpoint)
+    check_output(destination, overwrite=overwrite)
+    if not (checkpoint / "config.json").is_file():
+        raise FileNotFoundError(f"{checkpoint}: no config.json; this is not a training checkpoint")
+    check(checkpoint)
+    config = read_config(checkpoint)
+    saved = SavedTensors(checkpoint, "model")
+    check_tensors({name: tuple(saved[name].shape) for name in saved.names()}, config, str(checkpoint))
+    with no_init_weights():
+        model = PldrForCausalLM(config)
+    for name, tensor in model.state_dict().items():
+        copy_into(tensor, saved[name])
+    with whole_folder(destination, overwrite=overwrite) as folder:
+        model.save_pretrained(folder)
+        for place in (checkpoint.parent / "tokenizer.json", checkpoint.parent / "tokenizer.model"):
+            if place.is_file():
+                load_tokenizer(place if place.suffix == ".model" else place.parent).save_pretrained(folder)
+                break
+    return model.eval()

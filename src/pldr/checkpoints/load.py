@@ -1,0 +1,289 @@
+"""Reading checkpoints, strictly: a model is loaded whole and as it was written, or not at all.
+
+Files from elsewhere are data."""
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+from pldr import layouts
+from pldr.checkpoints.certificate import warn_unless_certified_weights
+from pldr.checkpoints.reference import (
+    _REFERENCE_G,
+    TensorUnpickler,
+    check_one_dtype,
+    find_reference_files,
+    read_hyperparameters,
+    read_pth,
+)
+from pldr.configuration_pldr import PldrConfig
+from pldr.files import CHECKSUMS, one_line
+from pldr.modeling_pldr import PldrForCausalLM
+from pldr.operator import check_operator_tensor, stored_operator
+
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def load_model(
+    path: str | os.PathLike[str],
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+    rope_pairing: str | None = None,
+    G_LM: str | os.PathLike[str] | None = None,
+) -> PldrForCausalLM:
+    """A model in evaluation mode from a folder in any of the three layouts, or not at all.
+
+    Unlike `from_pretrained`, which warns and goes on with random weights, every problem is an error here. A frozen model
+    whose weights are no longer those of its certificate is loaded with a warning.
+
+    Args:
+        path: a folder in this library's or the hub's layout, a folder in the reference layout, or a ``.pth`` file with
+            its ``*hyperparameters.py`` beside it.
+        dtype: of the weights; "auto" keeps the stored one.
+        device: where to put the model.
+        rope_pairing: for a reference checkpoint of a v52 model, "halves"; that layout does not say. Others say so
+            themselves.
+        G_LM: for a reference v51G checkpoint, the file of its predefined operator, where it is not
+            ``predefined_G_LM.pkl`` in the same folder.
+
+    Raises:
+        FileNotFoundError: the folder or a file in it is missing.
+        ValueError: damaged files; unknown, missing or mis-shaped tensors, listed; values that are not finite.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such model folder")
+    if path.is_dir() and (path / "config.json").is_file():
+        if rope_pairing is not None or G_LM is not None:
+            raise ValueError(
+                "rope_pairing and G_LM apply to the reference layout only; this folder's config.json decides"
+            )
+        config = read_config(path)
+        check_tensors(_read_shapes(path), config, str(path))
+        _check_sums(path)
+        model, report = PldrForCausalLM.from_pretrained(
+            path, config=config, dtype=dtype, use_safetensors=True, attn_implementation="sdpa", output_loading_info=True
+        )
+        # check_tensors has looked at the same files.
+        assert report["missing_keys"] <= _optional(config), report
+        assert not report["unexpected_keys"], report
+    elif path.suffix == ".pth" or (path.is_dir() and any(path.glob("*.pth"))):
+        model = _load_reference(path, dtype, rope_pairing, G_LM)
+    else:
+        raise FileNotFoundError(f"{path}: neither config.json nor a .pth file; this is not a model folder")
+    for name, tensor in model.state_dict().items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{path}: tensor {name} holds NaN or infinite values; the file is damaged")
+    if path.is_dir() and dtype == "auto":
+        warn_unless_certified_weights(path, model.state_dict())
+    return model.to(device).eval()
+
+
+def load_predefined_G(path: str | os.PathLike[str]) -> torch.Tensor:
+    """A predefined operator from a file or a model: safetensors, or the published pickle of tensors (of any device).
+
+    Args:
+        path: a model folder whose operator is constant; ``.safetensors`` with one tensor or one called "G_LM"; else a pickle of one tensor a layer, or one
+            (A_LM, G_LM) pair a layer.
+
+    Returns:
+        [L, H, D, D], on the CPU.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: anything but tensors in the file, or tensors of other dimensions. Nothing in it is ever executed.
+    """
+    path = Path(path)
+    if path.is_dir():
+        model = load_model(path)
+        if model.config.operator != "constant":
+            raise ValueError(f"{path}: this model computes its G_LM; freeze it first (pldr freeze)")
+        return stored_operator(model)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    if path.suffix == ".safetensors":
+        try:
+            tensors = load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path}: damaged safetensors file ({error})") from None
+        if "G_LM" not in tensors and len(tensors) != 1:
+            raise ValueError(f"{path}: holds no tensor G_LM, but {', '.join(tensors)}")
+        layers: Any = tensors.get("G_LM", next(iter(tensors.values())))
+    else:
+        try:
+            layers = TensorUnpickler(io.BytesIO(path.read_bytes())).load()
+        except Exception as error:  # noqa: BLE001 (damaged pickles raise anything; each is the file's fault)
+            raise ValueError(f"{path}: not a pickle of tensors alone ({one_line(error)})") from None
+    rows = isinstance(layers, (list, tuple)) or (isinstance(layers, torch.Tensor) and layers.dim() > 0)
+    if not rows or not all(isinstance(row, (torch.Tensor, list, tuple)) for row in layers):
+        raise ValueError(f"{path}: not one tensor a layer")
+    picked = [layer[-1] if isinstance(layer, (tuple, list)) and layer else layer for layer in layers]
+    if not picked or not all(isinstance(layer, torch.Tensor) for layer in picked):
+        raise ValueError(f"{path}: not one tensor a layer")
+    squeezed = [layer[0] if layer.dim() == 4 and layer.shape[0] == 1 else layer for layer in picked]
+    if any(layer.dim() != 3 or layer.shape != squeezed[0].shape for layer in squeezed):
+        raise ValueError(f"{path}: G_LM must be [layers, heads, head_dim, head_dim]")
+    return torch.stack(squeezed)
+
+
+def read_config(folder: Path) -> PldrConfig:
+    try:
+        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{folder / 'config.json'}: not valid JSON ({one_line(error)})") from None
+    if not isinstance(fields, dict) or fields.get("model_type") != "pldrllm":
+        raise ValueError(f"{folder / 'config.json'}: model_type must be 'pldrllm'")
+    # Settings that make transformers fetch and run more code (attention kernels, quantisation backends) are no part of a
+    # PLDR-LLM; whoever wants them passes them to `from_pretrained` in person.
+    fields = {name: value for name, value in fields.items() if not name.startswith("_")}
+    refused = sorted({"attn_implementation", "experts_implementation", "quantization_config"} & fields.keys())
+    if refused:
+        raise ValueError(f"{folder / 'config.json'}: {refused[0]} is not read from a file; remove it")
+    try:
+        return PldrConfig.from_dict(fields)
+    except (StrictDataclassError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{folder / 'config.json'}: {one_line(error)}") from None
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """Names of the safetensors files that hold the weights, in a folder of one file or of shards with an index."""
+    if not (folder / _INDEX).is_file():
+        return [_WEIGHTS]
+    if (folder / _WEIGHTS).is_file():
+        raise ValueError(f"{folder}: holds both {_WEIGHTS} and {_INDEX}; remove the one that does not belong")
+    try:
+        files = sorted(set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        outside = [name for name in files if Path(name).name != name]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise ValueError(f"{folder / _INDEX}: damaged index ({one_line(error)})") from None
+    if outside:
+        raise ValueError(f"{folder / _INDEX}: names a file outside the folder: {outside[0]}")
+    return files
+
+
+def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every stored tensor, from the headers alone."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    dtypes: set[str] = set()
+    for name in _weight_files(folder):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name}: missing")
+        try:
+            with safe_open(folder / name, framework="pt") as tensors:
+                for key in tensors.keys():  # noqa: SIM118 (not a dictionary)
+                    shapes[key] = tuple(tensors.get_slice(key).get_shape())
+                    if key != layouts.HUB_G_STATUS:
+                        dtypes.add(tensors.get_slice(key).get_dtype())
+        except SafetensorError as error:
+            raise ValueError(f"{folder / name}: damaged safetensors file ({one_line(error)})") from None
+    check_one_dtype(dtypes, str(folder))
+    return shapes
+
+
+def check_tensors(stored: Mapping[str, tuple[int, ...]], config: PldrConfig, where: str) -> None:
+    """
+    Raises:
+        ValueError: the stored tensors are not exactly those of the model, by name and shape.
+    """
+    with torch.device("meta"):
+        expected = {name: tuple(tensor.shape) for name, tensor in PldrForCausalLM(config).state_dict().items()}
+    found: dict[str, tuple[int, ...]] = {}
+    renamed = layouts.published_to_ours(stored)
+    for name, shape in stored.items():
+        if name == layouts.HUB_G_STATUS:
+            continue
+        if name == layouts.HUB_G:
+            if shape[1:3] != (3, 1):
+                raise ValueError(f"{where}: {name} must be [layers, 3, 1, heads, head_dim, head_dim], got {shape}")
+            found |= {layouts.OUR_G.format(layer): shape[3:] for layer in range(shape[0])}
+        else:
+            found[renamed.get(name, name)] = shape
+    problems = [
+        *_listed("missing", expected.keys() - found.keys() - _optional(config)),
+        *_listed("unknown", found.keys() - expected.keys()),
+        *_listed(
+            "mis-shaped",
+            (f"{name} {found[name]} instead of {expected[name]}"
+             for name in expected.keys() & found.keys() if found[name] != expected[name]),
+        ),
+    ]  # fmt: skip
+    if problems:
+        raise ValueError(f"{where}: weights do not fit the configuration: {'; '.join(problems)}")
+
+
+def _optional(config: PldrConfig) -> set[str]:
+    """Tensors that need not be stored: an identity is an identity."""
+    identity = config.operator == "constant" and config.operator_init == "identity"
+    return {layouts.OUR_G.format(layer) for layer in range(config.num_hidden_layers)} if identity else set()
+
+
+def _listed(what: str, names: Iterable[str], limit: int = 8) -> list[str]:
+    names = sorted(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return [f"{len(names)} {what} ({', '.join(names[:limit])}{more})"] if names else []
+
+
+def _check_sums(folder: Path) -> None:
+    """
+    Raises:
+        ValueError: a weight file differs from what this library wrote. Published folders carry no sums to compare.
+    """
+    if not (folder / CHECKSUMS).is_file():
+        return
+    sums = {}  # name → digest
+    for line in (folder / CHECKSUMS).read_text(encoding="utf-8").splitlines():
+        digest, _, name = line.partition("  ")
+        sums[name] = digest
+    unlisted = [name for name in _weight_files(folder) if name not in sums]
+    if unlisted:
+        raise ValueError(f"{folder / CHECKSUMS}: does not list {unlisted[0]}; the folder was changed")
+    for name, digest in sums.items():
+        if Path(name).name != name or not (folder / name).is_file():
+            raise ValueError(f"{folder / CHECKSUMS}: names {name!r}, which is not in the folder")
+        with (folder / name).open("rb") as stream:
+            if hashlib.file_digest(stream, "sha256").hexdigest() != digest:
+                raise ValueError(
+                    f"{folder / name}: does not match {CHECKSUMS}: the file is damaged or was changed; fetch it again, "
+                    f"or delete {CHECKSUMS} if the change was meant"
+                )
+
+
+def _load_reference(
+    path: Path, dtype: str | torch.dtype, rope_pairing: str | None, G_LM: str | os.PathLike[str] | None
+) -> PldrForCausalLM:
+    weights, hyperparameters = find_reference_files(path)
+    fields = layouts.hyperparameters_to_ours(read_hyperparameters(hyperparameters))
+    if rope_pairing is not None:
+        fields["rope_pairing"] = rope_pairing
+    try:
+        config = PldrConfig(**fields)
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        raise ValueError(f"{hyperparameters}: {one_line(error)}") from None
+    published = read_pth(weights)
+    renamed = layouts.published_to_ours(published)
+    state = {renamed.get(name, name): tensor for name, tensor in published.items()}
+    if config.operator == "constant":
+        file = Path(G_LM) if G_LM is not None else weights.with_name(_REFERENCE_G)
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"{file}: a v51G checkpoint needs its predefined operator; name its file with --g-lm"
+            )
+        stored = next(iter(state.values())).dtype
+        for index, layer in enumerate(check_operator_tensor(load_predefined_G(file), config)):
+            state[layouts.OUR_G.format(index)] = layer.to(stored)
+    elif G_LM is not None:
+        raise ValueError("G_LM: this checkpoint has a learned operator; convert it first, then use pldr freeze --g-lm")
+    check_tensors({name: tuple(tensor.shape) for name, tensor in state.items()}, config, str(weights))
+    if dtype == "auto":
+        dtype = next(iter(state.values())).dtype
+    return PldrForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=dtype)

@@ -1,0 +1,372 @@
+"""Tokens of documents as training rows: cached on disk, streamed, packed or padded."""
+
+import bisect
+import hashlib
+import itertools
+import json
+import os
+import random
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
+from pldr.data.sources import (
+    HUB,
+    PYDOC_TOPICS,
+    BadRows,
+    Piece,
+    Share,
+    Source,
+    _documents,
+    load_hub,
+    read_documents,
+    read_pieces,
+    source_files,
+)
+from pldr.files import whole_folder
+from pldr.recipe import DataRecipe
+
+# Tokenised at a time: what keeps every core busy and memory small.
+_BATCH_CHARACTERS = 1 << 20
+
+
+# Held at most to mix a stream, whatever data.shuffle_buffer says.
+_BUFFER_CHARACTERS = 1 << 26
+
+
+# Published data preparation: as many documents are laid out together where rows are padded or cut short.
+GROUP_DOCUMENTS = 3200
+
+
+def _characters(document: list[Piece]) -> int:
+    return sum(len(piece.text) for piece in document)
+
+
+def tokenize(pieces: Iterable[Piece], tokenizer: Any) -> Iterator[tuple[np.ndarray, bool]]:
+    """Token ids of each piece, [END] after each document, and whether the document ends there.
+
+    A batch of pieces is tokenised at once, on all cores.
+
+    Raises:
+        ValueError: the tokenizer has no end-of-text token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError("tokenizer: has no end-of-text token to put between documents")
+    dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.int32
+    for batch in _batched(pieces):
+        encoded = tokenizer([piece.text for piece in batch], add_special_tokens=False, verbose=False)["input_ids"]
+        for piece, ids in zip(batch, encoded, strict=True):
+            yield np.array([*ids, tokenizer.eos_token_id] if piece.ends else ids, dtype), piece.ends
+
+
+def _batched(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    batch: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece.text)
+        if size >= _BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def rows_of(tokens: Iterable[tuple[np.ndarray, bool]], length: int, layout: str) -> Iterator[np.ndarray]:
+    """Rows of `length` tokens.
+
+    Args:
+        tokens: see `tokenize`.
+        length: tokens of a full row.
+        layout: "packed": documents one after another, rows cut where they are full; the last partial row, too, is
+            yielded. "padded" and "unpadded": so within each group of `GROUP_DOCUMENTS`, whose last row is shorter.
+    """
+    held: list[np.ndarray] = []
+    size = documents = 0
+    for ids, ends in tokens:
+        held.append(ids)
+        size += len(ids)
+        documents += ends
+        close = layout != "packed" and ends and documents % GROUP_DOCUMENTS == 0
+        if size < length and not close:
+            continue
+        joined = np.concatenate(held)
+        full = size // length * length
+        yield from joined[:full].reshape(-1, length)
+        held, size = [joined[full:]], size - full
+        if close and size:
+            yield held[0]
+            held, size = [], 0
+    if size:
+        yield np.concatenate(held)
+
+
+def read_passages(source: Source, tokenizer: Any, length: int, count: int, *, streaming: bool = False) -> torch.Tensor:
+    """The first full rows of a source, packed: [count or less, length], int64.
+
+    Raises:
+        FileNotFoundError, ValueError: see `read_pieces` and `tokenize`; or not even one row.
+    """
+    pieces = read_pieces(source, BadRows(), streaming=streaming)
+    rows = rows_of(tokenize(pieces, tokenizer), length, "packed")
+    picked = [row for row in itertools.islice(rows, count) if len(row) == length]
+    if not picked:
+        raise ValueError(f"data: {', '.join(source.names)}: less than one sequence of {length} tokens")
+    return torch.from_numpy(np.stack(picked).astype(np.int64))
+
+
+class TokenRows(Dataset[dict[str, Any]]):
+    """Tokenised rows in a folder, memory-mapped: host memory does not grow with the data.
+
+    Each item has `input_ids` (int64, [length or less]) and `row`, its index.
+
+    Attributes:
+        facts: documents, tokens, rows, left_out_tokens (of the last partial row, when packed) and bad_rows.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], first: int = 0, last: int | None = None) -> None:
+        """
+        Args:
+            folder: as `write_rows` leaves it.
+            first, last: the rows to show, all by default.
+        """
+        folder = Path(folder)
+        self._folder = folder
+        self.facts: dict[str, Any] = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+        self.length: int = self.facts["sequence_length"]
+        self._ids = np.memmap(folder / "tokens.bin", np.dtype(self.facts["dtype"]), mode="r")
+        # Where each row that is not full ends; all others follow from the length.
+        self._short: list[list[int]] = self.facts["short_rows"]
+        self._short_rows = [row for row, _ in self._short]
+        self._missing = list(itertools.accumulate((self.length - size for _, size in self._short), initial=0))
+        self._first = first
+        self._count: int = (self.facts["rows"] if last is None else last) - first
+
+    def __len__(self) -> int:
+        return self._count
+
+    def head(self, count: int) -> "TokenRows":
+        """The first rows, at most so many."""
+        return TokenRows(self._folder, self._first, self._first + min(count, len(self)))
+
+    def split(self, fraction: float) -> tuple["TokenRows", "TokenRows"]:
+        """All rows but the last `fraction` of them, and those.
+
+        Raises:
+            ValueError: one of the two would be empty.
+        """
+        first = round(len(self) * (1 - fraction))
+        if not 0 < first < len(self):
+            raise ValueError(f"data.hold_out={fraction}: {len(self)} sequences can not be split so; give more text")
+        return TokenRows(self._folder, 0, first), TokenRows(self._folder, first)
+
+    def ids(self, row: int) -> np.ndarray:
+        """Of a row of the whole folder."""
+        before = bisect.bisect_left(self._short_rows, row)
+        size = self.length
+        if before < len(self._short) and self._short_rows[before] == row:
+            size = self._short[before][1]
+        start = row * self.length - self._missing[before]
+        return self._ids[start : start + size]
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        if not 0 <= row < len(self):
+            raise IndexError(row)
+        row += self._first
+        return {"input_ids": torch.from_numpy(self.ids(row).astype(np.int64)), "row": row}
+
+    def full_rows(self, count: int) -> torch.Tensor:
+        """The first rows that are full, at most `count` of them: [rows, length], int64."""
+        short = set(self._short_rows)
+        picked = itertools.islice((row for row in range(len(self)) if row + self._first not in short), count)
+        rows = [self[row]["input_ids"] for row in picked]
+        return torch.stack(rows) if rows else torch.empty(0, self.length, dtype=torch.int64)
+
+
+def write_rows(pieces: Iterable[Piece], tokenizer: Any, length: int, folder: Path, layout: str = "packed") -> TokenRows:
+    """Tokenise into a folder that exists, and open it.
+
+    Raises:
+        ValueError: less than one row; see `tokenize`.
+    """
+    facts: dict[str, Any] = {"documents": 0, "tokens": 0, "rows": 0, "left_out_tokens": 0, "sequence_length": length,
+                             "layout": layout, "dtype": "uint16", "short_rows": []}  # fmt: skip
+
+    def counted() -> Iterator[tuple[np.ndarray, bool]]:
+        for ids, ends in tokenize(pieces, tokenizer):
+            facts["documents"] += ends
+            facts["tokens"] += len(ids)
+            facts["dtype"] = ids.dtype.name
+            yield ids, ends
+
+    with (folder / "tokens.bin").open("wb") as stream:
+        for row in rows_of(counted(), length, layout):
+            if len(row) < length and layout == "packed":
+                facts["left_out_tokens"] = len(row)
+                continue
+            if len(row) < length:
+                facts["short_rows"].append([facts["rows"], len(row)])
+            stream.write(row.tobytes())
+            facts["rows"] += 1
+    if facts["rows"] == 0:
+        raise ValueError(f"data: {facts['tokens']} tokens are less than one sequence of {length}")
+    (folder / "facts.json").write_text(json.dumps(facts) + "\n", encoding="utf-8")
+    return TokenRows(folder)
+
+
+def cached_rows(
+    source: Source, tokenizer: Any, recipe: DataRecipe, *, report: Callable[[str], None] = lambda line: None
+) -> TokenRows:
+    """The rows of a source, tokenised once and kept in a folder named by everything that they depend on.
+
+    Args:
+        source: the documents.
+        tokenizer: a fast tokenizer.
+        recipe: sequence_length, layout, strict and cache.
+        report: takes a line about bad rows, if there are any.
+
+    Raises:
+        FileNotFoundError, ValueError: see `read_pieces` and `write_rows`.
+    """
+    key = _fingerprint(source, tokenizer, recipe)
+    folder = cache_folder(recipe.cache) / key
+    if not (folder / "facts.json").is_file():
+        bad = BadRows(recipe.strict)
+        with whole_folder(folder, overwrite=True) as partial:
+            pieces = read_pieces(source, bad, streaming=recipe.streaming)
+            rows = write_rows(pieces, tokenizer, recipe.sequence_length, partial, recipe.layout)
+            rows.facts["bad_rows"] = bad.summary()
+            (partial / "facts.json").write_text(json.dumps(rows.facts) + "\n", encoding="utf-8")
+    rows = TokenRows(folder)
+    if summary := rows.facts["bad_rows"]:
+        report(f"data: {summary}")
+    return rows
+
+
+def cache_folder(cache: str | None = None) -> Path:
+    """Where tokenised data is kept: `cache`, else $PLDR_CACHE, else ~/.cache/pldr."""
+    chosen = cache or os.environ.get("PLDR_CACHE") or Path.home() / ".cache" / "pldr"
+    return Path(chosen) / "tokens"
+
+
+def _fingerprint(source: Source, tokenizer: Any, recipe: DataRecipe) -> str:
+    digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode("utf-8"))
+    facts: list[Any] = [source.text_column, source.split, source.interval, recipe.sequence_length, recipe.layout,
+                        recipe.strict, tokenizer.eos_token_id, GROUP_DOCUMENTS]  # fmt: skip
+    for name in source.names:
+        if name.startswith(HUB):
+            # What is streamed is not looked at before it is read.
+            rows = None if recipe.streaming else load_hub(name.removeprefix(HUB), source, streaming=False)
+            facts.append([name, getattr(rows, "_fingerprint", "")])
+        elif name.startswith(PYDOC_TOPICS):
+            facts.append([name, hashlib.sha256("".join(read_documents([name])).encode()).hexdigest()])
+        else:
+            for file in source_files(name):
+                status = file.stat()
+                facts.append([str(file.resolve()), status.st_size, status.st_mtime_ns])
+    digest.update(json.dumps(facts).encode("utf-8"))
+    return digest.hexdigest()[:32]
+
+
+class TokenStream(IterableDataset[dict[str, Any]]):
+    """Rows without end, tokenised as they are read, so that data larger than the disk can be trained on.
+
+    Every pass reads the documents in the order of the source, mixed through a buffer whose seed is the recipe's and the
+    pass's number. Each consumer (process × data worker) takes every n-th document; what does not fill a row begins the
+    next pass, so that nothing is left out. The same arguments give the same rows: a resumed run reads again what it had
+    read, and goes on from there.
+    """
+
+    def __init__(
+        self, source: Source, tokenizer: Any, recipe: DataRecipe, *, seed: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self.source = source
+        self.tokenizer = tokenizer
+        self.recipe = recipe
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker = get_worker_info()
+        workers, worker_id = (worker.num_workers, worker.id) if worker else (1, 0)
+        if worker:  # a forked process has lost the threads of the tokenizer, which would wait for them for ever
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        share = Share(self.rank, self.world_size, worker_id, workers)
+        tokens = tokenize(self._pieces(share), self.tokenizer)
+        for number, row in enumerate(rows_of(tokens, self.recipe.sequence_length, self.recipe.layout)):
+            yield {"input_ids": torch.from_numpy(row.astype(np.int64)), "row": number * share.consumers + share.number}
+
+    def _pieces(self, share: Share) -> Iterator[Piece]:
+        for number in itertools.count():
+            bad = BadRows(self.recipe.strict, notify=_warn if number == 0 else None)
+            documents = _documents(read_pieces(self.source, bad, streaming=True, share=share))
+            empty = True
+            generator = random.Random(f"{self.seed}:{number}:{share.number}")
+            for document in shuffled(documents, self.recipe.shuffle_buffer, generator, _characters):
+                empty = False
+                yield from document
+            if empty:
+                raise ValueError(
+                    f"data: no document for consumer {share.number + 1} of {share.consumers}; use fewer processes "
+                    "or data.workers"
+                )
+
+
+def _warn(line: str) -> None:
+    warnings.warn(line, stacklevel=2)
+
+
+def shuffled(
+    items: Iterator[Any], buffer_size: int, generator: random.Random, size_of: Callable[[Any], int] = lambda item: 0
+) -> Iterator[Any]:
+    """Items in random order within a buffer; a size of 0 or 1 keeps the order.
+
+    Args:
+        items: to be mixed.
+        buffer_size: most items that are held at once; fewer where together they are larger than `_BUFFER_CHARACTERS`.
+        generator: of the random numbers.
+        size_of: of an item, in characters.
+    """
+    buffer: list[Any] = []
+    held = 0
+    for item in items:
+        buffer.append(item)
+        held += size_of(item)
+        while len(buffer) > max(buffer_size, 1) or (held > _BUFFER_CHARACTERS and len(buffer) > 1):
+            # Never the one that has just come, as long as there are others: so the oldest do not stay for ever.
+            place = generator.randrange(len(buffer) - 1)
+            buffer[place], buffer[-2] = buffer[-2], buffer[place]
+            picked = buffer.pop(-2)
+            held -= size_of(picked)
+            yield picked
+    if buffer_size > 1:
+        generator.shuffle(buffer)
+    yield from buffer
+
+
+def collate(items: list[dict[str, Any]], *, pad_token_id: int, length: int | None) -> dict[str, Any]:
+    """A batch of rows: `input_ids`, `labels` and `row`; where rows are short, padding and an `attention_mask` too.
+
+    Args:
+        items: of `TokenRows` or `TokenStream`.
+        pad_token_id: fills the end of short rows; its labels are -100.
+        length: width of the batch, or None for that of its longest row.
+    """
+    rows = [item["input_ids"] for item in items]
+    numbers = torch.tensor([item["row"] for item in items])
+    width = length or max(len(row) for row in rows)
+    if all(len(row) == width for row in rows):
+        ids = torch.stack(rows)
+        return {"input_ids": ids, "labels": ids, "row": numbers}
+    sizes = torch.tensor([len(row) for row in rows])
+    mask = (torch.arange(width) < sizes[:, None]).long()
+    ids = torch.full((len(rows), width), pad_token_id)
+    for place, row in zip(ids, rows, strict=True):
+        place[: len(row)] = row
+    return {"input_ids": ids, "labels": ids.masked_fill(mask == 0, -100), "attention_mask": mask, "row": numbers}

@@ -1,0 +1,418 @@
+"""Text to training sequences: documents, their tokens in a memory-mapped cache, or a stream of both."""
+
+import codecs
+import contextlib
+import glob
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pldr.tokenizer import check_text
+
+PYDOC_TOPICS = "pydoc-topics:"
+HUB = "hub:"
+# Every eighth topic of Python's language reference is held out for validation.
+_HELD_OUT = 8
+# A long text file is read and tokenised in pieces of about this many bytes, cut between lines.
+_PIECE_BYTES = 1 << 20
+_COMPRESSION = {".gz": "gzip", ".xz": "xz", ".zst": "zstd"}
+
+
+class Piece(NamedTuple):
+    """A stretch of a document.
+
+    Attributes:
+        text: whole lines, or a whole document.
+        ends: whether the document ends here.
+    """
+
+    text: str
+    ends: bool
+
+
+@dataclass
+class BadRows:
+    """What could not be used of the data: counted and skipped, or refused.
+
+    Attributes:
+        strict: raise at the first bad row.
+        counts: how many rows had which fault.
+        notify: told of the first row with each fault at once, where a summary would come too late.
+        first: where each fault was first seen.
+    """
+
+    strict: bool = False
+    notify: Callable[[str], None] | None = None
+    counts: Counter[str] = field(default_factory=Counter)
+    first: dict[str, str] = field(default_factory=dict)
+
+    def add(self, place: str, fault: str) -> Piece:
+        """Count a bad row.
+
+        Returns:
+            The empty piece that stands for it, so that the rows behind it keep their index.
+
+        Raises:
+            ValueError: `strict` is set.
+        """
+        if self.strict:
+            raise ValueError(f"data: {place}: {fault}")
+        if self.notify is not None and fault not in self.counts:
+            self.notify(f"data: {place}: skipped, as others like it will be: {fault}")
+        self.counts[fault] += 1
+        self.first.setdefault(fault, place)
+        return Piece("", True)
+
+    def summary(self) -> str:
+        """One line for people, empty if every row was good."""
+        return "; ".join(
+            f"{count:,} skipped: {fault} (first: {self.first[fault]})" for fault, count in self.counts.items()
+        )
+
+
+def read_documents(sources: Iterable[str], text_column: str = "text", *, strict: bool = True) -> Iterator[str]:
+    """The documents of local files, of a hub data set, or of Python's own language reference.
+
+    Args:
+        sources: see `pldr.recipe.DataRecipe`.
+        text_column: of JSON lines, Parquet files and hub data sets.
+        strict: refuse bad rows rather than skip them.
+
+    Raises:
+        FileNotFoundError, ValueError: see `read_pieces`.
+    """
+    for pieces in _documents(read_pieces(Source(list(sources), text_column), BadRows(strict))):
+        yield "".join(piece.text for piece in pieces)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where documents come from.
+
+    Attributes:
+        names: see `pldr.recipe.DataRecipe.train`.
+        text_column: of JSON lines, Parquet files and hub data sets.
+        split: of hub data sets.
+        interval: "start:stop" by index or percent ("0:1000", "90%:100%"), over all documents in their order; "" for all.
+    """
+
+    names: list[str]
+    text_column: str = "text"
+    split: str = "train"
+    interval: str = ""
+
+
+class Share(NamedTuple):
+    """Which of the documents a consumer gets: those of one data worker of one process."""
+
+    rank: int = 0
+    world_size: int = 1
+    worker: int = 0
+    workers: int = 1
+
+    @property
+    def number(self) -> int:
+        return self.rank * self.workers + self.worker
+
+    @property
+    def consumers(self) -> int:
+        return self.world_size * self.workers
+
+
+def read_pieces(
+    source: Source, bad: BadRows, *, streaming: bool = False, share: Share | None = None
+) -> Iterator[Piece]:
+    """Every document of a source, long text files in pieces, bad rows left out.
+
+    Args:
+        source: what to read.
+        bad: takes note of bad rows.
+        streaming: read hub data sets as they are downloaded.
+        share: which documents to yield. Of a hub data set the library shares out whole shards where it can.
+
+    Raises:
+        FileNotFoundError: a name matches no file.
+        ValueError: a damaged file; an unknown part, split or column; with `bad.strict`, a bad row.
+    """
+    count = sum(_count(name, source, streaming) for name in source.names) if "%" in source.interval else None
+    start, stop = parse_interval(source.interval, count)
+    share = share or Share()
+    index = 0
+    if (
+        source.interval
+        and share.consumers > 1
+        and len(source.names) > 1
+        and any(n.startswith(HUB) for n in source.names)
+    ):
+        raise ValueError("data: an interval over several sources, one of the hub, can not be shared among processes")
+    for name in source.names:
+        own = 0  # rows of this name; those of a hub data set are shared out before they come here
+        if name.startswith(HUB):
+            rows = load_hub(name.removeprefix(HUB), source, streaming)
+            if source.interval and len(source.names) == 1:
+                # Without reading what comes before.
+                rows = rows.skip(start)
+                if stop != float("inf"):
+                    rows = rows.take(int(stop) - start)
+                start, stop = 0, float("inf")
+            pieces = _read_hub(name, rows, source.text_column, bad, share)
+            mine = Share()
+        else:
+            pieces, mine = _read(name, source.text_column, bad), share
+        for piece in pieces:
+            if start <= index < stop and own % mine.consumers == mine.number and piece.text:
+                yield piece
+            index += piece.ends
+            own += piece.ends
+            if index >= stop:
+                return
+
+
+def _count(name: str, source: Source, streaming: bool) -> int:
+    """
+    Raises:
+        ValueError: a streamed hub data set that does not tell how many rows it has.
+    """
+    if not name.startswith(HUB):
+        return sum(piece.ends for piece in _read(name, source.text_column, BadRows()))
+    rows = load_hub(name.removeprefix(HUB), source, streaming)
+    if not streaming:
+        return len(rows)
+    splits = rows.info.splits or {}
+    if source.split not in splits or not splits[source.split].num_examples:
+        raise ValueError(f"data: {name}: does not tell its number of rows; give the interval by index, not percent")
+    return splits[source.split].num_examples
+
+
+def parse_interval(interval: str, count: int | None) -> tuple[int, float]:
+    """First and one-past-last index of "start:stop", each an index or a percentage of `count`, or empty.
+
+    Raises:
+        ValueError: not of that form, or start is not before stop.
+    """
+    match = re.fullmatch(r"(?:(\d+(?:\.\d+)?%|\d+)?:(\d+(?:\.\d+)?%|\d+)?)?", interval)
+    if match is None:
+        raise ValueError(f"data: interval {interval!r} must be start:stop, by index (0:1000) or percent (90%:100%)")
+
+    def bound(text: str | None, default: float) -> float:
+        if text is None:
+            return default
+        if not text.endswith("%"):
+            return int(text)
+        if float(text[:-1]) > 100:
+            raise ValueError(f"data: interval {interval!r}: more than 100%")
+        return 0 if count is None else round(float(text[:-1]) * count / 100)
+
+    start, stop = bound(match[1], 0), bound(match[2], float("inf"))
+    if start >= stop and not ("%" in interval and count is None):
+        raise ValueError(
+            f"data: interval {interval!r} holds no document" + (f" of {count}" if count is not None else "")
+        )
+    return int(start), stop
+
+
+def source_files(name: str) -> list[Path]:
+    """The files that a name or glob pattern matches, sorted.
+
+    Raises:
+        FileNotFoundError: there are none.
+    """
+    files = sorted(Path(path) for path in glob.glob(name, recursive=True) if Path(path).is_file())
+    if not files:
+        raise FileNotFoundError(f"data: {name} matches no file")
+    return files
+
+
+def _read(name: str, column: str, bad: BadRows) -> Iterator[Piece]:
+    """The pieces of local files or of pydoc-topics; one empty piece for each bad row."""
+    if name.startswith(PYDOC_TOPICS):
+        yield from _pydoc_topics(name.removeprefix(PYDOC_TOPICS))
+        return
+    for file in source_files(name):
+        kind = file.with_suffix("").suffix if file.suffix in _COMPRESSION else file.suffix
+        read = {".jsonl": _read_json_lines, ".parquet": _read_parquet}.get(kind, _read_text)
+        try:
+            yield from read(file, column, bad)
+        except _damaged() as error:
+            raise ValueError(f"data: {file}: damaged file ({error})") from None
+
+
+def _damaged() -> tuple[type[Exception], ...]:
+    import gzip
+    import lzma
+    import zlib
+
+    return EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error
+
+
+@contextlib.contextmanager
+def _open(file: Path) -> Iterator[Any]:
+    compression = _COMPRESSION.get(file.suffix)
+    if compression == "zstd":
+        import pyarrow
+
+        with pyarrow.input_stream(str(file), compression="zstd") as stream:
+            try:
+                yield _lines_of(stream)
+            except OSError as error:
+                raise EOFError(str(error)) from None
+        return
+    import gzip
+    import lzma
+
+    openers: dict[str | None, Callable[..., Any]] = {"gzip": gzip.open, "xz": lzma.open, None: open}
+    with openers[compression](file, "rb") as stream:
+        yield stream
+
+
+def _lines_of(stream: Any) -> Iterator[bytes]:
+    """Lines of a stream that can only be read."""
+    rest = b""
+    while block := stream.read(_PIECE_BYTES):
+        *lines, rest = (rest + block).split(b"\n")
+        yield from (line + b"\n" for line in lines)
+    if rest:
+        yield rest
+
+
+def _read_text(file: Path, column: str, bad: BadRows) -> Iterator[Piece]:
+    # A document is used whole or not at all, so that its bytes are checked before the first piece is handed out.
+    empty, decoder = True, codecs.getincrementaldecoder("utf-8")()
+    try:
+        with _open(file) as lines:
+            for line in lines:
+                text = decoder.decode(line)
+                empty = empty and not text.strip()
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError:
+        yield bad.add(str(file), "not valid UTF-8")
+        return
+    if empty:
+        yield bad.add(str(file), "empty")
+        return
+    with _open(file) as lines:
+        held: str | None = None
+        for text in _grouped_lines(lines):
+            if held is not None:
+                yield Piece(held, False)
+            held = text
+        assert held is not None
+        yield Piece(held, True)
+
+
+def _grouped_lines(lines: Iterable[bytes]) -> Iterator[str]:
+    group: list[bytes] = []
+    size = 0
+    for line in lines:
+        group.append(line)
+        size += len(line)
+        if size >= _PIECE_BYTES:
+            yield b"".join(group).decode("utf-8")
+            group, size = [], 0
+    if group:
+        yield b"".join(group).decode("utf-8")
+
+
+def _read_json_lines(file: Path, column: str, bad: BadRows) -> Iterator[Piece]:
+    with _open(file) as lines:
+        for number, line in enumerate(lines, 1):
+            place = f"{file}: line {number}"
+            try:
+                row = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError:
+                yield bad.add(place, "not valid UTF-8")
+            except (json.JSONDecodeError, RecursionError):
+                yield bad.add(place, "not JSON")
+            else:
+                if isinstance(row, dict) and column in row:
+                    yield _checked(row[column], place, column, bad)
+                else:
+                    yield bad.add(place, f"no JSON object with {column!r}")
+
+
+def _read_parquet(file: Path, column: str, bad: BadRows) -> Iterator[Piece]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        opened = parquet.ParquetFile(file)
+        if column not in opened.schema_arrow.names:
+            raise ValueError(f"data: {file}: no column {column!r}; it has {', '.join(opened.schema_arrow.names)}")
+        number = 0
+        for batch in opened.iter_batches(batch_size=256, columns=[column]):
+            for value in batch.column(0).to_pylist():
+                number += 1
+                yield _checked(value, f"{file}: row {number}", column, bad)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"data: {file}: damaged Parquet file ({' '.join(str(error).split())})") from None
+
+
+def _read_hub(name: str, rows: Any, column: str, bad: BadRows, share: Share) -> Iterator[Piece]:
+    from datasets.distributed import split_dataset_by_node
+
+    if share.world_size > 1:
+        rows = split_dataset_by_node(rows, share.rank, share.world_size)
+    if share.workers > 1:
+        # A streamed data set shares its own shards among data workers.
+        if not hasattr(rows, "num_shards") or hasattr(rows, "select"):
+            rows = rows.shard(share.workers, share.worker)
+        elif rows.num_shards < share.workers:
+            raise ValueError(f"data.workers={share.workers}: {name} has {rows.num_shards} shards for each process")
+    for number, row in enumerate(rows, 1):
+        yield _checked(row.get(column), f"{name}: row {number}", column, bad)
+
+
+def load_hub(name: str, source: Source, streaming: bool) -> Any:
+    """A hub data set, "owner/name" or "owner/name:configuration", or a local folder of one, through `datasets`.
+
+    Raises:
+        ValueError: no such data set, split or column.
+    """
+    import datasets
+
+    path, _, configuration = name.partition(":")
+    datasets.disable_progress_bars()
+    try:
+        rows = datasets.load_dataset(path, configuration or None, split=source.split, streaming=streaming)
+    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"data: {HUB}{name}: split {source.split!r}: {' '.join(str(error).split())}") from None
+    if rows.column_names is not None and source.text_column not in rows.column_names:
+        raise ValueError(
+            f"data: {HUB}{name}: no column {source.text_column!r} (data.text_column); it has "
+            f"{', '.join(rows.column_names)}"
+        )
+    return rows
+
+
+def _checked(text: Any, place: str, column: str, bad: BadRows) -> Piece:
+    if not isinstance(text, str):
+        return bad.add(place, f"{column!r} is not a text")
+    if not text.strip():
+        return bad.add(place, "empty")
+    try:
+        return Piece(check_text(text, place), True)
+    except ValueError:
+        return bad.add(place, "not valid UTF-8")
+
+
+def _pydoc_topics(part: str) -> Iterator[Piece]:
+    from pydoc_data.topics import topics
+
+    if part not in ("train", "validation"):
+        raise ValueError(f"data: {PYDOC_TOPICS}{part}: the parts are train and validation")
+    for index, name in enumerate(sorted(topics)):
+        if (index % _HELD_OUT == _HELD_OUT - 1) == (part == "validation"):
+            yield Piece(topics[name], True)
+
+
+def _documents(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    document: list[Piece] = []
+    for piece in pieces:
+        document.append(piece)
+        if piece.ends:
+            yield document
+            document = []

@@ -1,0 +1,1 @@
+"""What a model scores, by where its G_LM comes from."""

@@ -1,0 +1,1 @@
+"""The model that ships with pldr, and where it is."""

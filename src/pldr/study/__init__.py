@@ -1,0 +1,1 @@
+"""The operator under the microscope: statistics, certificates, the paper's claims."""
