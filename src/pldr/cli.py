@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -775,6 +774,6 @@ def _require(extra: str, *packages: str) -> None:
 
 
 def _print_json(fields: dict[str, Any]) -> None:
-    from pldr.files import json_safe
+    from pldr.files import to_json
 
-    typer.echo(json.dumps(json_safe(fields), ensure_ascii=False, allow_nan=False))
+    typer.echo(to_json(fields))

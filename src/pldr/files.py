@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,29 @@ def _umask() -> int:
     return value
 
 
+@contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary name beside `path`, to write to: it takes the file's place when the block ends well, and vanishes if not.
+
+    Raises:
+        OSError: it can not be written.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Whole or not at all, as UTF-8."""
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
 def read_text(file: str | os.PathLike[str]) -> str:
     """The text of one file.
 
@@ -89,8 +112,16 @@ def read_text(file: str | os.PathLike[str]) -> str:
         raise ValueError(f"{file}: not valid UTF-8 at byte {error.start}") from None
 
 
+# --- JSON -----------------------------------------------------------------------------------------------------------
+
+
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    """JSON that every reader takes: infinities and NaN, which it has no number for, become null."""
+    return json.dumps(json_safe(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
 def json_safe(value: Any) -> Any:
-    """Nested dictionaries and lists with None for what JSON has no number for: infinities and NaN."""
+    """Nested dictionaries and lists with None for what JSON has no number for."""
     if isinstance(value, dict):
         return {name: json_safe(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -98,24 +129,49 @@ def json_safe(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def write_json(path: str | os.PathLike[str], value: Any, *, indent: int | None = None) -> None:
+    """Whole or not at all."""
+    write_text(path, to_json(value, indent=indent) + "\n")
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """
+    Raises:
+        OSError: the file can not be read.
+        ValueError: it is not valid JSON in UTF-8.
+    """
+    try:
+        return json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({one_line(error)})") from None
+
+
+# --- sums -----------------------------------------------------------------------------------------------------------
+
 CHECKSUMS = "SHA256SUMS"
 
 
-def write_checksums(folder: Path) -> None:
-    lines = []
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            lines.append(f"{hashlib.file_digest(stream, 'sha256').hexdigest()}  {file.name}\n")
-    (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
+def sha256(path: str | os.PathLike[str]) -> str:
+    """Of a file's bytes, in hexadecimal."""
+    with Path(path).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+def write_sums(folder: Path, files: Iterable[Path], name: str = CHECKSUMS) -> None:
+    """The sums of files in a folder, as ``sha256sum -c`` reads them."""
+    write_text(folder / name, "".join(f"{sha256(file)}  {file.relative_to(folder)}\n" for file in sorted(files)))
 
 
-def one_line(error: BaseException) -> str:
+def read_sums(folder: Path, name: str = CHECKSUMS) -> dict[str, str]:
+    """Name → sum, as `write_sums` left them."""
+    lines = (folder / name).read_text(encoding="utf-8", errors="replace").splitlines()
+    return {file: digest for digest, _, file in (line.partition("  ") for line in lines)}
+
+
+# --- errors ---------------------------------------------------------------------------------------------------------
+
+
+def one_line(error: BaseException, limit: int = 200) -> str:
+    """What an error says, in one line of at most `limit` characters; its kind, where it says nothing."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:199] + "…"
+    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -31,10 +31,10 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from pldr import layouts
 from pldr.cache import OperatorOnlyLayer, check_operator_cache, make_cache, operator_state, set_g_cache
 from pldr.configuration_pldr import PldrConfig
-from pldr.files import write_checksums
+from pldr.files import write_sums
 from pldr.operator import ConstantOperator, DeductiveOutputs, GatedLinearUnit, LearnedOperator, make_operator
 from pldr.ops import reference
-from pldr.ops.cross_entropy import linear_cross_entropy
+from pldr.ops.reference import linear_cross_entropy
 
 
 @dataclass
@@ -273,7 +273,7 @@ class PldrPreTrainedModel(PreTrainedModel):
         except SafetensorError as error:
             raise OSError(f"{save_directory}: the weights could not be written ({error})") from None
         if kwargs.get("is_main_process", True):
-            write_checksums(Path(save_directory))
+            write_sums(Path(save_directory), Path(save_directory).glob("*.safetensors"))
 
 
 class PldrModel(PldrPreTrainedModel):

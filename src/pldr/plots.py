@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from pldr.files import whole_file
+
 # A run whose operator varies less, and whose frozen form loses less, has an invariant operator.
 INVARIANT_VARIATION, INVARIANT_LOSS = 1e-3, 1e-4
 
@@ -116,14 +118,10 @@ def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
     """Write a PNG, whole or not at all, and let go of the figure."""
     from matplotlib import pyplot
 
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        figure.savefig(partial, dpi=110, format="png")
-        os.replace(partial, path)
+        with whole_file(path) as partial:
+            figure.savefig(partial, dpi=110, format="png")
     finally:
-        partial.unlink(missing_ok=True)
         pyplot.close(figure)
 
 

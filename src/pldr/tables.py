@@ -1,16 +1,39 @@
 """What people look at: facts about a model, pictures of its operator."""
 
+import io
 import math
 import shutil
 import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
+from rich.console import Console, RenderableType
 
 from pldr.deductive import RANK_TOLERANCES
 
 if TYPE_CHECKING:
     from pldr.study.statistics import Analysis, Statistics
+
+
+# Columns of text where there is no terminal to ask.
+_WIDTH = 120
+
+
+class Printable:
+    """A result that shows as tables where it is printed, in a terminal as in a notebook; subclasses say what to show."""
+
+    def __rich__(self) -> RenderableType:
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=_WIDTH)
+        console.print(self)
+        return console.file.getvalue()  # type: ignore[attr-defined]
+
+    def _repr_html_(self) -> str:
+        console = Console(file=io.StringIO(), width=_WIDTH, record=True)
+        console.print(self)
+        return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
 
 
 def model_facts(model: Any) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """The paper's main claim on two CPU cores: cache and freeze the operator that a PLDR-LLM learned, and compare."""
 
 import copy
-import json
 import statistics
 import time
 from pathlib import Path
@@ -15,7 +14,7 @@ from pldr.checkpoints.load import load_model
 from pldr.data.rows import read_passages
 from pldr.data.sources import Source
 from pldr.deductive import deductive_outputs, log_determinant, numerical_rank, variation
-from pldr.files import check_output, whole_folder
+from pldr.files import check_output, whole_folder, write_json
 from pldr.generation import generate_text
 from pldr.modeling_pldr import PldrForCausalLM
 from pldr.models.shipped import HELD_OUT, STORIES
@@ -70,7 +69,7 @@ def run_demo(output: Path, recipe_name: str | None = None) -> dict[str, Any]:
         measured = measure(model, tokenizer, passages, calibration, REFERENCE_PROMPT, output / "trained")
         result["trained"] = measured | {"training": training}
     result |= {"folder": str(output), "seconds": time.perf_counter() - start}
-    (output / _RECORD).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_json(output / _RECORD, result, indent=1)
     return result
 
 

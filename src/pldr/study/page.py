@@ -14,12 +14,12 @@ import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
-from pathlib import Path
 
 import torch
 
 from pldr import __version__
 from pldr.deductive import RANK_TOLERANCES
+from pldr.files import write_text
 from pldr.study.statistics import Analysis, Scale, Statistics
 from pldr.tables import COLUMNS, layer_rows, number
 
@@ -103,14 +103,7 @@ def write_report(analysis: Analysis, path: str | os.PathLike[str], *, title: str
     Raises:
         OSError: the file can not be written.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(report(analysis, title=title, source=source), encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_text(path, report(analysis, title=title, source=source))
 
 
 def report(analysis: Analysis, *, title: str, source: str = "") -> str:
