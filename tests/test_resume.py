@@ -16,9 +16,10 @@ import torch
 
 from pldr import load_model
 from pldr.recipe import load_recipe
+from pldr.training import TrainingInterrupted
 from pldr.training.callbacks import ProgressBar
 from pldr.training.checkpoint import SavedTensors, checkpoints, step_of
-from pldr.training.run import TrainingInterrupted, train
+from pldr.training.run import train
 from pldr.training.trainer import PldrTrainer
 from test_recipe_and_train import texts, write_recipe  # noqa: F401 (fixtures)
 

@@ -10,6 +10,8 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from pldr.training import TrainingInterrupted
+
 _EXPECTED = (ValueError, OSError, FloatingPointError, ModuleNotFoundError)
 
 app = typer.Typer(
@@ -682,10 +684,10 @@ def main() -> NoReturn:
         if message := error.format_message():
             _report(f"{message} See: pldr --help" if not message.startswith("Usage") else message)
         sys.exit(error.exit_code)
+    except TrainingInterrupted as error:
+        _report(str(error))
+        sys.exit(128 + error.signal)
     except Exception as error:
-        if isinstance(error, RuntimeError) and hasattr(error, "signal"):  # training that was asked to stop, and saved
-            _report(str(error))
-            sys.exit(128 + error.signal)
         if os.environ.get("PLDR_TRACEBACK"):
             raise
         _report(_described(error))

@@ -29,6 +29,7 @@ from pldr.modeling_pldr import PldrForCausalLM
 from pldr.operator import freeze
 from pldr.recipe import DataRecipe, Recipe
 from pldr.tokenizer import load_tokenizer, train_sentencepiece
+from pldr.training import TrainingInterrupted
 from pldr.training import checkpoint as files
 from pldr.training.callbacks import ProgressBar
 from pldr.training.trainer import ADVICE, PROBED, PldrTrainer, dag_coefficients, training_arguments
@@ -37,18 +38,6 @@ _RECIPE = "recipe.json"
 # What may change when a run goes on: everything that does not change its losses.
 _FREE = ("output", "log_steps", "eval_steps", "save_steps", "keep_checkpoints", "report_to", "distributed",
          "optimization.compile", "optimization.gradient_checkpointing", "data.cache")  # fmt: skip
-
-
-class TrainingInterrupted(RuntimeError):
-    """The run was asked to stop, and saved a checkpoint first.
-
-    Attributes:
-        signal: number of the signal.
-    """
-
-    def __init__(self, message: str, signal_number: int) -> None:
-        super().__init__(message)
-        self.signal = signal_number
 
 
 def train(
