@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import FIXTURES, shared
 from pldr import PldrForCausalLM, convert_checkpoint, deductive_outputs, freeze, load_model, load_predefined_G
+from pldr.checkpoints.load import load_with_tokenizer
 from pldr.deductive import numerical_rank
 
 CASES = ["v51-small", "v52-small", "v51G-identity", "v51G-random"]
@@ -420,3 +421,54 @@ class TestStrictness:
             base = AutoModel.from_pretrained(FIXTURES / name / "hub")
             whole = load_model(FIXTURES / name / "hub").model.state_dict()
             assert all(torch.equal(tensor, whole[key]) for key, tensor in base.state_dict().items())
+
+
+# --- a model with its tokenizer -------------------------------------------------------------------------------------
+
+
+def test_model_and_tokenizer_from_files(small_model, toy_tokenizer, toy_model_file, tmp_path):
+    model = small_model(vocab_size=290)
+    model.save_pretrained(tmp_path)
+    loaded, tokenizer = load_with_tokenizer(tmp_path, needs_tokenizer=False)
+    assert same_state(loaded, model)
+    assert tokenizer is None
+    with pytest.raises(FileNotFoundError, match="no tokenizer"):
+        load_with_tokenizer(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no such tokenizer file"):
+        load_with_tokenizer(tmp_path, tmp_path / "none.model", needs_tokenizer=False)
+    assert len(load_with_tokenizer(tmp_path, toy_model_file)[1]) == 290
+    toy_tokenizer.save_pretrained(tmp_path)
+    loaded, tokenizer = load_with_tokenizer(str(tmp_path), dtype="bfloat16")
+    assert loaded.dtype == torch.bfloat16
+    assert len(tokenizer) == 290
+
+
+def test_model_and_tokenizer_that_are_loaded(small_model, toy_tokenizer, toy_model_file):
+    """They are handed back as they are; another dtype is a copy's."""
+    model = small_model(vocab_size=290)
+    found = load_with_tokenizer(model, toy_tokenizer, device="cpu", dtype="float32")
+    assert found[0] is model
+    assert found[1] is toy_tokenizer
+    assert len(load_with_tokenizer(model, toy_model_file)[1]) == 290
+    assert load_with_tokenizer(model, needs_tokenizer=False) == (model, None)
+    other, _ = load_with_tokenizer(model, toy_tokenizer, dtype="bfloat16")
+    assert other.dtype == torch.bfloat16
+    assert model.dtype == torch.float32
+    assert load_with_tokenizer(other, toy_tokenizer)[0] is other
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "float16"}, "dtype: must be auto, float32 or bfloat16, got 'float16'"),
+        ({"device": "no-such"}, "device: no-such can not be used here"),
+        ({"device": "meta"}, "device: meta can not be used here"),
+        ({"rope": "halves"}, "rope and g_lm: apply to files in the reference layout"),
+        ({"tokenizer": None}, "tokenizer: a model that is loaded already has none beside it"),
+    ],
+)
+def test_what_can_not_be_loaded_together(options, message, small_model, toy_tokenizer):
+    with pytest.raises(ValueError, match=message):
+        load_with_tokenizer(small_model(vocab_size=290), **({"tokenizer": toy_tokenizer} | options))
+    with pytest.raises(ValueError, match="tokenizer: has 290 tokens, the model has vocab_size=97"):
+        load_with_tokenizer(small_model(), toy_tokenizer)

@@ -2,6 +2,7 @@
 
 Files from elsewhere are data."""
 
+import copy
 import hashlib
 import io
 import json
@@ -14,6 +15,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerFast
 
 from pldr import layouts
 from pldr.checkpoints.certificate import warn_unless_certified_weights
@@ -29,6 +31,7 @@ from pldr.configuration_pldr import PldrConfig
 from pldr.files import CHECKSUMS, one_line
 from pldr.modeling_pldr import PldrForCausalLM
 from pldr.operator import check_operator_tensor, stored_operator
+from pldr.tokenizer import check_vocabulary, load_tokenizer
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -87,6 +90,79 @@ def load_model(
     if path.is_dir() and dtype == "auto":
         warn_unless_certified_weights(path, model.state_dict())
     return model.to(device).eval()
+
+
+def load_with_tokenizer(
+    model: str | os.PathLike[str] | PldrForCausalLM,
+    tokenizer: str | os.PathLike[str] | PreTrainedTokenizerFast | None = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str = "auto",
+    rope: str | None = None,
+    g_lm: str | os.PathLike[str] | None = None,
+    needs_tokenizer: bool = True,
+) -> tuple[PldrForCausalLM, PreTrainedTokenizerFast | None]:
+    """A model and its tokenizer, from files or as they are: what every function that takes both begins with.
+
+    Args:
+        model: see `load_model`; or a model, which is left as it is: where `device` or `dtype` differ, a copy is returned.
+        tokenizer: a tokenizer, or where one is; by default the one beside the model's files.
+        device: where to put the model; by default the CPU, or where a loaded model is.
+        dtype: "float32", "bfloat16", or "auto": as the model is stored or loaded.
+        rope, g_lm: see `load_model`, `rope_pairing` and `G_LM`; not for a loaded model.
+        needs_tokenizer: whether to raise where there is none, rather than to return None.
+
+    Raises:
+        FileNotFoundError: the model or a tokenizer is missing.
+        ValueError: see `load_model` and `load_tokenizer`; a device that can not be used here; another `dtype`; a
+            tokenizer of another vocabulary size than the model's.
+    """
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise ValueError(f"dtype: must be auto, float32 or bfloat16, got {dtype!r}")
+    usable = _usable_device(device) if device is not None else None
+    if isinstance(model, PldrForCausalLM):
+        if rope is not None or g_lm is not None:
+            raise ValueError(
+                "rope and g_lm: apply to files in the reference layout, not to a model that is loaded already"
+            )
+        if tokenizer is None and needs_tokenizer:
+            raise ValueError("tokenizer: a model that is loaded already has none beside it; pass it, or its folder")
+        loaded, beside = _placed(model, usable or model.device, dtype), None
+    else:
+        loaded = load_model(model, dtype=dtype, device=usable or "cpu", rope_pairing=rope, G_LM=g_lm)
+        beside = Path(model) if Path(model).is_dir() else Path(model).parent
+    if tokenizer is None and beside is not None:
+        try:
+            tokenizer = load_tokenizer(beside)
+        except FileNotFoundError:
+            if needs_tokenizer:
+                raise
+    elif isinstance(tokenizer, (str, os.PathLike)):
+        tokenizer = load_tokenizer(tokenizer)
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, loaded.config.vocab_size)
+    return loaded, tokenizer
+
+
+def _usable_device(device: str | torch.device) -> torch.device:
+    """
+    Raises:
+        ValueError: it is not here.
+    """
+    try:
+        probe = torch.ones(1, device=device)
+        probe.item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device: {device} can not be used here ({one_line(error, 120)})") from None
+    return probe.device
+
+
+def _placed(model: PldrForCausalLM, device: torch.device, dtype: str) -> PldrForCausalLM:
+    """The model itself, or a copy where it is to be elsewhere or of another dtype."""
+    wanted = model.dtype if dtype == "auto" else getattr(torch, dtype)
+    if (model.device, model.dtype) == (device, wanted):
+        return model
+    return copy.deepcopy(model).to(device=device, dtype=wanted)
 
 
 def load_predefined_G(path: str | os.PathLike[str]) -> torch.Tensor:
