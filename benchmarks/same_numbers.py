@@ -87,7 +87,7 @@ def capture(source: Path, folder: Path) -> dict[str, Any]:
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in written
     }
     text = json.dumps(found)
-    for path, name in ((stories, "STORIES"), (source, "SOURCE"), (folder, "FOLDER")):
+    for path, name in ((FIXTURE, "FIXTURE"), (stories, "STORIES"), (source, "SOURCE"), (folder, "FOLDER")):
         text = text.replace(str(path), name)
     cleaned: dict[str, Any] = json.loads(text)
     cleaned["certify"].pop("sha256", None)  # over the date, too

@@ -154,3 +154,15 @@ class TestFreeze:
         for dtype in (torch.complex64, torch.int64):
             with pytest.raises(ValueError, match="must hold real floating-point numbers"):
                 freeze(small_model(), G_LM=torch.zeros(2, 2, 16, 16, dtype=dtype))
+
+
+def test_freezing_leaves_the_configuration_of_others(small_config):
+    """Two models of one configuration: freezing one changes neither the other nor what is made of it later."""
+    config = small_config()
+    one, other = PldrForCausalLM(config), PldrForCausalLM(config)
+    freeze(one, [torch.arange(4, 12)])
+    assert one.config.operator == one.model.config.operator == "constant"
+    assert config.operator == other.config.operator == "learned"
+    assert other.config is config
+    assert not any(getattr(module, "config", None) is config for module in one.modules())
+    other(torch.arange(4, 12)[None])  # with a cache for a learned operator

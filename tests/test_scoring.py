@@ -9,8 +9,9 @@ import torch
 
 from conftest import shared
 from pldr import freeze, load_model, load_tokenizer, make_cache
+from pldr.evaluation.modes import MODES
 from pldr.evaluation.perplexity import evaluate_texts, perplexity, windows
-from pldr.evaluation.scoring import OPERATOR_MODES, Scorer, make_scorers, mode_disagreement, read_calibration
+from pldr.evaluation.scoring import Scorer, make_scorers, mode_disagreement, read_calibration
 from pldr.models.shipped import STORIES
 
 
@@ -53,7 +54,7 @@ def plain_model(model, mode, calibration):
     return freeze(copy.deepcopy(model), calibration) if mode == "frozen" else model
 
 
-@pytest.mark.parametrize("mode", OPERATOR_MODES)
+@pytest.mark.parametrize("mode", MODES)
 def test_scores_are_those_of_a_plain_forward(small_model, pairs, calibration, mode):
     model = small_model()
     scores = Scorer(model, mode, calibration=calibration).score(pairs)
@@ -65,12 +66,12 @@ def test_scores_are_those_of_a_plain_forward(small_model, pairs, calibration, mo
 def test_the_modes_of_a_fresh_model_differ(small_model, pairs, calibration):
     """Else the test above could not tell them apart."""
     model = small_model()
-    found = [[s.log_likelihood for s in Scorer(model, m, calibration=calibration).score(pairs)] for m in OPERATOR_MODES]
+    found = [[s.log_likelihood for s in Scorer(model, m, calibration=calibration).score(pairs)] for m in MODES]
     for one, other in ((0, 1), (1, 2), (0, 2)):
         assert max(abs(a - b) for a, b in zip(found[one], found[other], strict=True)) > 1e-3
 
 
-@pytest.mark.parametrize("mode", OPERATOR_MODES)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("batch_size", [1, 2, 5, "auto"])
 def test_neither_batch_size_nor_order_changes_a_score(small_model, pairs, calibration, mode, batch_size):
     scorer = Scorer(small_model(), mode, calibration=calibration, batch_size=batch_size)
@@ -93,7 +94,7 @@ def test_a_frozen_operator_obeys_the_chain_rule_and_a_learned_one_leaks(small_mo
     assert gaps["learned"] > 1e-3
 
 
-@pytest.mark.parametrize("mode", OPERATOR_MODES)
+@pytest.mark.parametrize("mode", MODES)
 def test_greedy_continuations_are_known_as_such(small_model, calibration, mode):
     model = small_model()
     scorer = Scorer(model, mode, calibration=calibration)
@@ -122,7 +123,7 @@ def test_a_shared_context_is_read_once(small_model, monkeypatch):
 def test_of_a_long_context_the_last_tokens_count(small_model, calibration):
     model = small_model()
     long = torch.randint(4, 97, (100,), generator=torch.Generator().manual_seed(3)).tolist()
-    for mode in OPERATOR_MODES:
+    for mode in MODES:
         scorer = Scorer(model, mode, calibration=calibration)
         one, two = scorer.score([(long, [5, 6, 7]), (long[-62:], [5, 6, 7])])
         assert one == two
@@ -248,7 +249,7 @@ def piqa(tokenizer, count):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", OPERATOR_MODES)
+@pytest.mark.parametrize("mode", MODES)
 def test_fifty_real_questions(mode):
     """The shipped model on PIQA, against forwards of one sequence at a time."""
     model, tokenizer = load_model(STORIES).float(), load_tokenizer(STORIES)
@@ -261,7 +262,7 @@ def test_fifty_real_questions(mode):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("mode", OPERATOR_MODES)
+@pytest.mark.parametrize("mode", MODES)
 def test_scores_of_the_gpu_are_those_of_the_cpu(mode, monkeypatch):
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     model, tokenizer = load_model(STORIES).float(), load_tokenizer(STORIES)

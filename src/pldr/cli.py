@@ -573,14 +573,15 @@ def evaluate(
 
         check_limit(limit)
     loaded, text_tokenizer = _load(model, tokenizer, device=device, dtype=dtype, rope=rope, g_lm=g_lm)
+    from pldr.evaluation.modes import MODES
     from pldr.evaluation.perplexity import check_window, evaluate_texts
-    from pldr.evaluation.scoring import OPERATOR_MODES, make_scorers, mode_disagreement, read_calibration
+    from pldr.evaluation.scoring import make_scorers, mode_disagreement, read_calibration
     from pldr.tables import print_evaluation
 
     is_learned, context = loaded.config.operator == "learned", loaded.config.max_position_embeddings
     check_window(context, window, stride)
-    if operator not in OPERATOR_MODES:
-        raise ValueError(f"--operator: must be one of {', '.join(OPERATOR_MODES)}, got {operator!r}")
+    if operator not in MODES:
+        raise ValueError(f"--operator: must be one of {', '.join(MODES)}, got {operator!r}")
     if not is_learned and (compare or operator != "frozen"):
         raise ValueError("eval: this model's operator is constant, so that frozen is its only mode")
     if not is_learned and calibration:

@@ -8,6 +8,7 @@ knows where G_LM came from. Ordinary attention is G_LM = identity.
 Shapes: B batch, H heads, T tokens, D head dimension, L layers.
 """
 
+import copy
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -263,9 +264,12 @@ def freeze(
     if (prompts is None) == (G_LM is None):
         raise ValueError("freeze: pass either prompts or G_LM")
     constant = average_operator(model, prompts) if prompts is not None else check_operator_tensor(G_LM, model.config)  # type: ignore[arg-type]
-    model.config.operator = "constant"
-    model.config.operator_init = "external"
-    model.config.operator_trainable = trainable
+    # A configuration of its own: whoever made this model from one may make others from it.
+    shared, config = model.config, copy.deepcopy(model.config)
+    config.operator, config.operator_init, config.operator_trainable = "constant", "external", trainable
+    for module in model.modules():
+        if getattr(module, "config", None) is shared:
+            module.config = config
     for layer, value in zip(model.model.layers, constant, strict=True):
         like = next(layer.self_attn.q_proj.parameters())
         operator = ConstantOperator(model.config).to(device=like.device, dtype=like.dtype)

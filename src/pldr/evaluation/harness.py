@@ -1,6 +1,6 @@
 """Zero-shot evaluation on lm-evaluation-harness: PLDR-LLMs as a model of the harness, and comparison of operator modes.
 
-What the modes mean is in `pldr.scoring`. Importing this module registers the model "pldr" with the harness.
+What the modes mean is in `pldr.evaluation.modes`. Importing this module registers the model "pldr" with the harness.
 """
 
 import contextlib
@@ -29,12 +29,13 @@ from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_tex
 from lm_eval.tasks import TaskManager
 
 from pldr.checkpoints.load import load_model
+from pldr.evaluation.modes import cache_settings
 from pldr.evaluation.perplexity import windows
 from pldr.evaluation.published import LAYOUTS, SUITES, read_benchmark, suite_averages
 from pldr.evaluation.scoring import Scorer, progress, read_calibration
 from pldr.tokenizer import check_vocabulary, load_tokenizer
 
-# The harness's settings for the parts of a data set, and their names in `pldr.benchmarks`.
+# The harness's settings for the parts of a data set, and their names in `pldr.evaluation.published`.
 _SPLITS = {"training_split": "train", "validation_split": "validation", "test_split": "test"}
 # What the harness seeds the generators with, for few-shot examples and for sampling.
 _SEED = 1234
@@ -191,11 +192,10 @@ class PldrLM(TemplateLM):
             settings = {
                 name: value for name, value in settings.items() if name not in ("temperature", "top_p", "top_k")
             }
-        keep = self.scorer.operator != "learned"
         ids = torch.tensor(prompts, device=self.device)
         found = self.scorer.model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=settings.pop("max_gen_toks"),
-            use_cache=keep, use_g_cache=keep, stop_strings=until or None, tokenizer=self.tokenizer,
+            **cache_settings(self.scorer.operator), stop_strings=until or None, tokenizer=self.tokenizer,
             pad_token_id=self.tokenizer.pad_token_id, eos_token_id=self.eot_token_id, **settings,
         )  # fmt: skip
         texts = []
@@ -224,7 +224,7 @@ def load_tasks(
 
     Args:
         names: of tasks, groups or tags of the harness, patterns of such (mmlu_*), or YAML files.
-        data_dir: folder with the benchmarks' published files (`pldr.benchmarks`); by default data sets come from the hub.
+        data_dir: folder with the benchmarks' published files (`pldr.evaluation.published`); by default data sets come from the hub.
         num_fewshot: examples before each question; what the task says by default.
 
     Raises:
@@ -319,7 +319,7 @@ def evaluate(
     """Run tasks in each mode, and compare the modes with the first.
 
     Args:
-        scorers: by mode (`pldr.scoring.make_scorers`).
+        scorers: by mode (`pldr.evaluation.scoring.make_scorers`).
         tokenizer: of their model.
         tasks: of `load_tasks`.
         limit: questions of each task, the first ones; below 1, their share.

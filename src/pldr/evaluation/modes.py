@@ -1,13 +1,165 @@
-"""Where G_LM comes from."""
+"""Where G_LM comes from when a trained model reads a text: the one place that knows.
+
+- "learned": computed from all that a forward is given, as in training. It looks at later tokens, too.
+- "cached": computed from the context and kept, as when generating with a G-cache.
+- "frozen": a constant, from calibration passages or from training; it sees nothing of what is read.
+
+Shapes: B sequences, T tokens, V vocabulary, L layers, H heads, D head dimension.
+"""
 
 import copy
-from typing import Any
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerFast
 
+from pldr.cache import make_cache
 from pldr.deductive import dag_loss, deductive_outputs, variation
+from pldr.generation import Generation, generate_text
 from pldr.modeling_pldr import PldrForCausalLM
 from pldr.operator import freeze
+
+MODES = ("learned", "cached", "frozen")
+
+
+def modes_of(model: PldrForCausalLM) -> tuple[str, ...]:
+    """All modes with a learned operator, "frozen" alone with a constant one."""
+    return MODES if model.config.operator == "learned" else ("frozen",)
+
+
+def check_mode(model: PldrForCausalLM, mode: str) -> None:
+    """
+    Raises:
+        ValueError: there is no such mode, or the model, whose operator is constant, does not have it.
+    """
+    if mode not in MODES:
+        raise ValueError(f"operator: must be one of {', '.join(MODES)}, got {mode!r}")
+    if mode not in modes_of(model):
+        raise ValueError(
+            f"operator: {mode} needs a learned operator; this model's is constant: frozen is its only mode"
+        )
+
+
+def frozen_copy(
+    model: PldrForCausalLM,
+    calibration: Iterable[torch.Tensor] | torch.Tensor | None = None,
+    *,
+    G_LM: torch.Tensor | Sequence[torch.Tensor] | None = None,
+) -> PldrForCausalLM:
+    """The model with a constant operator, in evaluation mode; the model itself stays as it is.
+
+    Args and raises: see `pldr.freeze`.
+    """
+    return freeze(copy.deepcopy(model), calibration, G_LM=G_LM).eval()
+
+
+def model_in_mode(model: PldrForCausalLM, mode: str, calibration: torch.Tensor | None = None) -> PldrForCausalLM:
+    """What runs in a mode, in evaluation mode: the model itself or, of a learned one, its frozen copy.
+
+    Args:
+        model: with any operator.
+        mode: one of `MODES`.
+        calibration: [C, T], what a learned operator is frozen from (the mean over C); for "frozen" only.
+
+    Raises:
+        ValueError: see `check_mode`; nothing to freeze G_LM from.
+    """
+    check_mode(model, mode)
+    if mode != "frozen" or model.config.operator != "learned":
+        return model.eval()
+    if calibration is None or not len(calibration):
+        raise ValueError("calibration: no passages to freeze G_LM from")
+    return frozen_copy(model, calibration.to(model.device))
+
+
+def cache_settings(mode: str) -> dict[str, bool]:
+    """Of `generate`, so that it takes G_LM from where the mode does: a learned one is computed anew for every token."""
+    return {"use_cache": mode != "learned", "use_g_cache": mode != "learned"}
+
+
+class OperatorModes:
+    """A model with a learned operator beside its frozen form, to compare the modes on the same text.
+
+    Attributes:
+        models: by mode, what runs in it.
+
+    Args:
+        model: with a learned operator.
+        calibration: [C, T], passages that the frozen form is made from; or
+        frozen: that form itself.
+    """
+
+    def __init__(
+        self,
+        model: PldrForCausalLM,
+        calibration: torch.Tensor | None = None,
+        *,
+        frozen: PldrForCausalLM | None = None,
+    ) -> None:
+        constant = frozen.eval() if frozen is not None else model_in_mode(model, "frozen", calibration)
+        self.models = {"learned": model.eval(), "cached": model, "frozen": constant}
+
+    @torch.no_grad()
+    def logits(self, mode: str, ids: torch.Tensor, context: int) -> torch.Tensor:
+        """Logits behind the last token of a context and behind each token after it.
+
+        Args:
+            mode: one of `MODES`.
+            ids: [B, T].
+            context: tokens of the context, at least 1; only "cached" makes a difference between them and the rest.
+
+        Returns:
+            [B, T - context + 1, V].
+        """
+        model = self.models[mode]
+        if mode != "cached":
+            return model(ids, use_cache=False).logits[:, context - 1 :]
+        cache = make_cache(model.config)
+        head = model(ids[:, :context], past_key_values=cache).logits[:, -1:]
+        return torch.cat((head, model(ids[:, context:], past_key_values=cache).logits), 1)
+
+    def loss(self, mode: str, passages: torch.Tensor, context: int) -> float:
+        """Mean cross-entropy of what follows the first token after the context, nats per token; passages [B, T]."""
+        logits = self.logits(mode, passages, context)[:, 1:-1].double()
+        return float(F.cross_entropy(logits.flatten(0, 1), passages[:, context + 1 :].flatten()))
+
+    def generations(
+        self, tokenizer: PreTrainedTokenizerFast, prompt: str, new_tokens: int, repeats: int = 3
+    ) -> list["TimedText"]:
+        """The same greedy continuation with each kind of cache: its text, and its speed after a warm-up."""
+        rows = []
+        for cache, mode, kept in _CACHES:
+            settings: dict[str, Any] = {"cache": kept, "ignore_end": True}
+            generate_text(self.models[mode], tokenizer, prompt, max_new_tokens=min(4, new_tokens), **settings)
+            runs = [
+                generate_text(self.models[mode], tokenizer, prompt, max_new_tokens=new_tokens, **settings)
+                for _ in range(repeats)
+            ]
+            rows.append(TimedText(cache, mode, runs[0], statistics.median(run.tokens_per_second for run in runs)))
+        return rows
+
+
+# What is kept between tokens, for people; where G_LM then comes from; and how `generate_text` calls it.
+_CACHES = (("no cache", "learned", "none"), ("KV", "cached", "kv"), ("KV+G", "cached", "kv+g"), ("frozen G", "frozen", "kv"))  # fmt: skip
+
+
+class TimedText(NamedTuple):
+    """A continuation with one kind of cache.
+
+    Attributes:
+        cache: what was kept, in words.
+        mode: where G_LM came from.
+        generation: the first of the repeated runs.
+        tokens_per_second: median over them.
+    """
+
+    cache: str
+    mode: str
+    generation: Generation
+    tokens_per_second: float
 
 
 @torch.no_grad()
@@ -20,21 +172,20 @@ def operator_metrics(model: PldrForCausalLM, passages: torch.Tensor) -> dict[str
 
     Returns:
         "G_variation", of G_LM over the passages, layer by layer (see `pldr.deductive.variation`); "G_frozen_difference",
-        the mean loss of all passages but the first with G_LM frozen from the first, minus that with G_LM computed from
-        each, in nats a token; "dag_A_LM", "dag_A_P" and "dag_G_LM", the DAG loss of each deductive output.
+        the mean loss of all passages but the first with G_LM frozen from the first, minus that with a learned G_LM, in
+        nats per token; "dag_A_LM", "dag_A_P" and "dag_G_LM", the DAG loss of each deductive output.
     """
     was_training = model.training
     model.eval()
-    frozen = freeze(copy.deepcopy(model), passages[:1])
-    losses = [
+    frozen, learned = (
         float(running(passages[1:], labels=passages[1:], use_cache=False, return_logits=False).loss)
-        for running in (frozen, model)
-    ]
+        for running in (frozen_copy(model, passages[:1]), model)
+    )
     outputs = deductive_outputs(model, passages)
     model.train(was_training)
     return {
         "G_variation": variation(outputs.G_LM).tolist(),
-        "G_frozen_difference": losses[0] - losses[1],
+        "G_frozen_difference": frozen - learned,
         # In float64, which holds the exponentials of larger tensors.
         **{f"dag_{name}": float(dag_loss(getattr(outputs, name).double())) for name in ("A_LM", "A_P", "G_LM")},
     }

@@ -1,11 +1,7 @@
-"""Log-likelihoods of continuations, and perplexity, with G_LM computed anew, cached or frozen.
+"""Log-likelihoods of continuations, in each of the modes of `pldr.evaluation.modes`.
 
-The mode decides what G_LM may see, and so what a score means:
-
-- "learned": G_LM is computed from context and continuation together, as in training. It looks at the very tokens whose
-  probability is asked for.
-- "cached": G_LM is computed from the context and kept, as when generating with a G-cache.
-- "frozen": G_LM is a constant, from calibration passages or from training; it sees nothing of what is scored.
+The mode decides what G_LM may see, and so what a score means: a learned one sees the very tokens whose probability is
+asked for, a cached one the context alone, a frozen one neither.
 
 Sequences of one batch have one length, so that no score depends on padding. In the last two modes continuations of the
 same context share one forward of it.
@@ -24,11 +20,10 @@ from rich.progress import Progress
 from pldr.cache import make_cache
 from pldr.data.rows import read_passages
 from pldr.data.sources import Source
+from pldr.evaluation.modes import model_in_mode, modes_of
 from pldr.modeling_pldr import PldrForCausalLM
 from pldr.models.shipped import HELD_OUT
-from pldr.operator import freeze
 
-OPERATOR_MODES = ("learned", "cached", "frozen")
 # Passages that G_LM is frozen from, and their most tokens, if nothing else is said.
 _CALIBRATION_PASSAGES, _CALIBRATION_LENGTH = 4, 512
 # Tokens of a batch if its size is not given: what keeps two cores, or a GPU, busy; and the most logits of one.
@@ -78,17 +73,9 @@ class Scorer:
         calibration: torch.Tensor | None = None,
         batch_size: int | str = "auto",
     ) -> None:
-        if operator not in OPERATOR_MODES:
-            raise ValueError(f"operator: must be one of {', '.join(OPERATOR_MODES)}, got {operator!r}")
         if batch_size != "auto" and not (str(batch_size).isdecimal() and int(batch_size) > 0):
             raise ValueError(f"batch_size: must be a positive number or auto, got {batch_size!r}")
-        if model.config.operator != "learned" and operator != "frozen":
-            raise ValueError(f"operator: {operator} needs a learned operator; this model's is constant: frozen")
-        if model.config.operator == "learned" and operator == "frozen":
-            if calibration is None or not len(calibration):
-                raise ValueError("calibration: no passages to freeze G_LM from")
-            model = freeze(copy.deepcopy(model), calibration.to(model.device))
-        self.model = model.eval()
+        self.model = model_in_mode(model, operator, calibration)
         self.operator = operator
         self.truncated = 0
         self.batch_size = None if batch_size == "auto" else int(batch_size)
@@ -224,8 +211,7 @@ def make_scorers(
 
     Args and raises: see `Scorer`.
     """
-    modes = OPERATOR_MODES if model.config.operator == "learned" else ("frozen",)
-    return {mode: Scorer(model, mode, calibration=calibration, batch_size=batch_size) for mode in modes}
+    return {mode: Scorer(model, mode, calibration=calibration, batch_size=batch_size) for mode in modes_of(model)}
 
 
 def mode_disagreement(scorers: dict[str, Scorer], passages: torch.Tensor) -> float:
