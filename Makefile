@@ -2,13 +2,22 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint format clean
+# Workers side by side, one thread each (tests/conftest.py); a file's tests stay together, and so do its fixtures.
+WORKERS := -n logical --maxprocesses 4 --dist loadfile
+
+.PHONY: demo test test-slow test-all lint format clean
 
 demo: .venv/installed
 	$(BIN)/pldr demo
 
+# The fast tests, which every change is tried with. The slow ones start processes of their own, and so run alone.
 test: .venv/installed
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -m "not slow" $(WORKERS)
+
+test-slow: .venv/installed
+	$(BIN)/python -m pytest -q -m slow
+
+test-all: test test-slow
 
 lint: .venv/installed
 	$(BIN)/ruff check .
