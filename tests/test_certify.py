@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from pldr import freeze, load_model, load_tokenizer
-from pldr.checkpoints.certificate import read_certificate, signed, weights_digest, write_certificate
+from pldr.checkpoints.certificate import read_certificate, weights_digest, with_checksum, write_certificate
 from pldr.data.rows import read_passages
 from pldr.data.sources import Source
 from pldr.deductive import deductive_outputs, variation
@@ -141,7 +141,7 @@ class TestCertificate:
                 read_certificate(tmp_path)
         assert read_certificate(tmp_path / "nowhere") is None
         with pytest.raises(ValueError, match=r"NaN|nan|JSON"):
-            signed({"loss": float("nan")})
+            with_checksum({"loss": float("nan")})
 
     def test_digest_is_of_names_shapes_types_and_bytes(self):
         a = {"x": torch.arange(6.0), "y": torch.ones(2, dtype=torch.bfloat16)}

@@ -7,7 +7,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import FIXTURES, shared
-from pldr import PldrForCausalLM, convert_checkpoint, deductive_outputs, freeze, load_model, load_predefined_G
+from pldr import (
+    PldrForCausalLM,
+    convert_checkpoint,
+    deductive_outputs,
+    freeze,
+    freeze_checkpoint,
+    load_model,
+    load_predefined_G,
+    load_tokenizer,
+)
 from pldr.checkpoints.load import load_with_tokenizer
 from pldr.deductive import numerical_rank
 
@@ -336,7 +345,7 @@ class TestStrictness:
     @pytest.mark.parametrize("index", ["[]", '{"weight_map": {"a": 5}}', "{", '{"weight_map": []}'])
     def test_nonsense_in_the_index(self, folder, index):
         (folder / "model.safetensors.index.json").write_text(index)
-        with pytest.raises(ValueError, match="damaged index"):
+        with pytest.raises(ValueError, match=r"damaged index|not valid JSON"):
             load_model(folder)
 
     def test_one_dtype(self, tmp_path):
@@ -472,3 +481,43 @@ def test_what_can_not_be_loaded_together(options, message, small_model, toy_toke
         load_with_tokenizer(small_model(vocab_size=290), **({"tokenizer": toy_tokenizer} | options))
     with pytest.raises(ValueError, match="tokenizer: has 290 tokens, the model has vocab_size=97"):
         load_with_tokenizer(small_model(), toy_tokenizer)
+
+
+# --- freezing -------------------------------------------------------------------------------------------------------
+
+
+def test_freeze_checkpoint(small_model, toy_tokenizer, tmp_path):
+    """What `freeze` does to a model, written with its tokenizer."""
+    model = small_model(vocab_size=290)
+    model.save_pretrained(tmp_path / "learned")
+    toy_tokenizer.save_pretrained(tmp_path / "learned")
+    texts = ["the cat sat on a mat", "a dog ran"]
+    frozen, before = freeze_checkpoint(tmp_path / "learned", tmp_path / "frozen", prompts=texts, trainable=True)
+    assert before == model.num_parameters() > frozen.num_parameters()
+    ids = [torch.tensor(toy_tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    written = load_model(tmp_path / "frozen")
+    assert same_state(written, freeze(model, ids, trainable=True))
+    assert written.config.operator_trainable
+    assert len(load_tokenizer(tmp_path / "frozen")) == 290
+
+    one = freeze_checkpoint(tmp_path / "learned", tmp_path / "one", prompts=texts[0]).model
+    assert not same_state(one, written)
+    other = freeze_checkpoint(tmp_path / "learned", tmp_path / "other", g_lm=tmp_path / "frozen").model
+    assert same_state(other, written)
+    assert not other.config.operator_trainable
+
+
+def test_what_freeze_checkpoint_refuses(small_model, toy_model_file, tmp_path):
+    small_model(vocab_size=290).save_pretrained(tmp_path / "m")
+    for arguments in ({}, {"prompts": []}, {"prompts": ["a"], "g_lm": tmp_path / "m"}):
+        with pytest.raises(ValueError, match="pass either prompts"):
+            freeze_checkpoint(tmp_path / "m", tmp_path / "out", **arguments)
+    with pytest.raises(FileNotFoundError, match="no tokenizer"):
+        freeze_checkpoint(tmp_path / "m", tmp_path / "out", prompts="a cat")
+    with pytest.raises(ValueError, match="prompt: is empty"):
+        freeze_checkpoint(tmp_path / "m", tmp_path / "out", prompts=["a cat", ""], tokenizer=toy_model_file)
+    with pytest.raises(ValueError, match="this model computes its G_LM"):
+        freeze_checkpoint(tmp_path / "m", tmp_path / "out", g_lm=tmp_path / "m")
+    with pytest.raises(FileExistsError, match="not empty"):
+        freeze_checkpoint(tmp_path / "m", tmp_path / "m", prompts="a cat", tokenizer=toy_model_file)
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]

@@ -20,6 +20,7 @@ _PUBLIC = {
     "dag_loss": "deductive",
     "deductive_outputs": "deductive",
     "convert_checkpoint": "checkpoints.convert",
+    "freeze_checkpoint": "checkpoints.convert",
     "load_model": "checkpoints.load",
     "load_predefined_G": "checkpoints.load",
     "load_tokenizer": "tokenizer",

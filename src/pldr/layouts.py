@@ -8,6 +8,10 @@ the hub keeps a predefined G_LM as one more tensor, the reference as a pickle be
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+# Names of files: of the weights, in one file or in several with an index; of the reference layout's two.
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+REFERENCE_WEIGHTS, REFERENCE_G = "model-checkpoint.pth", "predefined_G_LM.pkl"
+
 # One row a kind of tensor: (ours, published), {} standing for a layer, unit or GLU index.
 _LAYER = ("model.layers.{}", "decoder.dec_layers.{}")
 _GLU = (("gate_proj", "gluw1"), ("up_proj", "gluw2"), ("down_proj", "gluw3"))

@@ -1,4 +1,7 @@
-"""Certificates of frozen models: what was measured, on which weights, signed by a hash so that changes show."""
+"""Certificates of frozen models: what was measured and on which weights, with a checksum that shows changes.
+
+The checksum proves nothing about who wrote a certificate.
+"""
 
 import hashlib
 import json
@@ -8,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from pldr.files import one_line, read_json, write_json
 
 FILE = "certificate.json"
 
@@ -25,32 +30,37 @@ def weights_digest(tensors: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def signed(certificate: dict[str, Any]) -> dict[str, Any]:
-    """The certificate with the hash of everything else in it, under "sha256"."""
+def with_checksum(certificate: dict[str, Any]) -> dict[str, Any]:
+    """The certificate with the SHA-256 of everything else in it, under "sha256".
+
+    Raises:
+        ValueError: a number in it is infinite or NaN.
+    """
     body = {key: value for key, value in certificate.items() if key != "sha256"}
     text = json.dumps(body, sort_keys=True, allow_nan=False)
     return body | {"sha256": hashlib.sha256(text.encode("utf-8")).hexdigest()}
 
 
 def write_certificate(folder: Path, certificate: dict[str, Any]) -> None:
-    (folder / FILE).write_text(json.dumps(signed(certificate), indent=1) + "\n", encoding="utf-8")
+    """Write a certificate beside a model, with its checksum."""
+    write_json(folder / FILE, with_checksum(certificate), indent=1)
 
 
 def read_certificate(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     """The certificate beside a model, or None where there is none.
 
     Raises:
-        ValueError: it is damaged, or was changed after it was signed.
+        ValueError: it is damaged, or was changed after it was written.
     """
     file = Path(folder) / FILE
     if not file.is_file():
         return None
     try:
-        certificate = json.loads(file.read_text(encoding="utf-8"))
-        if certificate != signed(certificate):
-            raise ValueError("its contents do not match its own hash")
+        certificate = read_json(file)
+        if certificate != with_checksum(certificate):
+            raise ValueError("its contents do not match its checksum")
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{file}: not a valid certificate ({error}); certify the model again") from None
+        raise ValueError(f"{file}: not a valid certificate ({one_line(error)}); certify the model again") from None
     return certificate
 
 

@@ -1,29 +1,26 @@
-"""Reading and writing checkpoints: this library's layout and the two published ones.
+"""Writing checkpoints: one layout into another, bit for bit; and a model with its operator frozen."""
 
-Files from elsewhere are data. Weights are read from safetensors, or from a ``.pth`` through torch's weights-only loader;
-hyperparameter files are parsed, never run; predefined operators are unpickled by a reader that knows tensors alone.
-"""
-
-import json
 import os
 import pickle
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from transformers import PreTrainedTokenizerFast
 
 from pldr import layouts
-from pldr.checkpoints.load import _WEIGHTS, load_model
-from pldr.checkpoints.reference import _REFERENCE_G, REFERENCE_WEIGHTS
-from pldr.files import check_output, one_line, whole_folder
+from pldr.checkpoints.load import load_model, load_predefined_G, load_with_tokenizer
+from pldr.files import check_output, one_line, whole_folder, write_json
+from pldr.generation import encode_prompt
 from pldr.modeling_pldr import PldrForCausalLM
-from pldr.operator import stored_operator
+from pldr.operator import freeze, stored_operator
 from pldr.tokenizer import check_vocabulary, load_tokenizer
 
-LAYOUTS = ("pldr", "hub", "reference")
+CHECKPOINT_LAYOUTS = ("pldr", "hub", "reference")
 
 
 def convert_checkpoint(
@@ -51,8 +48,8 @@ def convert_checkpoint(
     Raises:
         ValueError, OSError: see `load_model`; then nothing is written.
     """
-    if to not in LAYOUTS:
-        raise ValueError(f"--to: must be one of {', '.join(LAYOUTS)}, got {to!r}")
+    if to not in CHECKPOINT_LAYOUTS:
+        raise ValueError(f"--to: must be one of {', '.join(CHECKPOINT_LAYOUTS)}, got {to!r}")
     check_output(destination, overwrite=overwrite)
     model = load_model(source, rope_pairing=rope_pairing, G_LM=G_LM)
     found = _find_tokenizer(Path(source), tokenizer)
@@ -76,7 +73,15 @@ def convert_checkpoint(
     return model
 
 
-# --- this library's and the hub's layout ----------------------------------------------------------------------------
+def _find_tokenizer(
+    source: Path, tokenizer: str | os.PathLike[str] | None
+) -> tuple[PreTrainedTokenizerFast, Path | None] | None:
+    """The tokenizer to put beside the weights and its SentencePiece file, where there is one."""
+    place = Path(tokenizer) if tokenizer is not None else source if source.is_dir() else source.parent
+    models = [place] if place.is_file() else sorted(place.glob("*.model"))
+    if tokenizer is None and not models and not (place / "tokenizer.json").is_file():
+        return None
+    return load_tokenizer(place), models[0] if len(models) == 1 else None
 
 
 def _write_hub(model: PldrForCausalLM, folder: Path) -> None:
@@ -88,19 +93,11 @@ def _write_hub(model: PldrForCausalLM, folder: Path) -> None:
         packed[:, layouts.HUB_G_SLOT, 0] = G_LM
         state |= {layouts.HUB_G: packed, layouts.HUB_G_STATUS: torch.ones(len(G_LM), dtype=torch.bool)}
     try:
-        save_file(state, folder / _WEIGHTS, metadata={"format": "pt"})
+        save_file(state, folder / layouts.WEIGHTS, metadata={"format": "pt"})
     except SafetensorError as error:
-        raise OSError(f"{folder / _WEIGHTS}: could not be written ({error})") from None
+        raise OSError(f"{folder / layouts.WEIGHTS}: could not be written ({error})") from None
     fields = layouts.ours_to_hub_fields(model.config) | {"dtype": str(model.dtype).removeprefix("torch.")}
-    (folder / "config.json").write_text(json.dumps(fields, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _published_state(model: PldrForCausalLM) -> dict[str, torch.Tensor]:
-    state = model.state_dict()
-    return {theirs: state[ours].detach().cpu() for ours, theirs in layouts.ours_to_published(state).items()}
-
-
-# --- the reference layout -------------------------------------------------------------------------------------------
+    write_json(folder / "config.json", dict(sorted(fields.items())), indent=1)
 
 
 def _write_reference(model: PldrForCausalLM, folder: Path) -> None:
@@ -108,25 +105,78 @@ def _write_reference(model: PldrForCausalLM, folder: Path) -> None:
     # The published loader looks these two up; what they were at the end of training is not known here.
     unknown = {"loss": float("nan"), "accuracy": float("nan")}
     try:
-        torch.save({"model_state_dict": _published_state(model), **unknown}, folder / REFERENCE_WEIGHTS)
+        torch.save({"model_state_dict": _published_state(model), **unknown}, folder / layouts.REFERENCE_WEIGHTS)
     except RuntimeError as error:  # torch's writer wraps the system's error
-        raise OSError(f"{folder / REFERENCE_WEIGHTS}: could not be written ({one_line(error)})") from None
+        raise OSError(f"{folder / layouts.REFERENCE_WEIGHTS}: could not be written ({one_line(error)})") from None
     fields = layouts.ours_to_hyperparameters(model.config)
     literals = "".join(f"{name!r}: {value!r}, " for name, value in fields.items())
     text = f"import torch.nn.functional as F\n\nhpdict={{{literals}'activation': F.silu}}\n"
     (folder / "hyperparameters.py").write_text(text, encoding="utf-8")
     if model.config.operator == "constant":
-        with (folder / _REFERENCE_G).open("wb") as stream:
+        with (folder / layouts.REFERENCE_G).open("wb") as stream:
             pickle.dump([layer[None].clone() for layer in stored_operator(model)], stream)
 
 
-# --- helpers --------------------------------------------------------------------------------------------------------
+def _published_state(model: PldrForCausalLM) -> dict[str, torch.Tensor]:
+    """Under published names, on the CPU; all but a constant operator, which the published layouts keep elsewhere."""
+    state = model.state_dict()
+    return {theirs: state[ours].detach().cpu() for ours, theirs in layouts.ours_to_published(state).items()}
 
 
-def _find_tokenizer(source: Path, tokenizer: str | os.PathLike[str] | None) -> tuple[Any, Path | None] | None:
-    """The tokenizer to put beside the weights and its SentencePiece file, where there is one."""
-    place = Path(tokenizer) if tokenizer is not None else source if source.is_dir() else source.parent
-    models = [place] if place.is_file() else sorted(place.glob("*.model"))
-    if tokenizer is None and not models and not (place / "tokenizer.json").is_file():
-        return None
-    return load_tokenizer(place), models[0] if len(models) == 1 else None
+# --- freezing -------------------------------------------------------------------------------------------------------
+
+
+class FrozenCheckpoint(NamedTuple):
+    """What `freeze_checkpoint` made.
+
+    Attributes:
+        model: as it was written.
+        parameters_before: of the model that it was made from.
+    """
+
+    model: PldrForCausalLM
+    parameters_before: int
+
+
+def freeze_checkpoint(
+    model: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    prompts: str | Sequence[str] | None = None,
+    g_lm: str | os.PathLike[str] | None = None,
+    trainable: bool = False,
+    tokenizer: str | os.PathLike[str] | PreTrainedTokenizerFast | None = None,
+    rope: str | None = None,
+    overwrite: bool = False,
+) -> FrozenCheckpoint:
+    """Write a checkpoint whose operator is a constant, without the network that computed it; see `pldr.freeze`.
+
+    Args:
+        model: what to freeze; see `load_model`.
+        destination: folder to write, with the tokenizer where there is one; it appears only when whole.
+        prompts: text to compute G_LM from, or several, whose mean is kept.
+        g_lm: in place of prompts, where to read G_LM; see `load_predefined_G`.
+        trainable: make G_LM a parameter, to train on with.
+        tokenizer: see `load_with_tokenizer`; needed with prompts alone.
+        rope: RoPE of a checkpoint in the reference layout; see `load_model`, `rope_pairing`.
+        overwrite: replace a destination that is not empty.
+
+    Raises:
+        ValueError: not exactly one of `prompts` and `g_lm`; see `load_with_tokenizer`, `load_predefined_G`, `freeze`.
+        OSError: a file can not be read, or the folder not be written. Nothing is written where something is wrong.
+    """
+    check_output(destination, overwrite=overwrite)
+    if bool(prompts) == (g_lm is not None):
+        raise ValueError("freeze: pass either prompts (with some text) or g_lm")
+    loaded, found = load_with_tokenizer(Path(model), tokenizer, rope=rope, needs_tokenizer=bool(prompts))
+    before = loaded.num_parameters()
+    if g_lm is not None:
+        freeze(loaded, G_LM=load_predefined_G(g_lm), trainable=trainable)
+    else:
+        texts = [prompts] if isinstance(prompts, str) else prompts or ()
+        freeze(loaded, [torch.tensor(encode_prompt(found, text)) for text in texts], trainable=trainable)
+    with whole_folder(destination, overwrite=overwrite) as folder:
+        loaded.save_pretrained(folder)
+        if found is not None:
+            found.save_pretrained(folder)
+    return FrozenCheckpoint(loaded, before)

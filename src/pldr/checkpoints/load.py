@@ -1,11 +1,10 @@
 """Reading checkpoints, strictly: a model is loaded whole and as it was written, or not at all.
 
-Files from elsewhere are data."""
+Three layouts are read: this library's and the hub's, which are folders with a config.json and safetensors, and the
+reference layout of the published training code. Files from elsewhere are data: nothing in them is ever run.
+"""
 
 import copy
-import hashlib
-import io
-import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,20 +19,16 @@ from transformers import PreTrainedTokenizerFast
 from pldr import layouts
 from pldr.checkpoints.certificate import warn_unless_certified_weights
 from pldr.checkpoints.reference import (
-    _REFERENCE_G,
-    TensorUnpickler,
-    check_one_dtype,
     find_reference_files,
     read_hyperparameters,
+    read_pickled_tensors,
     read_pth,
 )
 from pldr.configuration_pldr import PldrConfig
-from pldr.files import CHECKSUMS, one_line
+from pldr.files import CHECKSUMS, one_line, read_json, read_sums, sha256
 from pldr.modeling_pldr import PldrForCausalLM
 from pldr.operator import check_operator_tensor, stored_operator
 from pldr.tokenizer import check_vocabulary, load_tokenizer
-
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def load_model(
@@ -169,15 +164,15 @@ def load_predefined_G(path: str | os.PathLike[str]) -> torch.Tensor:
     """A predefined operator from a file or a model: safetensors, or the published pickle of tensors (of any device).
 
     Args:
-        path: a model folder whose operator is constant; ``.safetensors`` with one tensor or one called "G_LM"; else a pickle of one tensor a layer, or one
-            (A_LM, G_LM) pair a layer.
+        path: a model folder whose operator is constant; ``.safetensors`` with one tensor or one called "G_LM"; else a
+            pickle of one tensor a layer, or of one (A_LM, G_LM) pair a layer.
 
     Returns:
         [L, H, D, D], on the CPU.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: anything but tensors in the file, or tensors of other dimensions. Nothing in it is ever executed.
+        ValueError: anything but tensors in the file, or tensors of other dimensions.
     """
     path = Path(path)
     if path.is_dir():
@@ -187,19 +182,7 @@ def load_predefined_G(path: str | os.PathLike[str]) -> torch.Tensor:
         return stored_operator(model)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file or folder")
-    if path.suffix == ".safetensors":
-        try:
-            tensors = load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path}: damaged safetensors file ({error})") from None
-        if "G_LM" not in tensors and len(tensors) != 1:
-            raise ValueError(f"{path}: holds no tensor G_LM, but {', '.join(tensors)}")
-        layers: Any = tensors.get("G_LM", next(iter(tensors.values())))
-    else:
-        try:
-            layers = TensorUnpickler(io.BytesIO(path.read_bytes())).load()
-        except Exception as error:  # noqa: BLE001 (damaged pickles raise anything; each is the file's fault)
-            raise ValueError(f"{path}: not a pickle of tensors alone ({one_line(error)})") from None
+    layers = _read_safetensors_G(path) if path.suffix == ".safetensors" else read_pickled_tensors(path)
     rows = isinstance(layers, (list, tuple)) or (isinstance(layers, torch.Tensor) and layers.dim() > 0)
     if not rows or not all(isinstance(row, (torch.Tensor, list, tuple)) for row in layers):
         raise ValueError(f"{path}: not one tensor a layer")
@@ -212,38 +195,59 @@ def load_predefined_G(path: str | os.PathLike[str]) -> torch.Tensor:
     return torch.stack(squeezed)
 
 
-def read_config(folder: Path) -> PldrConfig:
+def _read_safetensors_G(path: Path) -> torch.Tensor:
     try:
-        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{folder / 'config.json'}: not valid JSON ({one_line(error)})") from None
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: damaged safetensors file ({error})") from None
+    if "G_LM" not in tensors and len(tensors) != 1:
+        raise ValueError(f"{path}: holds no tensor G_LM, but {', '.join(tensors)}")
+    return tensors.get("G_LM", next(iter(tensors.values())))
+
+
+# --- folders with a config.json -------------------------------------------------------------------------------------
+
+
+def read_config(folder: Path) -> PldrConfig:
+    """The configuration in a model folder.
+
+    Raises:
+        FileNotFoundError: it has none.
+        ValueError: damaged, of another kind of model, or with settings that are not read from files.
+    """
+    file = folder / "config.json"
+    fields = read_json(file)
     if not isinstance(fields, dict) or fields.get("model_type") != "pldrllm":
-        raise ValueError(f"{folder / 'config.json'}: model_type must be 'pldrllm'")
+        raise ValueError(f"{file}: model_type must be 'pldrllm'")
     # Settings that make transformers fetch and run more code (attention kernels, quantisation backends) are no part of a
     # PLDR-LLM; whoever wants them passes them to `from_pretrained` in person.
     fields = {name: value for name, value in fields.items() if not name.startswith("_")}
     refused = sorted({"attn_implementation", "experts_implementation", "quantization_config"} & fields.keys())
     if refused:
-        raise ValueError(f"{folder / 'config.json'}: {refused[0]} is not read from a file; remove it")
+        raise ValueError(f"{file}: {refused[0]} is not read from a file; remove it")
     try:
         return PldrConfig.from_dict(fields)
     except (StrictDataclassError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{folder / 'config.json'}: {one_line(error)}") from None
+        raise ValueError(f"{file}: {one_line(error)}") from None
 
 
 def _weight_files(folder: Path) -> list[str]:
     """Names of the safetensors files that hold the weights, in a folder of one file or of shards with an index."""
-    if not (folder / _INDEX).is_file():
-        return [_WEIGHTS]
-    if (folder / _WEIGHTS).is_file():
-        raise ValueError(f"{folder}: holds both {_WEIGHTS} and {_INDEX}; remove the one that does not belong")
+    index = folder / layouts.WEIGHTS_INDEX
+    if not index.is_file():
+        return [layouts.WEIGHTS]
+    if (folder / layouts.WEIGHTS).is_file():
+        raise ValueError(
+            f"{folder}: holds both {layouts.WEIGHTS} and {index.name}; remove the one that does not belong"
+        )
+    content = read_json(index)
     try:
-        files = sorted(set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        files = sorted(set(content["weight_map"].values()))
         outside = [name for name in files if Path(name).name != name]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise ValueError(f"{folder / _INDEX}: damaged index ({one_line(error)})") from None
+    except (KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{index}: damaged index ({one_line(error)})") from None
     if outside:
-        raise ValueError(f"{folder / _INDEX}: names a file outside the folder: {outside[0]}")
+        raise ValueError(f"{index}: names a file outside the folder: {outside[0]}")
     return files
 
 
@@ -262,8 +266,18 @@ def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
                         dtypes.add(tensors.get_slice(key).get_dtype())
         except SafetensorError as error:
             raise ValueError(f"{folder / name}: damaged safetensors file ({one_line(error)})") from None
-    check_one_dtype(dtypes, str(folder))
+    _check_one_dtype(dtypes, str(folder))
     return shapes
+
+
+def _check_one_dtype(dtypes: Iterable[Any], where: str) -> None:
+    """
+    Raises:
+        ValueError: tensors of several dtypes, which one model can not hold without rounding some of them.
+    """
+    names = sorted({str(dtype).removeprefix("torch.") for dtype in dtypes})
+    if len(names) != 1:
+        raise ValueError(f"{where}: the tensors must have one dtype, found {', '.join(names) or 'none'}")
 
 
 def check_tensors(stored: Mapping[str, tuple[int, ...]], config: PldrConfig, where: str) -> None:
@@ -316,22 +330,21 @@ def _check_sums(folder: Path) -> None:
     """
     if not (folder / CHECKSUMS).is_file():
         return
-    sums = {}  # name → digest
-    for line in (folder / CHECKSUMS).read_text(encoding="utf-8").splitlines():
-        digest, _, name = line.partition("  ")
-        sums[name] = digest
+    sums = read_sums(folder)
     unlisted = [name for name in _weight_files(folder) if name not in sums]
     if unlisted:
         raise ValueError(f"{folder / CHECKSUMS}: does not list {unlisted[0]}; the folder was changed")
     for name, digest in sums.items():
         if Path(name).name != name or not (folder / name).is_file():
             raise ValueError(f"{folder / CHECKSUMS}: names {name!r}, which is not in the folder")
-        with (folder / name).open("rb") as stream:
-            if hashlib.file_digest(stream, "sha256").hexdigest() != digest:
-                raise ValueError(
-                    f"{folder / name}: does not match {CHECKSUMS}: the file is damaged or was changed; fetch it again, "
-                    f"or delete {CHECKSUMS} if the change was meant"
-                )
+        if sha256(folder / name) != digest:
+            raise ValueError(
+                f"{folder / name}: does not match {CHECKSUMS}: the file is damaged or was changed; fetch it again, or "
+                f"delete {CHECKSUMS} if the change was meant"
+            )
+
+
+# --- the reference layout -------------------------------------------------------------------------------------------
 
 
 def _load_reference(
@@ -346,10 +359,11 @@ def _load_reference(
     except (StrictDataclassError, ValueError, TypeError) as error:
         raise ValueError(f"{hyperparameters}: {one_line(error)}") from None
     published = read_pth(weights)
+    _check_one_dtype((tensor.dtype for tensor in published.values()), str(weights))
     renamed = layouts.published_to_ours(published)
     state = {renamed.get(name, name): tensor for name, tensor in published.items()}
     if config.operator == "constant":
-        file = Path(G_LM) if G_LM is not None else weights.with_name(_REFERENCE_G)
+        file = Path(G_LM) if G_LM is not None else weights.with_name(layouts.REFERENCE_G)
         if not file.is_file():
             raise FileNotFoundError(
                 f"{file}: a v51G checkpoint needs its predefined operator; name its file with --g-lm"

@@ -1,9 +1,12 @@
-"""Reading the layout of the published training code: nothing in its files is ever run."""
+"""Reading files of the published training code as data: nothing in them is ever run.
+
+Weights come through torch's weights-only loader, hyperparameters are parsed, and predefined operators are unpickled by a
+reader that knows tensors alone.
+"""
 
 import ast
 import io
 import pickle
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +14,17 @@ import torch
 
 from pldr.files import one_line
 
-REFERENCE_WEIGHTS, _REFERENCE_G = "model-checkpoint.pth", "predefined_G_LM.pkl"
-
-
 # The spellings of the one activation that published hyperparameter files name.
 _SILU = ("F.silu", "torch.nn.functional.silu", "nn.functional.silu")
 
 
-def check_one_dtype(dtypes: Iterable[Any], where: str) -> None:
-    """
-    Raises:
-        ValueError: tensors of several dtypes, which one model can not hold without rounding some of them.
-    """
-    names = sorted({str(dtype).removeprefix("torch.") for dtype in dtypes})
-    if len(names) != 1:
-        raise ValueError(f"{where}: the tensors must have one dtype, found {', '.join(names) or 'none'}")
-
-
 def find_reference_files(path: Path) -> tuple[Path, Path]:
+    """The weights and the hyperparameters of a checkpoint, given as its folder or as its ``.pth``.
+
+    Raises:
+        FileNotFoundError: no hyperparameters beside the weights.
+        ValueError: several files that could be meant.
+    """
     if path.is_dir():
         candidates = sorted(path.glob("*.pth"))
         if len(candidates) != 1:
@@ -42,6 +38,11 @@ def find_reference_files(path: Path) -> tuple[Path, Path]:
     if shared.count(max(shared)) > 1:
         raise ValueError(f"{path.parent}: {len(beside)} *hyperparameters.py, and none is clearly that of {path.name}")
     return path, beside[shared.index(max(shared))]
+
+
+def _common_start(one: str, other: str) -> int:
+    """How many characters two names share at their beginning."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def read_hyperparameters(path: Path) -> dict[str, Any]:
@@ -81,9 +82,10 @@ def read_hyperparameters(path: Path) -> dict[str, Any]:
 
 
 def read_pth(path: Path) -> dict[str, torch.Tensor]:
-    """
+    """The ``model_state_dict`` of a published ``.pth``, on the CPU.
+
     Raises:
-        ValueError: damaged, or holding anything but tensors and plain values. Nothing in it is ever executed.
+        ValueError: damaged, or holding anything but tensors and plain values.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -95,25 +97,31 @@ def read_pth(path: Path) -> dict[str, torch.Tensor]:
         and tensor.device.type == "cpu" for name, tensor in state.items()
     ):  # fmt: skip
         raise ValueError(f"{path}: no model_state_dict of named, dense tensors in it")
-    check_one_dtype((tensor.dtype for tensor in state.values()), str(path))
     return state
 
 
-class TensorUnpickler(pickle.Unpickler):
+def read_pickled_tensors(path: Path) -> Any:
+    """What a pickle of tensors, or of lists and dictionaries of them, holds; tensors of any device come to the CPU.
+
+    Raises:
+        OSError: the file can not be read.
+        ValueError: damaged, or anything else in it.
+    """
+    content = path.read_bytes()
+    try:
+        return _TensorUnpickler(io.BytesIO(content)).load()
+    except Exception as error:  # noqa: BLE001 (damaged pickles raise anything; each is the file's fault)
+        raise ValueError(f"{path}: not a pickle of tensors alone ({one_line(error)})") from None
+
+
+class _TensorUnpickler(pickle.Unpickler):
     """Reads pickled tensors and lists of them; any other class or function is refused before it is looked up."""
 
-    # Methods, so that a pickle gets no hold of a function that lives on after it was read.
-
-    def _storage_from_bytes(self, data: bytes) -> Any:
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-
-    def _tensor_from_storage(self, *arguments: Any) -> torch.Tensor:
-        return torch._utils._rebuild_tensor_v2(*arguments)
-
     def find_class(self, module: str, name: str) -> Any:
+        # Methods of ours, so that a pickle gets no hold of a function that lives on after it was read.
         allowed = {
             ("torch._utils", "_rebuild_tensor_v2"): self._tensor_from_storage,
-            # The original unpickles without restriction.
+            # Torch's own function of this name loads with weights_only=False: it would run what the bytes say.
             ("torch.storage", "_load_from_bytes"): self._storage_from_bytes,
             ("collections", "OrderedDict"): dict,
         }
@@ -124,7 +132,8 @@ class TensorUnpickler(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> Any:
         raise pickle.UnpicklingError("refused a persistent id")
 
+    def _storage_from_bytes(self, data: bytes) -> Any:
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
-def _common_start(one: str, other: str) -> int:
-    """How many characters two names share at their beginning."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    def _tensor_from_storage(self, *arguments: Any) -> torch.Tensor:
+        return torch._utils._rebuild_tensor_v2(*arguments)
