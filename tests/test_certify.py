@@ -127,13 +127,13 @@ def test_every_number_against_a_plain_computation(small_model, passages):
 
 
 class TestCertificate:
-    def test_the_hash_shows_changes(self, tmp_path):
+    def test_the_checksum_shows_changes(self, tmp_path):
         write_certificate(tmp_path, {"report": {"certified": False}, "loss": 1e-9})
         assert read_certificate(tmp_path)["loss"] == 1e-9
         fields = json.loads((tmp_path / "certificate.json").read_text())
         fields["report"]["certified"] = True
         (tmp_path / "certificate.json").write_text(json.dumps(fields))
-        with pytest.raises(ValueError, match="do not match its own hash"):
+        with pytest.raises(ValueError, match="do not match its checksum"):
             read_certificate(tmp_path)
         for damaged in ("", "[]", '"text"', "{"):
             (tmp_path / "certificate.json").write_text(damaged)
