@@ -155,7 +155,7 @@ class TestCertificate:
         out = tmp_path / "frozen"
         code, shown, _ = run(*arguments, "--output", out)
         assert code == 0
-        assert "certified: within 1e-05 nats a token" in " ".join(shown.split())
+        assert "certified: within 1e-05 nats per token" in " ".join(shown.split())
         certificate = read_certificate(out)
         with warnings.catch_warnings():
             warnings.simplefilter("error")

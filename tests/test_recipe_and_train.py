@@ -458,7 +458,7 @@ class TestWholeFolder:
 def test_demo_measures_what_it_says(write_recipe, tmp_path, monkeypatch):
     """The demo on a recipe of seconds: every number is there, and the losses are those of separate computations."""
     from pldr.study import demo
-    from pldr.tables import print_demo
+    from pldr.tables import demo_view, show
 
     monkeypatch.setattr(demo, "REFERENCE_PROMPT", "the cat sat on")
     monkeypatch.setattr(demo, "NEW_TOKENS", 12)
@@ -476,7 +476,7 @@ def test_demo_measures_what_it_says(write_recipe, tmp_path, monkeypatch):
         assert load_model(tmp_path / "demo" / f"{name}-frozen").config.operator == "constant"
     loss = result["stories"]["losses"]
     assert max(abs(loss[name] - loss["full"]) for name in ("cached", "frozen")) <= 1e-5
-    print_demo(result)
+    show(demo_view(result))
 
 
 def test_the_three_losses(small_model, ids):

@@ -247,7 +247,7 @@ def info(model: Model, rope: Rope = None, g_lm: OperatorFile = None, as_json: As
     _quiet()
     from pldr.checkpoints.certificate import read_certificate
     from pldr.checkpoints.load import load_model
-    from pldr.tables import model_facts, print_facts
+    from pldr.tables import facts_view, model_facts, show
 
     facts = model_facts(load_model(model, rope_pairing=rope, G_LM=g_lm))
     if certificate := read_certificate(model):
@@ -255,7 +255,7 @@ def info(model: Model, rope: Rope = None, g_lm: OperatorFile = None, as_json: As
     if as_json:
         _print_json(facts)
     else:
-        print_facts(facts)
+        show(facts_view(facts))
 
 
 @app.command()
@@ -306,11 +306,11 @@ def inspect(
     if as_json:
         _print_json({"model": str(model), "source": source} | analysis.to_json())
         return
-    from pldr.tables import print_analysis
+    from pldr.tables import analysis_view, show
 
     if source:
         typer.echo(f"{analysis.passages} passages of {analysis.length} tokens: {source}\n")
-    print_analysis(analysis)
+    show(analysis_view(analysis))
     if html is not None:
         typer.echo(f"report: {html}")
 
@@ -392,9 +392,9 @@ def certify(
         if as_json:
             _print_json(certificate)
         else:
-            from pldr.tables import print_certificate
+            from pldr.tables import certificate_view, show
 
-            print_certificate(certificate)
+            show(certificate_view(certificate))
     raise typer.Exit(0 if certified else 1)
 
 
@@ -576,7 +576,7 @@ def evaluate(
     from pldr.evaluation.modes import MODES
     from pldr.evaluation.perplexity import check_window, evaluate_texts
     from pldr.evaluation.scoring import make_scorers, mode_disagreement, read_calibration
-    from pldr.tables import print_evaluation
+    from pldr.tables import evaluation_view, show
 
     is_learned, context = loaded.config.operator == "learned", loaded.config.max_position_embeddings
     check_window(context, window, stride)
@@ -611,7 +611,7 @@ def evaluate(
     if as_json:
         _print_json(report)
     else:
-        print_evaluation(report)
+        show(evaluation_view(report))
 
 
 def _evaluation_warnings(report: dict[str, Any], threshold: float) -> Iterator[str]:
@@ -662,13 +662,13 @@ def demo(
     _quiet()
     _require("train", "accelerate", "matplotlib")
     from pldr.study.demo import run_demo
-    from pldr.tables import print_demo
+    from pldr.tables import demo_view, show
 
     result = run_demo(output, recipe if train else None)
     if as_json:
         _print_json(result)
     else:
-        print_demo(result)
+        show(demo_view(result))
 
 
 def main() -> NoReturn:

@@ -1,17 +1,25 @@
-"""What people look at: facts about a model, pictures of its operator."""
+"""What is printed: facts about a model, and what was measured of it, as tables for a terminal or a notebook.
+
+A view turns plain numbers into something that rich prints. Names come from files and may hold anything: they are always
+`Text`, never strings with markup in them.
+"""
 
 import io
 import math
 import shutil
 import sys
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
 
 from pldr.deductive import RANK_TOLERANCES
 
 if TYPE_CHECKING:
+    from pldr.modeling_pldr import PldrForCausalLM
     from pldr.study.statistics import Analysis, Statistics
 
 
@@ -26,21 +34,52 @@ class Printable:
         raise NotImplementedError
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=_WIDTH)
-        console.print(self)
-        return console.file.getvalue()  # type: ignore[attr-defined]
+        return self._printed().export_text()
 
     def _repr_html_(self) -> str:
-        console = Console(file=io.StringIO(), width=_WIDTH, record=True)
+        return self._printed().export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+
+    def _printed(self) -> Console:
+        # What the notebook or the terminal around it can do is no matter here.
+        console = Console(file=io.StringIO(), width=_WIDTH, record=True, force_terminal=False, force_jupyter=False)
         console.print(self)
-        return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+        return console
 
 
-def model_facts(model: Any) -> dict[str, Any]:
+def show(renderable: RenderableType) -> None:
+    """Print on standard output. Tables fit the terminal; where there is none, in a file or a pipe, numbers are not cut."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, _WIDTH)
+    console.print(renderable, soft_wrap=True)
+
+
+def _table(left: Sequence[str], right: Sequence[str], rows: Iterable[Sequence[str]] = (), **look: Any) -> Table:
+    """A table with columns of words to the left, then columns of numbers, aligned to the right and never broken."""
+    table = Table(**look)
+    for heading in left:
+        table.add_column(Text(heading))
+    for heading in right:
+        table.add_column(Text(heading), justify="right", no_wrap=True)
+    _add(table, rows)
+    return table
+
+
+def _add(table: Table, rows: Iterable[Sequence[str]], style: str | None = None) -> None:
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row), style=style)
+
+
+def _prose(text: str, style: str = "dim") -> Text:
+    """Sentences, broken between words; all other texts are left to the terminal to break, so that paths can be copied."""
+    return Text(text, style=style, no_wrap=False, overflow="fold")
+
+
+# --- a model --------------------------------------------------------------------------------------------------------
+
+
+def model_facts(model: "PldrForCausalLM") -> dict[str, Any]:
     """Shape, parameter counts, operator kinds and cache sizes of a model, as plain numbers.
-
-    Args:
-        model: a PldrForCausalLM.
 
     Returns:
         `parameters` in all and by part; `operators`, how many layers have each kind; `kv_cache_bytes_per_token` and
@@ -58,7 +97,10 @@ def model_facts(model: Any) -> dict[str, Any]:
         else:
             part = "head" if name.startswith("lm_head") else "embedding"
         parts[part] += parameter.numel()
-    kinds = [type(layer.self_attn.operator).__name__.removesuffix("Operator").lower() for layer in model.model.layers]
+    kinds = [
+        type(layer.get_submodule("self_attn.operator")).__name__.removesuffix("Operator").lower()
+        for layer in model.model.layers
+    ]
     size = torch.empty(0, dtype=model.dtype).element_size()
     state = config.num_hidden_layers * config.num_attention_heads * config.head_dim**2
     fields = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim",
@@ -79,138 +121,147 @@ def model_facts(model: Any) -> dict[str, Any]:
     }
 
 
-def print_facts(facts: dict[str, Any]) -> None:
-    """`model_facts` as a table in the terminal."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(show_header=False, box=None, padding=(0, 2))
-    table.add_row("parameters", f"{facts['parameters']:,}")
-    for part, count in facts["parameters_by_part"].items():
-        table.add_row(f"  {part.replace('_', ' ')}", f"{count:,}")
+def facts_view(facts: dict[str, Any]) -> RenderableType:
+    """`model_facts`, and what "certificate" says if there is one, in two columns."""
+    rows = [("parameters", f"{facts['parameters']:,}")]
+    rows += [(f"  {part.replace('_', ' ')}", f"{count:,}") for part, count in facts["parameters_by_part"].items()]
     if facts["constant_operator_values"]:
-        table.add_row("constant G_LM", f"{facts['constant_operator_values']:,} values, not counted as parameters")
-    table.add_row("operators", ", ".join(f"{count} × {kind}" for kind, count in facts["operators"].items()))
-    table.add_row("dtype", facts["dtype"])
-    table.add_row("KV-cache", f"{facts['kv_cache_bytes_per_token']:,} bytes a token")
-    table.add_row("G-cache", f"{facts['g_cache_bytes_per_sequence']:,} bytes a sequence")
+        rows.append(("constant G_LM", f"{facts['constant_operator_values']:,} values, not counted as parameters"))
+    rows += [
+        ("operators", ", ".join(f"{count} × {kind}" for kind, count in facts["operators"].items())),
+        ("dtype", facts["dtype"]),
+        ("KV-cache", f"{facts['kv_cache_bytes_per_token']:,} bytes per token"),
+        ("G-cache", f"{facts['g_cache_bytes_per_sequence']:,} bytes per sequence"),
+    ]
     if certificate := facts.get("certificate"):
         report = certificate["report"]
         verdict = "certified" if report["certified"] else "not certified"
         difference = report["modes"]["frozen"]["loss_difference"]
-        table.add_row("certificate", f"{verdict} {certificate['date']}, frozen {difference:+.1e} nats a token")
-    for name, value in facts["config"].items():
-        table.add_row(name, str(value))
-    Console().print(table)
+        rows.append(("certificate", f"{verdict} {certificate['date']}, frozen {difference:+.1e} nats per token"))
+    rows += [(name, str(value)) for name, value in facts["config"].items()]
+    return _table(["", ""], [], rows, show_header=False, box=None, padding=(0, 2))
 
 
-def print_certificate(certificate: dict[str, Any]) -> None:
-    """A certificate as tables, with the verdict in words."""
-    from rich.console import Console
-    from rich.table import Table
+# --- a certificate --------------------------------------------------------------------------------------------------
 
-    console, report = Console(), certificate["report"]
-    limits = report["thresholds"]
-    modes, change = report["modes"], report["causality"]
-    console.print(
-        f"[bold]{certificate['model']}[/bold]: {report['passages']} held-out passages, {report['tokens']:,} tokens, loss "
-        f"{report['loss']:.4f} nats a token with G_LM computed anew.",
-        soft_wrap=True,
+
+def certificate_view(certificate: dict[str, Any]) -> RenderableType:
+    """What was measured, with the verdict in words."""
+    report = certificate["report"]
+    variation = ", ".join(f"{value:.1e}" for value in report["variation"])
+    return Group(
+        Text.assemble(
+            (certificate["model"], "bold"),
+            f": {report['passages']} held-out passages, {report['tokens']:,} tokens, loss {report['loss']:.4f} nats per "
+            "token with a learned G_LM.",
+        ),
+        _certificate_table(report),
+        _prose(
+            f"G_LM varies over passages by {variation} (relative RMSE, layer by layer). Frozen from one calibration "
+            f"passage or another, the loss moves by {report['calibration']['spread']:.1e}."
+        ),
+        _verdict(report),
     )
-    table = Table("against G_LM computed anew", *(f"G_LM {name}" for name in modes))
-    rows = [
-        ("loss difference, nats a token", lambda m: f"{m['loss_difference']:+.1e}"),
+
+
+def _certificate_table(report: dict[str, Any]) -> Table:
+    modes, causality = report["modes"], report["causality"]
+    table = _table(["against a learned G_LM"], [f"G_LM {name}" for name in modes])
+    cells = [
+        ("loss difference, nats per token", lambda m: f"{m['loss_difference']:+.1e}"),
         ("  95% interval", lambda m: "{:+.1e} … {:+.1e}".format(*m["loss_interval"])),
         ("KL divergence, mean, nats", lambda m: f"{m['kl_mean']:.1e}"),
         ("  99th percentile, maximum", lambda m: f"{m['kl_99']:.1e}, {m['kl_max']:.1e}"),
         ("same greedy tokens", lambda m: f"{m['agreement']:.3%}"),
         ("largest logit difference", lambda m: f"{m['logit_difference']:.1e}"),
     ]
-    for label, cell in rows:
-        table.add_row(label, *(cell(mode) for mode in modes.values()))
+    _add(table, ([label, *map(cell, modes.values())] for label, cell in cells))
     table.add_section()
-    table.add_row("logits before the middle, when later tokens change", "computed anew", "frozen", style="bold")
-    table.add_row(
-        "  largest difference", *(f"{change[name]['logit_difference']:.1e}" for name in ("computed", "frozen"))
-    )
-    table.add_row("  same greedy tokens", *(f"{change[name]['agreement']:.3%}" for name in ("computed", "frozen")))
-    console.print(table)
-    console.print(
-        f"G_LM varies over passages by {', '.join(f'{value:.1e}' for value in report['variation'])} (relative RMSE, layer by "
-        f"layer). Frozen from one calibration passage or another, the loss moves by {report['calibration']['spread']:.1e}.",
-        style="dim",
-        soft_wrap=True,
-    )
-    if report["certified"]:
-        verdict = "[green]certified"
-    else:
-        verdict = f"[yellow]not certified[/yellow] ({'; '.join(report['reasons'])})"
-    console.print(
-        f"{verdict}: within {limits['loss']:.0e} nats a token, at least {limits['agreement']:.1%} same greedy tokens.",
-        soft_wrap=True,
-    )
+    _add(table, [["logits before the middle, when later tokens change", *causality]], style="bold")
+    differences = [f"{change['logit_difference']:.1e}" for change in causality.values()]
+    _add(table, [["  largest difference", *differences]])
+    _add(table, [["  same greedy tokens", *(f"{change['agreement']:.3%}" for change in causality.values())]])
+    return table
 
 
-def print_evaluation(report: dict[str, Any]) -> None:
-    """Scores by task and operator mode, what the modes change, averages and perplexities, as tables."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
+def _verdict(report: dict[str, Any]) -> Text:
+    limits = report["thresholds"]
+    words = (
+        [("certified", "green")]
+        if report["certified"]
+        else [("not certified", "yellow"), (f" ({'; '.join(report['reasons'])})", "")]
+    )
+    bounds = f": within {limits['loss']:.0e} nats per token, at least {limits['agreement']:.1%} same greedy tokens."
+    return Text.assemble(*words, bounds)
 
-    console, modes = Console(), report["modes"]
-    if not console.is_terminal:
-        console.width = max(console.width, 120)  # numbers in a file or a pipe are not cut
+
+# --- an evaluation --------------------------------------------------------------------------------------------------
+
+
+def evaluation_view(report: dict[str, Any]) -> RenderableType:
+    """Scores by task and operator mode, what the modes change, averages and perplexities."""
+    modes = report["modes"]
     source = {
         "learned": "computed from all that is read, the scored tokens too",
         "cached": "computed from the context and kept",
         "frozen": "a constant" if report["operator"] != "learned" else "a constant, frozen from calibration passages",
     }
-    console.print(f"[bold]{escape(report['model'])}[/bold], {report['dtype']} on {report['device']}", soft_wrap=True)
-    for mode in modes:
-        console.print(f"  {mode}: G_LM is {source[mode]}", style="dim", soft_wrap=True)
+    parts: list[RenderableType] = [
+        Text.assemble((report["model"], "bold"), f", {report['dtype']} on {report['device']}"),
+        *(Text(f"  {mode}: G_LM is {source[mode]}", style="dim") for mode in modes),
+    ]
     if report["tasks"]:
-        table = Table("task", "questions", "shots", "metric")
-        for name in (*modes, "standard error"):
-            table.add_column(name, justify="right", no_wrap=True)
-        for name, task in (report["tasks"] | report["groups"]).items():
-            first = task["scores"][modes[0]]
-            for place, metric in enumerate(metric for metric in first if "_stderr" not in metric):
-                about = (
-                    [escape(name), f"{task['questions']:,}", str(task["num_fewshot"])]
-                    if "questions" in task
-                    else [name, "", ""]
-                )
-                scores = [f"{task['scores'][mode][metric]:.4f}" for mode in modes]
-                filtered, *rest = metric.split(", ")
-                error = first.get(", ".join([f"{filtered}_stderr", *rest]))
-                table.add_row(
-                    *(["", "", ""] if place else about), metric, *scores, "" if error is None else f"{error:.4f}"
-                )
-        if "suite" in report:
-            table.add_section()
-            for name in report["suite"]["averages"][modes[0]]:
-                table.add_row(
-                    name, "", "", "", *(f"{report['suite']['averages'][mode][name]:.4f}" for mode in modes), ""
-                )
-        console.print(table)
+        parts.append(_score_table(report))
     if report["tasks"] and len(modes) > 1:
-        table = Table(f"against {modes[0]}", "G_LM", "answers that differ", "largest difference, nats")
-        for name, task in report["tasks"].items():
-            for place, mode in enumerate(modes[1:]):
-                differ = f"{task['differ'][mode]:,} of {task['questions']:,}"
-                table.add_row("" if place else escape(name), mode, differ, f"{task['largest'][mode]:.1e}")
-        console.print(table)
-    if "texts" in report:
-        for name, found in report["texts"].items():
-            table = Table("G_LM", "tokens", "nats a token", "bits a byte", "word perplexity", title=escape(name))
-            for mode, value in found.items():
-                words = value["word_perplexity"]
-                table.add_row(
-                    mode, f"{value['tokens']:,}", f"{value['nats_per_token']:.6f}", f"{value['bits_per_byte']:.6f}",
-                    "too large" if words is None else f"{words:,.3f}",
-                )  # fmt: skip
-            console.print(table)
+        rows = (row for name, task in report["tasks"].items() for row in _difference_rows(name, task, modes[1:]))
+        parts.append(_table([f"against {modes[0]}", "G_LM"], ["answers that differ", "largest difference, nats"], rows))
+    parts += [_perplexity_table(name, found) for name, found in report.get("texts", {}).items()]
+    return Group(*parts)
 
+
+def _score_table(report: dict[str, Any]) -> Table:
+    modes = report["modes"]
+    table = _table(["task", "questions", "shots", "metric"], [*modes, "standard error"])
+    for name, task in (report["tasks"] | report["groups"]).items():
+        _add(table, _score_rows(name, task, modes))
+    if "suite" in report:
+        averages = report["suite"]["averages"]
+        table.add_section()
+        for name in averages[modes[0]]:
+            _add(table, [[name, "", "", "", *(f"{averages[mode][name]:.4f}" for mode in modes), ""]])
+    return table
+
+
+def _score_rows(name: str, task: dict[str, Any], modes: list[str]) -> Iterator[list[str]]:
+    """A row a metric; the first one names the task. The standard error is that of the first mode."""
+    about = [name, f"{task['questions']:,}", str(task["num_fewshot"])] if "questions" in task else [name, "", ""]
+    first = task["scores"][modes[0]]
+    for metric in (metric for metric in first if "_stderr" not in metric):
+        kind, *filters = metric.split(", ")
+        error = first.get(", ".join([f"{kind}_stderr", *filters]))
+        scores = (f"{task['scores'][mode][metric]:.4f}" for mode in modes)
+        yield [*about, metric, *scores, "" if error is None else f"{error:.4f}"]
+        about = ["", "", ""]
+
+
+def _difference_rows(name: str, task: dict[str, Any], modes: list[str]) -> Iterator[list[str]]:
+    for place, mode in enumerate(modes):
+        differ = f"{task['differ'][mode]:,} of {task['questions']:,}"
+        yield ["" if place else name, mode, differ, f"{task['largest'][mode]:.1e}"]
+
+
+def _perplexity_table(name: str, found: dict[str, dict[str, Any]]) -> Table:
+    rows = []
+    for mode, value in found.items():
+        words = value["word_perplexity"]
+        bits = f"{value['bits_per_byte']:.6f}"
+        rows.append([mode, f"{value['tokens']:,}", f"{value['nats_per_token']:.6f}", bits,
+                     "too large" if words is None else f"{words:,.3f}"])  # fmt: skip
+    headings = ["tokens", "nats per token", "bits per byte", "word perplexity"]
+    return _table(["G_LM"], headings, rows, title=Text(name, style="table.title"), title_justify="left")
+
+
+# --- deductive outputs ----------------------------------------------------------------------------------------------
 
 # What `layer_rows` shows: r is the numerical rank, log the decimal logarithm, cond the condition number.
 COLUMNS = ("RMS", "min", "max", "r(1e-2)", "r(1e-3)", "log|det|", "cond", "heads", "passages")
@@ -251,112 +302,100 @@ def number(value: Any, form: str | None = None) -> str:
     return f"{mantissa}e{int(power)}" if exponent else mantissa
 
 
-def print_analysis(analysis: "Analysis") -> None:
-    """One table for each tensor in the terminal, a row a layer."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
+def analysis_view(analysis: "Analysis") -> RenderableType:
+    """One table for each tensor, a row a layer, and how the tensors change as a passage grows."""
+    look = {"box": None, "padding": (0, 1, 0, 0)}
+    parts: list[RenderableType] = []
     for name, statistics in analysis.tensors.items():
-        table = Table(title=name, title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0))
-        for heading in ("layer", *COLUMNS):
-            table.add_column(heading, justify="right", no_wrap=True)
-        for layer, row in enumerate(layer_rows(statistics)):
-            table.add_row(str(layer), *row)
-        console.print(table)
-        console.print()
+        rows = ([str(layer), *row] for layer, row in enumerate(layer_rows(statistics)))
+        title = Text(name, style="bold")
+        parts += [_table([], ["layer", *COLUMNS], rows, title=title, title_justify="left", **look), ""]
     if analysis.lengths:
-        console.print("[bold]growth[/bold]: relative RMSE to all tokens, from the first ones alone; mean over layers")
-        table = Table(box=None, padding=(0, 1, 0, 0))
-        table.add_column("tokens", justify="right")
-        for name in analysis.tensors:
-            table.add_column(name, justify="right")
-        for index, length in enumerate(analysis.lengths):
-            table.add_row(str(length), *(number(s.growth[index].mean()) for s in analysis.tensors.values()))
-        console.print(table)
-        console.print()
-    console.print(
-        "Means over heads (condition: median; min, max: of all). heads: distance between the heads of a layer; "
-        "passages: variation over passages, RMS of the difference to the mean / RMS of the mean.",
-        style="dim",
+        tensors = analysis.tensors
+        rows = (
+            [str(length), *(number(statistics.growth[index].mean()) for statistics in tensors.values())]
+            for index, length in enumerate(analysis.lengths)
+        )
+        what = ": relative RMSE to all tokens, from the first ones alone; mean over layers"
+        parts += [Text.assemble(("growth", "bold"), what), _table([], ["tokens", *tensors], rows, **look), ""]
+    parts.append(
+        _prose(
+            "Means over heads (condition: median; min, max: of all). heads: distance between the heads of a layer; "
+            "passages: variation over passages, RMS of the difference to the mean / RMS of the mean."
+        )
     )
+    return Group(*parts)
 
 
-def print_demo(result: dict[str, Any]) -> None:
+# --- the demo -------------------------------------------------------------------------------------------------------
+
+
+def demo_view(result: dict[str, Any]) -> RenderableType:
     """The demo's tables and what to try next."""
-    from rich.console import Console
-
-    console = Console()
-    console.print(
-        "\n[bold]stories-10m[/bold], the model that comes with the package, on books it was not trained on:\n"
-    )
-    _print_measured(console, result["stories"])
+    parts: list[RenderableType] = [
+        Text.assemble(("\nstories-10m", "bold"), ", the model that ships with pldr, on books it was not trained on:\n"),
+        *_measured(result["stories"]),
+    ]
     if "trained" in result:
         training = result["trained"]["training"]
-        console.print(
-            f"\n[bold]A new model[/bold], trained for {training['steps']} steps ({training['tokens']:,} tokens) in "
-            f"{training['seconds']:.0f} s: loss {training['train_loss']:.2f}, held out {training['validation_loss']:.2f} "
-            "nats a token:\n",
-            soft_wrap=True,
+        about = (
+            f", trained for {training['steps']} steps ({training['tokens']:,} tokens) in {training['seconds']:.0f} s: loss "
+            f"{training['train_loss']:.2f}, held out {training['validation_loss']:.2f} nats per token:\n"
         )
-        _print_measured(console, result["trained"])
+        parts += [Text.assemble(("\nA new model", "bold"), about), *_measured(result["trained"])]
+    return Group(*parts, _next_commands(result))
+
+
+def _next_commands(result: dict[str, Any]) -> Text:
     folder = result["folder"]
     # As it was called, where the command is not on the path (the Makefile keeps it in .venv).
     pldr = "pldr" if shutil.which("pldr") else sys.argv[0]
-    console.print(
-        f"\nPicture of G_LM: {folder}/stories-G_LM.png   numbers: {folder}/demo.json   total: {result['seconds']:.0f} s\n\n"
-        "Try next:\n"
-        f'  {pldr} generate "Once upon a time there was" --stream --temperature 0.8\n'
-        f'  {pldr} generate {folder}/stories-frozen "Once upon a time there was" --json\n'
-        f"  {pldr} info {folder}/stories-frozen\n"
-        + (
-            ""
-            if "trained" in result
-            else f"  {pldr} demo --train      the same of a model that is trained here, in minutes\n"
-        ),
-        highlight=False,
-        soft_wrap=True,
-    )
+    lines = [
+        f"\nPicture of G_LM: {folder}/stories-G_LM.png   numbers: {folder}/demo.json   total: {result['seconds']:.0f} s",
+        "\nTry next:",
+        f'  {pldr} generate "Once upon a time there was" --stream --temperature 0.8',
+        f'  {pldr} generate {folder}/stories-frozen "Once upon a time there was" --json',
+        f"  {pldr} info {folder}/stories-frozen",
+    ]
+    if "trained" not in result:
+        lines.append(f"  {pldr} demo --train      the same of a model that is trained here, in minutes")
+    return Text("\n".join(lines) + "\n")
 
 
-def _print_measured(console: Any, measured: dict[str, Any]) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    loss, rows = measured["losses"], measured["generation"]
-    # One table of two parts with five columns each: the four modes, then how far G_LM depends on the text.
-    table = Table("cache", "held-out loss", "difference", "tokens/s", "greedy text")
-    for column in table.columns[1:4]:
-        column.justify = "right"
-    sources = {"no cache": "full", "KV": "cached", "KV+G": "cached", "frozen G": "frozen"}
-    for row in rows:
-        key = sources[row["mode"]]
-        speed_up = row["tokens_per_second"] / rows[0]["tokens_per_second"]
-        table.add_row(
-            row["mode"], f"{loss[key]:.6f}", f"{loss[key] - loss['full']:+.0e}" if key != "full" else "",
-            f"{row['tokens_per_second']:,.0f}  {speed_up:.1f}×", "the same" if row["same_text"] else "differs",
-        )  # fmt: skip
+def _measured(measured: dict[str, Any]) -> Iterator[RenderableType]:
+    """One model's table of two parts with five columns each: the four modes, then how far G_LM depends on the text."""
+    loss, generation = measured["losses"], measured["generation"]
+    reference = next(iter(loss))
+    table = _table(["cache"], ["held-out loss", "difference", "tokens/s", "greedy text"])
+    for row in generation:
+        key = {"KV": "cached", "KV+G": "cached", "frozen G": "frozen"}.get(row["mode"], reference)
+        speed, speed_up = row["tokens_per_second"], row["tokens_per_second"] / generation[0]["tokens_per_second"]
+        difference = "" if key == reference else f"{loss[key] - loss[reference]:+.0e}"
+        same = "the same" if row["same_text"] else "differs"
+        _add(table, [[row["mode"], f"{loss[key]:.6f}", difference, f"{speed:,.0f}  {speed_up:.1f}×", same]])
     table.add_section()
-    table.add_row("G_LM of", "variation", "before", "log10 |det|", "numerical rank", style="bold")
+    _add(table, [["G_LM of", "variation", "before", "log10 |det|", "numerical rank"]], style="bold")
     for layer in measured["operator"]:
-        table.add_row(
-            f"layer {layer['layer']}", f"{layer['variation']:.1e}", f"{layer['untrained_variation']:.1e}",
-            f"{layer['log10_determinant']:.1f}", f"{layer['rank']:.1f} of {measured['head_dim']}",
-        )  # fmt: skip
-    console.print(table)
-    console.print(
-        "Loss in nats a token, after the first half of each held-out passage. No cache: G_LM from all tokens, later ones "
+        variations = [f"{layer[name]:.1e}" for name in ("variation", "untrained_variation")]
+        rank = f"{layer['rank']:.1f} of {measured['head_dim']}"
+        _add(table, [[f"layer {layer['layer']}", *variations, f"{layer['log10_determinant']:.1f}", rank]])
+    yield table
+    yield _prose(
+        "Loss in nats per token, after the first half of each held-out passage. No cache: G_LM from all tokens, later ones "
         "too; KV, KV+G: from the first half; frozen: a constant from one passage. Variation: of G_LM over held-out passages, "
-        "relative RMSE, after and before training.",
-        style="dim",
+        "relative RMSE, after and before training."
     )
-    worst = max(abs(loss[key] - loss["full"]) for key in ("cached", "frozen"))
-    if worst <= 1e-5 and all(row["same_text"] for row in rows):
-        verdict = "[green]G_LM does not depend on the text: cached or constant, it changes neither loss nor output."
-    else:
-        verdict = (
-            f"[yellow]This model's G_LM still depends on the text: caching or freezing moves the loss by up to {worst:.1e} "
-            "nats. Whether training gets there depends on learning rate and warm-up (README, “Is G constant?”)."
-        )
-    console.print(verdict)
-    console.print(f"\n[bold]{escape(measured['prompt'])}[/bold]{escape(rows[-1]['text'])}\n", highlight=False)
+    yield _dependence(max(abs(value - loss[reference]) for value in loss.values()), generation)
+    yield Text.assemble((f"\n{measured['prompt']}", "bold"), f"{generation[-1]['text']}\n")
+
+
+def _dependence(worst: float, generation: list[dict[str, Any]]) -> Text:
+    """The demo's verdict; `worst`: the largest difference of a loss, in nats per token."""
+    if worst <= 1e-5 and all(row["same_text"] for row in generation):
+        verdict = "G_LM does not depend on the text: cached or constant, it changes neither loss nor output."
+        return _prose(verdict, "green")
+    verdict = (
+        f"This model's G_LM still depends on the text: caching or freezing moves the loss by up to {worst:.1e} nats. "
+        "Whether training gets there depends on learning rate and warm-up (README, “Is G constant?”)."
+    )
+    return _prose(verdict, "yellow")

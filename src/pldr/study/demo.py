@@ -41,7 +41,7 @@ def run_demo(output: Path, recipe_name: str | None = None) -> dict[str, Any]:
         recipe_name: also train this recipe's model into ``output/model`` first (see `pldr.recipe.find_recipe`).
 
     Returns:
-        The numbers of the tables, as `print_demo` shows them and ``output/demo.json`` holds them: "stories" and, with a
+        The numbers of the tables, as `pldr.tables.demo_view` shows them and ``output/demo.json`` holds them: "stories" and, with a
         recipe, "trained".
 
     Raises:
