@@ -1,21 +1,21 @@
+"""The fixtures of more than one file. Plain functions that tests share are in helpers.py; no test file imports another."""
+
+import io
 import os
-from pathlib import Path
+import sys
 
 # The models of tests are too small to share out among threads, here and in the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+import yaml
 from transformers.utils import logging
 
 from pldr import PldrConfig, PldrForCausalLM
 
-FIXTURES = Path(__file__).parent / "fixtures"
-SHARED = Path(os.environ.get("PLDR_SHARED", Path(__file__).parents[2] / "shared"))
-
-# What the toy tokenizer and the toy texts are made of.
-SENTENCE = "the cat sat on a mat and saw that dog who ran to see him at her red house in old town"
-WORDS = SENTENCE.split()
+pytest.register_assert_rewrite("helpers")  # its assertions say what they compared, as those of tests do
+from helpers import TINY, WORDS  # noqa: E402
 
 
 def pytest_collection_modifyitems(items):
@@ -25,13 +25,6 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
-
-
-def shared(path: str) -> Path:
-    """A file of the development data, or a skip where that is absent."""
-    if not (SHARED / path).exists():
-        pytest.skip(f"development data not here: {path}")
-    return SHARED / path
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -44,6 +37,22 @@ def own_cache(tmp_path_factory):
 def no_progress_bars():
     """The library's own bars would be taken for what a command prints."""
     logging.disable_progress_bar()
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run `pldr ARGS…` in this process; returns (exit code, standard output, standard error)."""
+    from pldr.cli import main
+
+    def call(*arguments, stdin=""):
+        monkeypatch.setattr(sys, "argv", ["pldr", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capsys.readouterr()
+        return stop.value.code or 0, captured.out, captured.err
+
+    return call
 
 
 @pytest.fixture
@@ -91,3 +100,51 @@ def toy_tokenizer(toy_model_file):
     from pldr.tokenizer import load_tokenizer
 
     return load_tokenizer(toy_model_file)
+
+
+@pytest.fixture
+def folder(tmp_path, toy_tokenizer):
+    """A fresh model of the toy tokenizer's vocabulary, saved with it: tmp_path/model."""
+    torch.manual_seed(0)
+    config = PldrConfig(
+        vocab_size=len(toy_tokenizer), hidden_size=32, num_attention_heads=2, num_hidden_layers=2,
+        metric_learner_units=2, metric_learner_width=24, max_position_embeddings=64,
+    )  # fmt: skip
+    PldrForCausalLM(config).save_pretrained(tmp_path / "model")
+    toy_tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """Twelve files of toy text: tmp_path/texts/00.txt to 11.txt."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(3)
+    for index in range(12):
+        picked = [WORDS[i] for i in torch.randint(len(WORDS), (150,), generator=generator)]
+        (folder / f"{index:02}.txt").write_text(" ".join(picked) + ".\n")
+    return folder
+
+
+@pytest.fixture
+def write_recipe(tmp_path, texts, toy_model_file):
+    """Write tmp_path/recipe.yaml, a run of seconds; section__key=value changes a field of a section."""
+
+    def write(**changes):
+        fields = {
+            "output": str(tmp_path / "out"),
+            "model": {"config": dict(TINY)},
+            "data": {"train": [f"{texts}/0*.txt"], "validation": [f"{texts}/1*.txt"],
+                     "tokenizer": str(toy_model_file), "sequence_length": 32},
+            "optimization": {"steps": 12, "batch_size": 4, "learning_rate": 3e-3, "warmup_steps": 3,
+                             "precision": "fp32"},
+            "log_steps": 4,
+        }  # fmt: skip
+        for key, value in changes.items():
+            section, _, name = key.rpartition("__")
+            (fields[section] if section else fields)[name] = value
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(fields))
+        return tmp_path / "recipe.yaml"
+
+    return write

@@ -1,6 +1,50 @@
-"""The one tolerance helper of the test suite."""
+"""What tests share that is no fixture: where their data lies, toy texts and sizes, and the ways to compare."""
 
+import os
+from pathlib import Path
+
+import pytest
 import torch
+
+FIXTURES = Path(__file__).parent / "fixtures"
+SHARED = Path(os.environ.get("PLDR_SHARED", Path(__file__).parents[2] / "shared"))
+
+# What the toy tokenizer and the toy texts are made of.
+SENTENCE = "the cat sat on a mat and saw that dog who ran to see him at her red house in old town"
+WORDS = SENTENCE.split()
+
+# The model of a toy training run.
+TINY = {
+    "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "max_position_embeddings": 64,
+    "metric_learner_units": 2, "metric_learner_width": 24,
+}  # fmt: skip
+
+
+def shared(path: str) -> Path:
+    """A file of the development data, or a skip where that is absent."""
+    if not (SHARED / path).exists():
+        pytest.skip(f"development data not here: {path}")
+    return SHARED / path
+
+
+def fails(result, message):
+    """What the fixture `run` returned is a mistake of the user: one line with `message`, exit code 1, nothing printed."""
+    code, out, err = result
+    lines = [line for line in err.splitlines() if line]
+    assert code == 1
+    assert out == ""
+    assert len(lines) == 1, err
+    assert lines[0].startswith("pldr: ")
+    assert message in lines[0], lines[0]
+
+
+def yaml_task(name, rows, **settings):
+    """A task of the harness on a file of rows in PIQA's columns; JSON is YAML."""
+    return {
+        "task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"validation": str(rows)}},
+        "output_type": "multiple_choice", "validation_split": "validation", "doc_to_text": "{{goal}}",
+        "doc_to_target": "label", "doc_to_choice": "{{[sol1, sol2]}}", "metric_list": [{"metric": "acc"}],
+    } | settings  # fmt: skip
 
 
 def assert_close(actual, expected, *, max_error=None, rms_ratio=None, name="tensor"):

@@ -8,8 +8,7 @@ import re
 import pytest
 import torch
 
-from conftest import FIXTURES, SENTENCE, shared
-from helpers import assert_close
+from helpers import FIXTURES, SENTENCE, assert_close, fails, shared
 from pldr import deductive_outputs, freeze, load_model, load_tokenizer
 from pldr.checkpoints.load import load_predefined_G
 from pldr.data.rows import read_passages
@@ -19,7 +18,6 @@ from pldr.models.shipped import HELD_OUT
 from pldr.study.page import report
 from pldr.study.statistics import Scale, analyse_model, analyse_operator, summarise
 from pldr.tables import number
-from test_cli import fails, folder, run  # noqa: F401 (fixtures)
 
 NAMES = ("A", "A_LM", "A_P", "G_LM")
 
@@ -243,7 +241,7 @@ def text(tmp_path):
 
 
 class TestCommand:
-    def test_json_is_the_analysis(self, run, folder, text):  # noqa: F811
+    def test_json_is_the_analysis(self, run, folder, text):
         code, out, err = run("inspect", folder, text, "--passages", 5, "--length", 24, "--json")
         assert (code, err) == (0, "")
         fields = json.loads(out)
@@ -252,7 +250,7 @@ class TestCommand:
         expected = analyse_model(load_model(folder), passages).to_json()
         assert {name: fields[name] for name in expected} == expected
 
-    def test_table(self, run, folder, text, monkeypatch):  # noqa: F811
+    def test_table(self, run, folder, text, monkeypatch):
         monkeypatch.setenv("COLUMNS", "80")
         code, out, _ = run("inspect", folder, text, "--passages", 3)
         assert code == 0
@@ -264,7 +262,7 @@ class TestCommand:
             assert [line.split()[0] for line in lines[start + 2 : start + 4]] == ["0", "1"]
             assert all(len(line) <= 80 and "…" not in line for line in lines[start : start + 4])
 
-    def test_without_data_the_excerpts_that_come_along(self, run, folder):  # noqa: F811
+    def test_without_data_the_excerpts_that_come_along(self, run, folder):
         code, out, _ = run("inspect", folder, "--passages", 2, "--length", 8, "--json")
         fields = json.loads(out)
         assert code == 0
@@ -274,7 +272,7 @@ class TestCommand:
         assert fields["tensors"]["A_LM"]["rms"] == expected
         assert "held-out excerpts" in run("inspect", folder, "--passages", 2, "--length", 8)[1]
 
-    def test_report_is_whole_in_itself(self, run, folder, text, tmp_path):  # noqa: F811
+    def test_report_is_whole_in_itself(self, run, folder, text, tmp_path):
         file = tmp_path / "reports" / "report.html"
         code, out, _ = run("inspect", folder, text, "--passages", 3, "--html", file)
         assert code == 0
@@ -316,7 +314,7 @@ class TestCommand:
             expected = statistics.scale.position(statistics.example[0, head])
             assert_close(sign * part[..., 3], expected, max_error=0.5 / 127 + 0.5 / 255 + 1e-6)
 
-    def test_tensor_file(self, run, tmp_path):  # noqa: F811
+    def test_tensor_file(self, run, tmp_path):
         from safetensors.torch import save_file
 
         file = tmp_path / "G.safetensors"
@@ -333,7 +331,7 @@ class TestCommand:
         save_file({"G_LM": G_LM}, file)
         fails(run("inspect", file), "G_LM: layer 1, head 2 holds NaN or infinite values")
 
-    def test_frozen_model(self, run, folder, tmp_path, text):  # noqa: F811
+    def test_frozen_model(self, run, folder, tmp_path, text):
         assert run("freeze", folder, tmp_path / "frozen", "--prompt", "the cat sat")[0] == 0
         code, out, _ = run("inspect", tmp_path / "frozen", text, "--json", "--html", tmp_path / "frozen.html")
         assert code == 0
@@ -351,10 +349,10 @@ class TestCommand:
             (["--html", "."], "--html: . is a folder; name a file"),
         ],
     )
-    def test_bad_options(self, run, folder, text, arguments, message):  # noqa: F811
+    def test_bad_options(self, run, folder, text, arguments, message):
         fails(run("inspect", folder, text, *arguments), message)
 
-    def test_bad_input(self, run, folder, tmp_path):  # noqa: F811
+    def test_bad_input(self, run, folder, tmp_path):
         empty = tmp_path / "empty.txt"
         empty.touch()
         fails(run("inspect", folder, empty), "less than one sequence of 64 tokens")

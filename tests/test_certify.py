@@ -14,7 +14,6 @@ from pldr.data.sources import Source
 from pldr.deductive import deductive_outputs, variation
 from pldr.models.shipped import HELD_OUT, STORIES
 from pldr.study.certify import Thresholds, certify
-from test_cli import folder, run  # noqa: F401 (fixtures)
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +149,7 @@ class TestCertificate:
                       {"x": a["x"], "y": a["y"].float()}, {"x": a["x"] + 1e-7, "y": a["y"]}):  # fmt: skip
             assert weights_digest(other) != weights_digest(a)
 
-    def test_command_writes_a_frozen_model_that_knows_its_certificate(self, run, tmp_path):  # noqa: F811
+    def test_command_writes_a_frozen_model_that_knows_its_certificate(self, run, tmp_path):
         arguments = ["certify", STORIES, HELD_OUT, "--passages", "3", "--calibration", "1", "--length", "64"]
         out = tmp_path / "frozen"
         code, shown, _ = run(*arguments, "--output", out)
@@ -181,13 +180,13 @@ class TestCertificate:
         assert code == 1
         assert "not certified (frozen: loss may differ" in " ".join(shown.split())
 
-    def test_not_certified_writes_nothing(self, run, tmp_path):  # noqa: F811
+    def test_not_certified_writes_nothing(self, run, tmp_path):
         arguments = ["certify", STORIES, HELD_OUT, "--passages", "2", "--calibration", "1", "--length", "32",
                      "--loss", "1e-12", "--output", tmp_path / "no"]  # fmt: skip
         assert run(*arguments)[0] == 1
         assert not (tmp_path / "no").exists()
 
-    def test_errors_are_one_line_and_exit_code_2(self, run, tmp_path, folder, toy_tokenizer):  # noqa: F811
+    def test_errors_are_one_line_and_exit_code_2(self, run, tmp_path, folder, toy_tokenizer):
         (tmp_path / "empty.txt").write_text("")
         (tmp_path / "short.txt").write_text("the cat sat on a mat")
 

@@ -8,38 +8,9 @@ import pytest
 import torch
 
 import pldr
-from conftest import FIXTURES, WORDS
+from helpers import FIXTURES, WORDS, fails
 from pldr import PldrConfig, PldrForCausalLM, deductive_outputs, load_model
 from pldr.cli import main
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run `pldr ARGS…`; returns (exit code, standard output, standard error)."""
-
-    def call(*arguments, stdin=""):
-        import io
-
-        monkeypatch.setattr(sys, "argv", ["pldr", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        with pytest.raises(SystemExit) as stop:
-            main()
-        captured = capsys.readouterr()
-        return stop.value.code or 0, captured.out, captured.err
-
-    return call
-
-
-@pytest.fixture
-def folder(tmp_path, toy_tokenizer):
-    torch.manual_seed(0)
-    config = PldrConfig(
-        vocab_size=len(toy_tokenizer), hidden_size=32, num_attention_heads=2, num_hidden_layers=2,
-        metric_learner_units=2, metric_learner_width=24, max_position_embeddings=64,
-    )  # fmt: skip
-    PldrForCausalLM(config).save_pretrained(tmp_path / "model")
-    toy_tokenizer.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
 
 
 def test_generate_without_a_model_uses_the_one_that_comes_along(run):
@@ -47,16 +18,6 @@ def test_generate_without_a_model_uses_the_one_that_comes_along(run):
     assert code == 0
     fields = json.loads(out)
     assert (len(fields["token_ids"]), fields["prompt"]) == (8, "Once upon a time")
-
-
-def fails(result, message):
-    code, out, err = result
-    lines = [line for line in err.splitlines() if line]
-    assert code == 1
-    assert out == ""
-    assert len(lines) == 1, err
-    assert lines[0].startswith("pldr: ")
-    assert message in lines[0], lines[0]
 
 
 def test_help_and_version_start_without_torch():

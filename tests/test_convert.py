@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import FIXTURES, shared
+from helpers import FIXTURES, shared
 from pldr import (
     PldrForCausalLM,
     convert_checkpoint,

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers import TINY
 from pldr import load_model
 from pldr.recipe import load_recipe
 from pldr.training.checkpoint import checkpoints, step_of
 from pldr.training.run import train
-from test_recipe_and_train import TINY, texts, write_recipe  # noqa: F401 (fixtures)
 
 pytestmark = pytest.mark.slow
 VARIANTS = {
@@ -53,7 +53,7 @@ def losses(folder):
 
 @pytest.mark.parametrize("sharding", ["none", "full"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_two_processes_train_as_one(write_recipe, tmp_path, sharding, variant):  # noqa: F811
+def test_two_processes_train_as_one(write_recipe, tmp_path, sharding, variant):
     changes = VARIANTS[variant] | GENTLE | {"optimization__steps": 20, "log_steps": 1, "eval_steps": 10}
     alone = load_recipe(write_recipe(**changes, output=str(tmp_path / "alone")))
     expected = train(alone, progress=False)
@@ -68,7 +68,7 @@ def test_two_processes_train_as_one(write_recipe, tmp_path, sharding, variant): 
         assert torch.allclose(tensor, other[name], atol=1e-4), name
 
 
-def test_sharded_checkpoints_load_on_another_number_of_processes(write_recipe, tmp_path):  # noqa: F811
+def test_sharded_checkpoints_load_on_another_number_of_processes(write_recipe, tmp_path):
     """Two processes, then one, then two; and merged to a model that one process can use."""
     changes = GENTLE | {"optimization__steps": 20, "log_steps": 1, "save_steps": 5, "keep_checkpoints": 4}
     alone = load_recipe(write_recipe(**changes, output=str(tmp_path / "alone")))
@@ -96,7 +96,7 @@ def test_sharded_checkpoints_load_on_another_number_of_processes(write_recipe, t
     assert losses(tmp_path / "out") == pytest.approx(expected, abs=1e-5)
 
 
-def test_hybrid_sharding_and_offload(write_recipe, tmp_path):  # noqa: F811
+def test_hybrid_sharding_and_offload(write_recipe, tmp_path):
     """Two replicas of one shard each: the code path, on two processes."""
     changes = GENTLE | {"optimization__steps": 12, "log_steps": 1}
     alone = load_recipe(write_recipe(**changes, output=str(tmp_path / "alone")))
@@ -118,7 +118,7 @@ def test_hybrid_sharding_and_offload(write_recipe, tmp_path):  # noqa: F811
         assert not (tmp_path / "no").exists()
 
 
-def test_sigterm_to_both_saves_one_checkpoint(write_recipe, tmp_path):  # noqa: F811
+def test_sigterm_to_both_saves_one_checkpoint(write_recipe, tmp_path):
     path = write_recipe(optimization__steps=5000, optimization__batch_size=2, distributed={"sharding": "full"})
     run = launch(path)
     log = tmp_path / "out" / "log.jsonl"

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from helpers import fails, yaml_task
 from pldr import load_model, load_tokenizer
 from pldr.evaluation.published import LAYOUTS, PAPER_SUITE, read_benchmark, suite_averages
 from pldr.evaluation.scoring import Scorer, read_calibration
 from pldr.generation import generate_text
-from test_cli import fails, folder, run  # noqa: F401 (fixtures)
 
 pytest.importorskip("lm_eval")
 
@@ -37,15 +37,6 @@ PUBLISHED = {
     "truthfulqa/mc_task.json": {"question": "who ran", "mc1_targets": ANSWERS, "mc2_targets": ANSWERS | {"old": 1}},
 }  # fmt: skip
 LABELS = {"piqa/valid-labels.lst": "0", "siqa/dev-labels.lst": "3"}
-
-
-def yaml_task(name, rows, **settings):
-    """A task of the harness on a file of rows in PIQA's columns; JSON is YAML."""
-    return {
-        "task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"validation": str(rows)}},
-        "output_type": "multiple_choice", "validation_split": "validation", "doc_to_text": "{{goal}}",
-        "doc_to_target": "label", "doc_to_choice": "{{[sol1, sol2]}}", "metric_list": [{"metric": "acc"}],
-    } | settings  # fmt: skip
 
 
 @pytest.fixture
@@ -127,7 +118,7 @@ class TestPublishedFiles:
         assert suite_averages(scores) == pytest.approx({"average": 0.3, "average without TruthfulQA": 0.25})
 
 
-def test_the_papers_suite_offline(run, folder, data):  # noqa: F811
+def test_the_papers_suite_offline(run, folder, data):
     """All eight benchmarks in all modes, from local files; PIQA once more by plain arithmetic."""
     (data / "piqa/valid.jsonl").write_text(
         "".join(json.dumps({"goal": goal, "sol1": one, "sol2": two}) + "\n" for goal, one, two in (
@@ -177,7 +168,7 @@ def test_the_papers_suite_offline(run, folder, data):  # noqa: F811
     assert "warning: the modes' log-likelihoods of an answer differ by up to" in err
 
 
-def test_the_table_and_the_default_mode(run, folder, data):  # noqa: F811
+def test_the_table_and_the_default_mode(run, folder, data):
     text = data / "text.txt"
     text.write_text("the cat sat on a mat\n" * 40)
     code, out, _ = run("eval", folder, "--tasks", "piqa,winogrande", "--data-dir", data, "--limit", "2", "--batch-size", "1",
@@ -194,7 +185,7 @@ def test_the_table_and_the_default_mode(run, folder, data):  # noqa: F811
     assert "learned" not in out
 
 
-def test_few_shot_examples_stand_before_the_question(run, folder, data, monkeypatch):  # noqa: F811
+def test_few_shot_examples_stand_before_the_question(run, folder, data, monkeypatch):
     from pldr.evaluation import harness as evaluate
 
     example = json.dumps({"goal": "him", "sol1": "a red", "sol2": "old town"}) + "\n"
@@ -228,7 +219,7 @@ def test_few_shot_examples_stand_before_the_question(run, folder, data, monkeypa
     assert len(set(contexts[:third])) > 1
 
 
-def test_text_alone_in_every_mode(run, folder, tmp_path):  # noqa: F811
+def test_text_alone_in_every_mode(run, folder, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on a mat\n" * 40)
     code, out, _ = run("eval", folder, "--perplexity", text, "--compare", "--stride", "16", "--json")
@@ -266,7 +257,7 @@ def test_text_alone_in_every_mode(run, folder, tmp_path):  # noqa: F811
         (["--perplexity", "empty.txt"], "empty.txt: is empty"),
     ],
 )  # fmt: skip
-def test_mistakes_are_one_line(run, folder, tmp_path, monkeypatch, arguments, message):  # noqa: F811
+def test_mistakes_are_one_line(run, folder, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("the cat sat on a mat")
     (tmp_path / "empty.txt").write_text("\u200b\n")
@@ -275,7 +266,7 @@ def test_mistakes_are_one_line(run, folder, tmp_path, monkeypatch, arguments, me
     fails(run("eval", folder, *arguments), message)
 
 
-def test_a_constant_operator_has_one_mode(run, folder, tmp_path, data):  # noqa: F811
+def test_a_constant_operator_has_one_mode(run, folder, tmp_path, data):
     frozen = tmp_path / "frozen"
     assert run("freeze", folder, frozen, "--prompt", "the cat sat")[0] == 0
     text = data / "text.txt"
@@ -308,7 +299,7 @@ def test_data_that_the_hub_does_not_give_is_one_line(monkeypatch):
 
 class TestTheHarnessModel:
     @pytest.fixture
-    def lm(self, folder):  # noqa: F811
+    def lm(self, folder):
         from pldr.evaluation.harness import PldrLM
 
         return lambda **settings: PldrLM(str(folder), **settings)
@@ -402,7 +393,7 @@ def test_differences_between_two_runs():
     assert _differences(task, text, other) == (1, 0.0)
 
 
-def test_what_the_harness_prints_does_not_get_into_the_json(run, folder, tmp_path, data):  # noqa: F811
+def test_what_the_harness_prints_does_not_get_into_the_json(run, folder, tmp_path, data):
     """Bootstrapped metrics announce themselves on standard output; sampling gives every mode the same luck."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in read_benchmark("piqa", data)["validation"]))
@@ -453,7 +444,7 @@ def test_the_start_up_file_minds_its_own_business(monkeypatch, argv, orig_argv, 
 
 
 @pytest.mark.slow
-def test_the_harnesss_own_command_knows_the_model(run, folder, tmp_path, data):  # noqa: F811
+def test_the_harnesss_own_command_knows_the_model(run, folder, tmp_path, data):
     """Plain lm_eval: a frozen model has the same scores as "pldr", as "hf", and under pldr eval; a learned one runs too."""
     frozen = tmp_path / "frozen"
     assert run("freeze", folder, frozen, "--prompt", "the cat sat")[0] == 0

@@ -5,8 +5,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from conftest import FIXTURES, shared
-from helpers import assert_close
+from helpers import FIXTURES, assert_close, shared
 from pldr import dag_loss, deductive_outputs, load_model
 from pldr.layouts import ours_to_published
 

@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 
-from conftest import WORDS
+from helpers import TINY
 from pldr import dag_loss, deductive_outputs, freeze, load_model, load_tokenizer
 from pldr.configuration_pldr import PRESETS
 from pldr.data.rows import cached_rows, collate
@@ -23,42 +22,6 @@ from pldr.training.run import build_model, train
 from pldr.training.trainer import PldrTrainer, training_arguments
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
-TINY = {
-    "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "max_position_embeddings": 64,
-    "metric_learner_units": 2, "metric_learner_width": 24,
-}  # fmt: skip
-
-
-@pytest.fixture
-def texts(tmp_path):
-    folder = tmp_path / "texts"
-    folder.mkdir()
-    generator = torch.Generator().manual_seed(3)
-    for index in range(12):
-        picked = [WORDS[i] for i in torch.randint(len(WORDS), (150,), generator=generator)]
-        (folder / f"{index:02}.txt").write_text(" ".join(picked) + ".\n")
-    return folder
-
-
-@pytest.fixture
-def write_recipe(tmp_path, texts, toy_model_file):
-    def write(**changes):
-        fields = {
-            "output": str(tmp_path / "out"),
-            "model": {"config": dict(TINY)},
-            "data": {"train": [f"{texts}/0*.txt"], "validation": [f"{texts}/1*.txt"],
-                     "tokenizer": str(toy_model_file), "sequence_length": 32},
-            "optimization": {"steps": 12, "batch_size": 4, "learning_rate": 3e-3, "warmup_steps": 3,
-                             "precision": "fp32"},
-            "log_steps": 4,
-        }  # fmt: skip
-        for key, value in changes.items():
-            section, _, name = key.rpartition("__")
-            (fields[section] if section else fields)[name] = value
-        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(fields))
-        return tmp_path / "recipe.yaml"
-
-    return write
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

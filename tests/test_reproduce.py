@@ -6,13 +6,12 @@ import pytest
 import torch
 import yaml
 
+from helpers import TINY, fails
 from pldr.recipe import load_recipe
 from pldr.study import claims as module
 from pldr.study.claims import reproduce
 from pldr.study.lab import SIZES, Lab, Size, default_data, table
 from pldr.training.run import train
-from test_cli import fails, run  # noqa: F401 (fixture)
-from test_recipe_and_train import TINY, texts  # noqa: F401 (fixture)
 
 TOY = Size(
     {"model": {"config": TINY}, "optimization": {"steps": 8, "batch_size": 4, "warmup_steps": 3, "learning_rate": 3e-3,
@@ -23,7 +22,7 @@ TOY = Size(
 
 
 @pytest.fixture
-def lab(tmp_path, texts, toy_model_file, monkeypatch):  # noqa: F811
+def lab(tmp_path, texts, toy_model_file, monkeypatch):
     """A lab whose runs are seconds long and happen in this process."""
 
     def train_here(lab, name, changes):
@@ -171,7 +170,7 @@ def test_claims_that_a_model_does_not_bear_out(lab, claim):
     assert "**Not confirmed" in page(here)[0]
 
 
-def test_a_run_in_a_process_of_its_own(tmp_path, texts, toy_model_file):  # noqa: F811
+def test_a_run_in_a_process_of_its_own(tmp_path, texts, toy_model_file):
     data = {"train": [f"{texts}/0*.txt"], "validation": [f"{texts}/1*.txt"], "tokenizer": str(toy_model_file)}
     here = Lab(TOY, tmp_path / "x", tmp_path / "runs", data)
     here.train({"good": {}, "bad": {"optimization.learning_rate": 1e30, "optimization.clip_value": None}})
@@ -200,7 +199,7 @@ def test_table():
     assert table(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
 
 
-def test_errors(run, tmp_path):  # noqa: F811
+def test_errors(run, tmp_path):
     fails(run("reproduce", "gravity"), "no claim 'gravity'; choose one of caching, invariance")
     fails(run("reproduce", "caching", "--size", "huge"), "--size: must be one of tiny, small, paper")
     fails(run("reproduce", "caching", "--train", "x"), "give both or neither")

@@ -21,7 +21,6 @@ from pldr.training.callbacks import ProgressBar
 from pldr.training.checkpoint import SavedTensors, checkpoints, step_of
 from pldr.training.run import train
 from pldr.training.trainer import PldrTrainer
-from test_recipe_and_train import texts, write_recipe  # noqa: F401 (fixtures)
 
 VARIANTS = {
     "plain": {},
@@ -55,7 +54,7 @@ def stop_at(monkeypatch, step, number=signal.SIGTERM):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_resumed_run_is_the_same_run(write_recipe, tmp_path, monkeypatch, variant):  # noqa: F811
+def test_a_resumed_run_is_the_same_run(write_recipe, tmp_path, monkeypatch, variant):
     """Bit for bit, with log lines that span the interruption: the losses, what they sum to, and the weights."""
     changes = VARIANTS[variant] | {"eval_steps": 5, "log_steps": 3}
     whole = load_recipe(write_recipe(**changes, output=str(tmp_path / "whole")))
@@ -76,7 +75,7 @@ def test_a_resumed_run_is_the_same_run(write_recipe, tmp_path, monkeypatch, vari
         assert summary[name] == expected[name], name
 
 
-def test_older_checkpoints_go_and_the_recipe_must_be_the_same(write_recipe, tmp_path):  # noqa: F811
+def test_older_checkpoints_go_and_the_recipe_must_be_the_same(write_recipe, tmp_path):
     recipe = load_recipe(write_recipe(save_steps=3, keep_checkpoints=2))
     train(recipe, progress=False)
     assert [step_of(path) for path in checkpoints(recipe.output)] == [12, 9]
@@ -105,7 +104,7 @@ def test_older_checkpoints_go_and_the_recipe_must_be_the_same(write_recipe, tmp_
         train(recipe, resume=True, progress=False)
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(write_recipe):  # noqa: F811
+def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(write_recipe):
     recipe = load_recipe(write_recipe(save_steps=4, keep_checkpoints=3))
     train(recipe, progress=False)
     newest, middle, oldest = checkpoints(recipe.output)
@@ -123,7 +122,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(write_recipe):
         train(recipe, resume=True, progress=False)
 
 
-def test_a_checkpoint_is_a_model_and_holds_no_pickle(write_recipe):  # noqa: F811
+def test_a_checkpoint_is_a_model_and_holds_no_pickle(write_recipe):
     recipe = load_recipe(write_recipe(save_steps=12))
     train(recipe, progress=False)
     (saved,) = checkpoints(recipe.output)
@@ -138,7 +137,7 @@ def test_a_checkpoint_is_a_model_and_holds_no_pickle(write_recipe):  # noqa: F81
 
 
 @pytest.mark.parametrize("limit", [0, 2])
-def test_steps_with_a_broken_loss(write_recipe, monkeypatch, limit):  # noqa: F811
+def test_steps_with_a_broken_loss(write_recipe, monkeypatch, limit):
     """Stop at the first, naming step, batch and checkpoint; or leave it out, weights and moments untouched."""
     recipe = load_recipe(write_recipe(save_steps=3, log_steps=1, optimization__skip_nonfinite=limit))
     original = PldrTrainer.compute_loss
@@ -173,7 +172,7 @@ def test_steps_with_a_broken_loss(write_recipe, monkeypatch, limit):  # noqa: F8
         train(recipe, overwrite=True, progress=False)
 
 
-def test_a_full_disk_leaves_the_old_checkpoint_whole(write_recipe, monkeypatch):  # noqa: F811
+def test_a_full_disk_leaves_the_old_checkpoint_whole(write_recipe, monkeypatch):
     """No file may grow beyond a limit, as on a disk that is full."""
     recipe = load_recipe(write_recipe(save_steps=5))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -196,7 +195,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(write_recipe, monkeypatch):
     assert train(recipe, resume=True, progress=False)["steps"] == 12
 
 
-def test_overwriting_sets_the_old_run_aside(write_recipe, tmp_path):  # noqa: F811
+def test_overwriting_sets_the_old_run_aside(write_recipe, tmp_path):
     recipe = load_recipe(write_recipe())
     train(recipe, progress=False)
     kept = (tmp_path / "out" / "model.safetensors").read_bytes()
@@ -210,7 +209,7 @@ def test_overwriting_sets_the_old_run_aside(write_recipe, tmp_path):  # noqa: F8
     assert not list(tmp_path.glob(".out*"))
 
 
-def test_a_failure_touches_no_other_run(write_recipe, tmp_path, monkeypatch):  # noqa: F811
+def test_a_failure_touches_no_other_run(write_recipe, tmp_path, monkeypatch):
     """Not even where the folder above both was made for the one that fails."""
     recipe = load_recipe(write_recipe(output=str(tmp_path / "runs" / "a" / "b")))
     original = PldrTrainer.compute_loss
@@ -225,7 +224,7 @@ def test_a_failure_touches_no_other_run(write_recipe, tmp_path, monkeypatch):  #
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["other"]
 
 
-def test_a_failure_after_the_last_step_keeps_the_model(write_recipe, monkeypatch):  # noqa: F811
+def test_a_failure_after_the_last_step_keeps_the_model(write_recipe, monkeypatch):
     recipe = load_recipe(write_recipe())
 
     def fail(*args, **kwargs):
@@ -238,7 +237,7 @@ def test_a_failure_after_the_last_step_keeps_the_model(write_recipe, monkeypatch
 
 
 @pytest.mark.parametrize("variant", ["plain", "streamed"])
-def test_resuming_after_the_last_step_only_writes_the_model(write_recipe, variant):  # noqa: F811
+def test_resuming_after_the_last_step_only_writes_the_model(write_recipe, variant):
     recipe = load_recipe(write_recipe(**VARIANTS[variant], save_steps=6))
     expected = train(recipe, progress=False)
     folder = Path(recipe.output)
@@ -250,7 +249,7 @@ def test_resuming_after_the_last_step_only_writes_the_model(write_recipe, varian
     assert all(torch.equal(tensor, model[name]) for name, tensor in load_model(folder).state_dict().items())
 
 
-def test_the_loss_of_a_resumed_run_too_short_to_log(write_recipe, tmp_path, monkeypatch):  # noqa: F811
+def test_the_loss_of_a_resumed_run_too_short_to_log(write_recipe, tmp_path, monkeypatch):
     whole = train(load_recipe(write_recipe(log_steps=500, output=str(tmp_path / "whole"))), progress=False)
     recipe = load_recipe(write_recipe(log_steps=500))
     with monkeypatch.context() as patch:
@@ -262,7 +261,7 @@ def test_the_loss_of_a_resumed_run_too_short_to_log(write_recipe, tmp_path, monk
     assert summary["train_accuracy"] == whole["train_accuracy"]
 
 
-def test_broken_weights_are_no_checkpoint(write_recipe, monkeypatch):  # noqa: F811
+def test_broken_weights_are_no_checkpoint(write_recipe, monkeypatch):
     """A step can break the weights with a loss that is still a number."""
     recipe = load_recipe(write_recipe(save_steps=5))
     original = PldrTrainer.training_step
@@ -285,7 +284,7 @@ def command(path, *more):
     return [sys.executable, "-m", "pldr", "train", str(path), *more]
 
 
-def test_sigterm_saves_and_says_so(write_recipe, tmp_path):  # noqa: F811
+def test_sigterm_saves_and_says_so(write_recipe, tmp_path):
     path = write_recipe(optimization__steps=5000)
     run = subprocess.Popen(command(path), stderr=subprocess.PIPE, text=True)
     log = tmp_path / "out" / "log.jsonl"
@@ -302,7 +301,7 @@ def test_sigterm_saves_and_says_so(write_recipe, tmp_path):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_killed_at_ten_random_moments(write_recipe, tmp_path):  # noqa: F811
+def test_killed_at_ten_random_moments(write_recipe, tmp_path):
     """SIGKILL, also while a checkpoint is written: at most the steps since the last one are done again."""
     steps, every = 300, 3
     changes = {"optimization__steps": steps, "save_steps": every, "log_steps": 1}

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from conftest import shared
+from helpers import shared
 from pldr import freeze, load_model, load_tokenizer, make_cache
 from pldr.evaluation.modes import MODES
 from pldr.evaluation.perplexity import evaluate_texts, perplexity, windows

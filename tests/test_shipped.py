@@ -7,7 +7,7 @@ import lzma
 import pytest
 import torch
 
-from conftest import shared
+from helpers import shared
 from pldr import freeze, load_model, load_tokenizer
 from pldr.generation import generate_text
 from pldr.models.shipped import STORIES

@@ -3,7 +3,7 @@ import unicodedata
 import pytest
 import sentencepiece
 
-from conftest import WORDS, shared
+from helpers import WORDS, shared
 from pldr.tokenizer import check_text, check_vocabulary, load_tokenizer, train_sentencepiece
 
 TRICKY = [
