@@ -109,7 +109,7 @@ def test_streamed_pieces_add_up(pair):
     """Whatever the model says, also broken bytes and special tokens: the pieces are the text, each final when shown."""
     import torch
 
-    from pldr.generation import _TextStreamer
+    from pldr.generation import TextStreamer
 
     tokenizer, _ = pair
     generator = torch.Generator().manual_seed(0)
@@ -118,7 +118,7 @@ def test_streamed_pieces_add_up(pair):
         ids = torch.randint(len(tokenizer), (length,), generator=generator).tolist() + emoji + [0]
         pieces = []
         prompt = tokenizer("the cat")["input_ids"]
-        streamer = _TextStreamer(tokenizer, pieces.append, prompt)
+        streamer = TextStreamer(tokenizer, pieces.append, prompt)
         streamer.put(torch.tensor([prompt]))
         for token in ids:
             streamer.put(torch.tensor([token]))
@@ -149,7 +149,7 @@ def test_streaming_a_byte_level_tokenizer():
     from tokenizers.models import BPE
     from transformers import PreTrainedTokenizerFast
 
-    from pldr.generation import _TextStreamer
+    from pldr.generation import TextStreamer
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(BPE({character: index for index, character in enumerate(alphabet)}, []))
@@ -159,7 +159,7 @@ def test_streaming_a_byte_level_tokenizer():
     import torch
 
     prompt = tokenizer("x")["input_ids"]
-    streamer = _TextStreamer(tokenizer, pieces.append, prompt)
+    streamer = TextStreamer(tokenizer, pieces.append, prompt)
     streamer.put(torch.tensor([prompt]))
     for token in tokenizer("a😀b é")["input_ids"]:
         streamer.put(torch.tensor([token]))

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerFast
 from transformers.generation.streamers import BaseStreamer
 
+from pldr.modeling_pldr import PldrForCausalLM
 from pldr.tokenizer import check_text, check_vocabulary
 
 # The published implementation's cache modes as (keys and values, G_LM).
@@ -37,8 +39,8 @@ class Generation:
 
 
 def generate_text(
-    model: Any,
-    tokenizer: Any,
+    model: PldrForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
     prompt: str,
     *,
     max_new_tokens: int | None = None,
@@ -71,49 +73,31 @@ def generate_text(
     """
     check_vocabulary(tokenizer, model.config.vocab_size)
     ids = encode_prompt(tokenizer, prompt)
-    room = model.config.max_position_embeddings - len(ids)
-    if room < 1:
-        raise ValueError(
-            f"prompt: {len(ids)} tokens leave no room in the context of {model.config.max_position_embeddings}"
-        )
-    if max_new_tokens is None:
-        max_new_tokens = min(64, room)
-    if not 1 <= max_new_tokens <= room:
-        raise ValueError(f"max_new_tokens: must be between 1 and {room} after this prompt, got {max_new_tokens}")
+    max_new_tokens = _checked_length(len(ids), model.config.max_position_embeddings, max_new_tokens)
     if cache not in CACHE_MODES:
         raise ValueError(f"cache: must be one of {', '.join(CACHE_MODES)}, got {cache!r}")
     sampling = _sampling(temperature, top_k, top_p, beams)
     if on_text is not None and beams > 1:
         raise ValueError("stream: beam search knows its text only at the end; use beams=1")
+    streamer = TextStreamer(tokenizer, on_text, ids) if on_text is not None else None
     if seed is not None:
         torch.manual_seed(seed)
     kv, g = CACHE_MODES[cache]
     inputs = torch.tensor([ids], device=model.device)
     start = time.perf_counter()
     output = model.generate(
-        inputs,
-        attention_mask=torch.ones_like(inputs),
-        max_new_tokens=max_new_tokens,
-        use_cache=kv,
-        use_g_cache=g,
-        eos_token_id=None if ignore_end else model.config.eos_token_id,
-        pad_token_id=model.config.pad_token_id,
-        streamer=_TextStreamer(tokenizer, on_text, ids) if on_text is not None else None,
-        **sampling,
-    )
+        inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=max_new_tokens, use_cache=kv, use_g_cache=g,
+        eos_token_id=None if ignore_end else model.config.eos_token_id, pad_token_id=model.config.pad_token_id,
+        streamer=streamer, **sampling,
+    )  # fmt: skip
     seconds = time.perf_counter() - start
     new = output[0, len(ids) :].tolist()
     return Generation(_continuation(tokenizer, ids, new), new, len(ids), seconds)
 
 
-def _continuation(tokenizer: Any, prompt: list[int], new: list[int]) -> str:
-    """The text of `new` behind `prompt`: a decoder drops the space before a first word, which is none here."""
-    before = tokenizer.decode(prompt, skip_special_tokens=True)
-    return tokenizer.decode([*prompt, *new], skip_special_tokens=True)[len(before) :]
+def encode_prompt(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
+    """Token ids of a prompt, without special tokens.
 
-
-def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """
     Raises:
         ValueError: the prompt is empty or not valid UTF-8.
     """
@@ -121,6 +105,22 @@ def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
     if not ids:
         raise ValueError("prompt: is empty; G_LM needs at least one token")
     return ids
+
+
+def _checked_length(prompt: int, context: int, new: int | None) -> int:
+    """How many tokens to add to a prompt of so many tokens, by default 64 or what the context has room for.
+
+    Raises:
+        ValueError: the context has no room for them.
+    """
+    room = context - prompt
+    if room < 1:
+        raise ValueError(f"prompt: {prompt} tokens leave no room in the context of {context}")
+    if new is None:
+        return min(64, room)
+    if not 1 <= new <= room:
+        raise ValueError(f"max_new_tokens: must be between 1 and {room} after this prompt, got {new}")
+    return new
 
 
 def _sampling(temperature: float | None, top_k: int | None, top_p: float | None, beams: int) -> dict[str, Any]:
@@ -143,10 +143,16 @@ def _sampling(temperature: float | None, top_k: int | None, top_p: float | None,
     }
 
 
-class _TextStreamer(BaseStreamer):
+def _continuation(tokenizer: PreTrainedTokenizerFast, prompt: list[int], new: list[int]) -> str:
+    """The text of `new` behind `prompt`: a decoder drops the space before a first word, which is none here."""
+    before = tokenizer.decode(prompt, skip_special_tokens=True)
+    return tokenizer.decode([*prompt, *new], skip_special_tokens=True)[len(before) :]
+
+
+class TextStreamer(BaseStreamer):
     """Hands out text as soon as later tokens can not change it: a run of byte tokens decodes only as a whole."""
 
-    def __init__(self, tokenizer: Any, on_text: Callable[[str], None], prompt: list[int]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, on_text: Callable[[str], None], prompt: list[int]) -> None:
         self.tokenizer = tokenizer
         self.on_text = on_text
         self.prompt = prompt

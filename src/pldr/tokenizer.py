@@ -1,12 +1,19 @@
 """Tokenizers: the SentencePiece model of the published checkpoints as a transformers fast tokenizer, and its training."""
 
-import contextlib
 import math
 import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from pldr.files import one_line, whole_file
+
+if TYPE_CHECKING:
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 # Ids of the published tokenizer's control pieces.
 PAD, UNK, START, END = 0, 1, 2, 3
@@ -22,7 +29,7 @@ _MOST_LINES = 2_000_000
 _NOT_NFKC = {"\uff5e": "\ufdd0", "\u0344": "\ufdd1"}
 
 
-def load_tokenizer(path: str | os.PathLike[str]) -> Any:
+def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
     """A transformers fast tokenizer from a model folder or a SentencePiece ``.model`` file.
 
     Args:
@@ -35,25 +42,23 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
     path = Path(path)
     if path.is_dir():
         if (path / "tokenizer.json").is_file():
-            from transformers import AutoTokenizer
+            from transformers import AutoTokenizer  # which brings torch
 
             try:
                 return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
             except Exception as error:  # noqa: BLE001 (damaged files raise anything; each is the file's fault)
-                raise ValueError(
-                    f"{path}: damaged or unsupported tokenizer ({' '.join(str(error).split())[:200]})"
-                ) from None
-        models = sorted(path.glob("*.model"))
-        if len(models) != 1:
-            found = f"{len(models)} *.model files" if models else "no *.model file"
+                raise ValueError(f"{path}: damaged or unsupported tokenizer ({one_line(error)})") from None
+        candidates = sorted(path.glob("*.model"))
+        if len(candidates) != 1:
+            found = f"{len(candidates)} *.model files" if candidates else "no *.model file"
             raise FileNotFoundError(f"{path}: no tokenizer.json and {found}; name a tokenizer with --tokenizer")
-        path = models[0]
+        path = candidates[0]
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such tokenizer file")
     return from_sentencepiece(path)
 
 
-def from_sentencepiece(path: str | os.PathLike[str]) -> Any:
+def from_sentencepiece(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
     """The fast tokenizer that gives the same ids as SentencePiece does for this unigram or BPE model.
 
     Control pieces written out in a text ("[END]") are text, as in SentencePiece; the model's own end-of-text token can
@@ -62,13 +67,32 @@ def from_sentencepiece(path: str | os.PathLike[str]) -> Any:
     Raises:
         ValueError: not a SentencePiece model, or one of another kind.
     """
-    from google.protobuf.message import DecodeError
-    from sentencepiece import sentencepiece_model_pb2
-    from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
-    from tokenizers.models import BPE, Unigram
-    from transformers import PreTrainedTokenizerFast
+    model = _read_sentencepiece(path)
+    tokenizer = Tokenizer(_unigram(model) if model.trainer_spec.model_type == _UNIGRAM else _bpe(model))
+    try:
+        tokenizer.normalizer = _normalizer(model)
+    except Exception as error:  # noqa: BLE001 (the Rust library's own kind of error)
+        raise ValueError(f"{path}: damaged SentencePiece model ({error})") from None
+    tokenizer.pre_tokenizer = _pre_tokenizer(model)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    control = {f"{name}_token": model.pieces[index].piece for name, index in _special_ids(model).items() if index >= 0}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, **control, split_special_tokens=True, clean_up_tokenization_spaces=False,
+        padding_side="left",
+    )  # fmt: skip
 
-    model = sentencepiece_model_pb2.ModelProto()
+
+def _read_sentencepiece(path: str | os.PathLike[str]) -> "ModelProto":
+    """
+    Raises:
+        ValueError: not a SentencePiece model, a damaged one, or one of another kind than unigram and BPE.
+    """
+    from google.protobuf.message import DecodeError
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+    model = ModelProto()
     try:
         model.ParseFromString(Path(path).read_bytes())
     except DecodeError as error:
@@ -77,55 +101,29 @@ def from_sentencepiece(path: str | os.PathLike[str]) -> Any:
         raise ValueError(f"{path}: not a SentencePiece model (it has no pieces)")
     if model.trainer_spec.model_type not in (_UNIGRAM, _BPE):
         raise ValueError(f"{path}: only SentencePiece unigram and BPE models are supported")
-
-    spec = model.trainer_spec
-    special = {"pad": spec.pad_id, "unk": spec.unk_id, "bos": spec.bos_id, "eos": spec.eos_id}
-    outside = [name for name, index in special.items() if index >= len(model.pieces)]
-    if outside or spec.unk_id < 0 or not all(math.isfinite(piece.score) for piece in model.pieces):
+    outside = any(index >= len(model.pieces) for index in _special_ids(model).values())
+    if outside or model.trainer_spec.unk_id < 0 or not all(math.isfinite(piece.score) for piece in model.pieces):
         raise ValueError(f"{path}: damaged SentencePiece model (scores, or ids of its special pieces)")
+    return model
+
+
+def _special_ids(model: "ModelProto") -> dict[str, int]:
+    """By transformers' names; -1 where the model has none."""
+    spec = model.trainer_spec
+    return {"pad": spec.pad_id, "unk": spec.unk_id, "bos": spec.bos_id, "eos": spec.eos_id}
+
+
+def _unigram(model: "ModelProto") -> models.Unigram:
     scores = [(piece.piece, piece.score) for piece in model.pieces]
-    if spec.model_type == _UNIGRAM:
-        tokenizer = Tokenizer(Unigram(scores, spec.unk_id, spec.byte_fallback))
-    else:
-        found = {piece.piece: piece.score for piece in model.pieces if piece.type in _FOUND_IN_TEXT}
-        vocabulary = {piece: index for index, (piece, _) in enumerate(scores)}
-        tokenizer = Tokenizer(
-            BPE(vocabulary, _merges(found), unk_token=scores[spec.unk_id][0], fuse_unk=True,
-                byte_fallback=spec.byte_fallback)
-        )  # fmt: skip
-    steps: list[Any] = []
-    if model.normalizer_spec.precompiled_charsmap:
-        if "nfkc" in model.normalizer_spec.name:
-            # SentencePiece composes wherever its table matches, tokenizers only whole short grapheme clusters. The
-            # table is NFKC but for these two, so that composing first makes the two agree on decomposed text.
-            steps += [normalizers.Replace(character, aside) for character, aside in _NOT_NFKC.items()]
-            steps.append(normalizers.NFKC())
-            steps += [normalizers.Replace(aside, character) for character, aside in _NOT_NFKC.items()]
-        try:
-            steps.append(normalizers.Precompiled(model.normalizer_spec.precompiled_charsmap))
-        except Exception as error:  # noqa: BLE001 (the Rust library's own kind of error)
-            raise ValueError(f"{path}: damaged SentencePiece model ({error})") from None
-    if model.normalizer_spec.remove_extra_whitespaces:
-        steps += [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
-    if steps:
-        tokenizer.normalizer = normalizers.Sequence(steps)
-    scheme = "always" if model.normalizer_spec.add_dummy_prefix else "never"
-    # SentencePiece finds control and byte pieces in no text; tokenizers would. A cut behind their first character
-    # keeps them apart from a text that spells one out.
-    hidden = [piece.piece for piece in model.pieces if piece.type not in _FOUND_IN_TEXT and len(piece.piece) > 1]
-    cuts = "|".join(f"{re.escape(piece[0])}(?={re.escape(piece[1:])})" for piece in hidden)
-    words: list[Any] = [pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=True)]
-    if spec.model_type == _UNIGRAM:  # in BPE no merge leads to them
-        words.append(pre_tokenizers.Split(Regex(cuts), "merged_with_previous"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(words)
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    control = {f"{name}_token": model.pieces[index].piece for name, index in special.items() if index >= 0}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, **control, split_special_tokens=True, clean_up_tokenization_spaces=False,
-        padding_side="left",
-    )  # fmt: skip
+    return models.Unigram(scores, model.trainer_spec.unk_id, model.trainer_spec.byte_fallback)
+
+
+def _bpe(model: "ModelProto") -> models.BPE:
+    spec = model.trainer_spec
+    vocabulary = {piece.piece: index for index, piece in enumerate(model.pieces)}
+    merges = _merges({piece.piece: piece.score for piece in model.pieces if piece.type in _FOUND_IN_TEXT})
+    unknown = model.pieces[spec.unk_id].piece
+    return models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=spec.byte_fallback)
 
 
 def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
@@ -138,6 +136,38 @@ def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
         if piece[:cut] in scores and piece[cut:] in scores
     ]
     return [(left, right) for *_, left, right in sorted(pairs)]
+
+
+def _normalizer(model: "ModelProto") -> normalizers.Normalizer | None:
+    """What SentencePiece does to a text first: its table of characters, then its rules for spaces."""
+    spec = model.normalizer_spec
+    steps: list[normalizers.Normalizer] = []
+    if spec.precompiled_charsmap:
+        if "nfkc" in spec.name:
+            # SentencePiece composes wherever its table matches, tokenizers only whole short grapheme clusters. The
+            # table is NFKC but for these two, so that composing first makes the two agree on decomposed text.
+            steps += [normalizers.Replace(character, aside) for character, aside in _NOT_NFKC.items()]
+            steps.append(normalizers.NFKC())
+            steps += [normalizers.Replace(aside, character) for character, aside in _NOT_NFKC.items()]
+        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+    if spec.remove_extra_whitespaces:
+        steps += [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+    return normalizers.Sequence(steps) if steps else None
+
+
+def _pre_tokenizer(model: "ModelProto") -> pre_tokenizers.PreTokenizer:
+    """Spaces become ▁ at the front of words, which are looked at one by one."""
+    scheme = "always" if model.normalizer_spec.add_dummy_prefix else "never"
+    steps: list[pre_tokenizers.PreTokenizer] = [
+        pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=True)
+    ]
+    if model.trainer_spec.model_type == _UNIGRAM:  # in BPE no merge leads to them
+        # SentencePiece finds control and byte pieces in no text; tokenizers would. A cut behind their first character
+        # keeps them apart from a text that spells one out.
+        hidden = [piece.piece for piece in model.pieces if piece.type not in _FOUND_IN_TEXT and len(piece.piece) > 1]
+        cuts = "|".join(f"{re.escape(piece[0])}(?={re.escape(piece[1:])})" for piece in hidden)
+        steps.append(pre_tokenizers.Split(Regex(cuts), "merged_with_previous"))
+    return pre_tokenizers.Sequence(steps)
 
 
 def check_text(text: str, name: str) -> str:
@@ -153,7 +183,7 @@ def check_text(text: str, name: str) -> str:
     return text
 
 
-def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
+def check_vocabulary(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> None:
     """
     Raises:
         ValueError: the tokenizer is of another vocabulary size than the model.
@@ -187,22 +217,16 @@ def train_sentencepiece(
     if model_type not in ("unigram", "bpe"):
         raise ValueError(f"tokenizer: the model type must be unigram or bpe, got {model_type!r}")
     path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
     lines = (line for text in texts for line in text.splitlines() if line.strip())
+    control: dict[str, Any] = {f"{name}_piece": piece for name, piece in CONTROL_PIECES.items()}
     try:
-        with partial.open("wb") as stream:
-            settings: dict[str, Any] = {f"{name}_piece": piece for name, piece in CONTROL_PIECES.items()}
+        with whole_file(path) as partial, partial.open("wb") as stream:
             sentencepiece.SentencePieceTrainer.Train(
                 sentence_iterator=lines, model_writer=stream, model_type=model_type, vocab_size=vocab_size,
-                pad_id=PAD, unk_id=UNK, bos_id=START, eos_id=END,
-                **settings,
+                pad_id=PAD, unk_id=UNK, bos_id=START, eos_id=END, **control,
                 byte_fallback=True, split_digits=True, max_sentence_length=1 << 16, minloglevel=2,
                 input_sentence_size=_MOST_LINES, shuffle_input_sentence=True,
             )  # fmt: skip
-        os.replace(partial, path)
     except RuntimeError as error:
         raise ValueError(f"tokenizer: vocab_size={vocab_size} does not work for this text: {error}") from None
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            partial.unlink()
     return path
