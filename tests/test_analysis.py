@@ -284,16 +284,17 @@ class TestCommand:
         assert all(link.startswith(("data:image/png;base64,", "#")) for link in links)
         assert "://" not in html
         assert "<script" not in html
+        assert "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\"" in html
         assert "prefers-color-scheme: dark" in html
         # Every link within the page has its target; one image a layer of each tensor.
         assert set(re.findall(r'href="#(\w+)"', html)) == set(re.findall(r'<h2 id="(\w+)"', html))
         assert html.count("<img ") == 4 * 2
 
     def test_report_escapes_names(self, small_model, ids):
-        html = report(analyse_model(small_model(), ids), title="<b>&", source="<i>.txt")
+        html = report(analyse_model(small_model(), ids), title='<b>&{{ 7 }}"', source="<i>.txt")
         assert "<b>" not in html
         assert "<i>.txt" not in html
-        assert "&lt;b&gt;&amp;" in html
+        assert html.count("Deductive outputs of &lt;b&gt;&amp;{{ 7 }}&#34;<") == 2
 
     def test_pictures_hold_the_tensor(self, small_model, ids, tmp_path):
         """The first picture of the report, decoded by another library: A of layer 0."""
