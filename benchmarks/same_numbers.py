@@ -23,7 +23,7 @@ FIXTURE = ROOT / "tests" / "fixtures" / "piqa-like"
 TINY_RUN = ["train", "demo-cpu", "optimization.steps=12", "optimization.warmup_steps=4", "log_steps=3", "eval_steps=6",
             "save_steps=6", "data.sequence_length=64", "report_to=[]"]  # fmt: skip
 # Names of 0.1.0.dev0 that say the same in other words now.
-RENAMED = {"computed": "learned", "full": "learned"}
+RENAMED = {"computed": "learned", "full": "learned", "mode": "cache"}
 # What two runs of the same code differ in: timings, and what says when and with what it was run.
 VARYING = {
     "seconds",

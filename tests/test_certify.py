@@ -13,7 +13,7 @@ from pldr.data.rows import read_passages
 from pldr.data.sources import Source
 from pldr.deductive import deductive_outputs, variation
 from pldr.models.shipped import HELD_OUT, STORIES
-from pldr.study.certify import Thresholds, certify
+from pldr.study.certify import Thresholds, compare_modes
 
 
 @pytest.fixture(scope="module")
@@ -30,17 +30,17 @@ def passages(ids):
 
 class TestVerdict:
     def test_a_model_trained_to_collapse_is_certified(self, stories):
-        report, frozen = certify(*stories)
-        assert report["certified"], report["reasons"]
+        report, frozen = compare_modes(*stories)
+        assert report.certified, report.reasons
         assert frozen.config.operator == "constant"
-        assert report["causality"]["frozen"]["logit_difference"] < 1e-4
-        assert max(report["variation"]) < 1e-3
+        assert report.causality["frozen"].logit_difference < 1e-4
+        assert max(report.variation) < 1e-3
 
     def test_a_fresh_model_is_not(self, small_model, passages):
-        report, _ = certify(small_model(), passages[1:], passages[:1])
-        assert not report["certified"]
-        assert any(reason.startswith("frozen: loss may differ by") for reason in report["reasons"])
-        assert report["causality"]["computed"]["logit_difference"] > 1e-3  # later tokens leak into earlier logits
+        report, _ = compare_modes(small_model(), passages[1:], passages[:1])
+        assert not report.certified
+        assert any(reason.startswith("frozen: loss may differ by") for reason in report.reasons)
+        assert report.causality["learned"].logit_difference > 1e-3  # later tokens leak into earlier logits
 
     @pytest.mark.parametrize("scale", [0.0, 0.1])
     def test_a_perturbed_constant_is_not(self, stories, scale):
@@ -50,36 +50,36 @@ class TestVerdict:
         for layer in frozen.model.layers:
             G_LM = layer.self_attn.operator.G_LM
             G_LM += scale * G_LM.square().mean().sqrt() * torch.randn(G_LM.shape, generator=generator)
-        report, same = certify(model, rows, calibration, frozen=frozen)
+        report, same = compare_modes(model, rows, calibration, frozen=frozen)
         assert same is frozen
-        assert report["certified"] == (scale == 0.0)
-        assert all(reason.startswith("frozen") for reason in report["reasons"])
+        assert report.certified == (scale == 0.0)
+        assert all(reason.startswith("frozen") for reason in report.reasons)
 
     def test_thresholds_decide(self, small_model, passages):
         generous = Thresholds(loss=100.0, agreement=0.0)
-        assert certify(small_model(), passages[1:], passages[:1], thresholds=generous)[0]["certified"]
-        strict = Thresholds(loss=100.0, agreement=1.1)
-        report, _ = certify(small_model(), passages[1:], passages[:1], thresholds=strict)
-        assert len(report["reasons"]) == 2
+        assert compare_modes(small_model(), passages[1:], passages[:1], thresholds=generous)[0].certified
+        strict = Thresholds(loss=1e-12, agreement=0.0)
+        report, _ = compare_modes(small_model(), passages[1:], passages[:1], thresholds=strict)
+        assert len(report.reasons) == 2
 
     def test_bad_input(self, small_model, passages):
         model = small_model()
         with pytest.raises(ValueError, match="at least 2 passages"):
-            certify(model, passages[:1], passages[:1])
-        with pytest.raises(ValueError, match="at least one calibration"):
-            certify(model, passages, passages[:0])
+            compare_modes(model, passages[:1], passages[:1])
+        with pytest.raises(ValueError, match="no passages to freeze"):
+            compare_modes(model, passages, passages[:0])
         constant = freeze(small_model(), passages[:1])
         with pytest.raises(ValueError, match="constant already"):
-            certify(constant, passages, passages)
+            compare_modes(constant, passages, passages)
         with pytest.raises(ValueError, match="must have a constant operator"):
-            certify(model, passages, passages, frozen=small_model())
+            compare_modes(model, passages, passages, frozen=small_model())
 
 
 @torch.no_grad()
 def test_every_number_against_a_plain_computation(small_model, passages):
     model = small_model()
     rows, calibration = passages[2:], passages[:2]
-    report, _ = certify(model, rows, calibration)
+    report, _ = compare_modes(model, rows, calibration)
     frozen = freeze(small_model(), calibration)
     half = rows.shape[1] // 2
 
@@ -89,40 +89,40 @@ def test_every_number_against_a_plain_computation(small_model, passages):
     full = [model(row[None], use_cache=False).logits for row in rows]
     constant = [frozen(row[None], use_cache=False).logits for row in rows]
     cached = [freeze(small_model(), row[None, :half])(row[None], use_cache=False).logits for row in rows]
-    mode = report["modes"]["frozen"]
+    mode = report.modes["frozen"]
     differences = [loss(b, row) - loss(a, row) for a, b, row in zip(full, constant, rows, strict=True)]
-    assert mode["loss_difference"] == pytest.approx(sum(differences) / len(rows), abs=1e-6)
-    low, high = mode["loss_interval"]
-    assert min(differences) - 1e-9 <= low <= mode["loss_difference"] <= high <= max(differences) + 1e-9
+    assert mode.loss_difference == pytest.approx(sum(differences) / len(rows), abs=1e-6)
+    low, high = mode.loss_interval
+    assert min(differences) - 1e-9 <= low <= mode.loss_difference <= high <= max(differences) + 1e-9
     one, two = (torch.cat(logits, 1)[0].double().log_softmax(-1) for logits in (full, constant))
     kl = F.kl_div(two, one, log_target=True, reduction="none").sum(-1)
-    assert mode["kl_mean"] == pytest.approx(kl.mean().item(), rel=1e-4)
-    assert mode["kl_max"] == pytest.approx(kl.max().item(), rel=1e-4)
-    assert mode["kl_99"] == pytest.approx(kl.quantile(0.99).item(), rel=1e-4)
-    assert mode["agreement"] == (one.argmax(-1) == two.argmax(-1)).double().mean().item()
+    assert mode.kl_mean == pytest.approx(kl.mean().item(), rel=1e-4)
+    assert mode.kl_max == pytest.approx(kl.max().item(), rel=1e-4)
+    assert mode.kl_99 == pytest.approx(kl.quantile(0.99).item(), rel=1e-4)
+    assert mode.agreement == (one.argmax(-1) == two.argmax(-1)).double().mean().item()
     largest = max((a - b).abs().max().item() for a, b in zip(full, constant, strict=True))
-    assert mode["logit_difference"] == pytest.approx(largest, rel=1e-4)
+    assert mode.logit_difference == pytest.approx(largest, rel=1e-4)
 
-    mode = report["modes"]["cached"]
+    mode = report.modes["cached"]
     differences = [
         loss(b[:, half:], row[half:]) - loss(a[:, half:], row[half:])
         for a, b, row in zip(full, cached, rows, strict=True)
     ]
-    assert mode["loss_difference"] == pytest.approx(sum(differences) / len(rows), abs=1e-5)
-    assert report["loss"] == pytest.approx(sum(loss(a, row) for a, row in zip(full, rows, strict=True)) / len(rows))
-    assert report["variation"] == pytest.approx(variation(deductive_outputs(model, rows).G_LM).tolist())
+    assert mode.loss_difference == pytest.approx(sum(differences) / len(rows), abs=1e-5)
+    assert report.loss == pytest.approx(sum(loss(a, row) for a, row in zip(full, rows, strict=True)) / len(rows))
+    assert report.variation == pytest.approx(variation(deductive_outputs(model, rows).G_LM).tolist())
 
     swapped = torch.cat((rows[:, :half], rows.roll(-1, 0)[:, half:]), 1)
     changed = [model(row[None], use_cache=False).logits[:, :half] for row in swapped]
     largest = max((a[:, :half] - b).abs().max().item() for a, b in zip(full, changed, strict=True))
-    assert report["causality"]["computed"]["logit_difference"] == pytest.approx(largest, rel=1e-4)
+    assert report.causality["learned"].logit_difference == pytest.approx(largest, rel=1e-4)
     alone = []
     for row in calibration:
         other = freeze(small_model(), row[None])
         logits = [other(r[None], use_cache=False).logits for r in rows]
         alone.append(sum(loss(b, r) - loss(a, r) for a, b, r in zip(full, logits, rows, strict=True)) / len(rows))
-    assert report["calibration"]["loss_difference"] == pytest.approx(alone, abs=1e-6)
-    assert report["calibration"]["spread"] == pytest.approx(max(alone) - min(alone), abs=1e-6)
+    assert report.calibration["loss_difference"] == pytest.approx(alone, abs=1e-6)
+    assert report.calibration["spread"] == pytest.approx(max(alone) - min(alone), abs=1e-6)
 
 
 class TestCertificate:
@@ -199,7 +199,7 @@ class TestCertificate:
         assert "less than one sequence" in message(folder, tmp_path / "empty.txt")
         assert "less than one sequence" in message(folder, tmp_path / "short.txt")
         few = message(STORIES, HELD_OUT, "--length", "1024")
-        assert "passages of 1024 tokens, 32 + 4 are asked for" in few
+        assert "passages of 1024 tokens, 36 are asked for" in few
         assert "matches no file" in message(folder, tmp_path / "nothing.txt")
         assert "tokenizer: has 290 tokens" in message(STORIES, HELD_OUT, "--tokenizer", folder)
         frozen = freeze(load_model(folder), torch.arange(5, 20)[None])
@@ -208,6 +208,6 @@ class TestCertificate:
         text = tmp_path / "long.txt"
         text.write_text("the cat sat on a mat and saw that dog " * 200)
         assert "constant already" in message(tmp_path / "frozen", text, "--length", "16")
-        assert "--length must be between" in message(folder, text, "--length", "1000")
+        assert "length: must be between" in message(folder, text, "--length", "1000")
         assert "at least 2" in message(folder, text, "--passages", "1")
         assert "choose one" in message(folder, text, "--frozen", folder, "--output", tmp_path / "x")

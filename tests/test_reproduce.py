@@ -9,8 +9,8 @@ import yaml
 from helpers import TINY, fails
 from pldr.recipe import load_recipe
 from pldr.study import claims as module
-from pldr.study.claims import reproduce
-from pldr.study.lab import SIZES, Lab, Size, default_data, table
+from pldr.study.claims import Groups, compare_runs, must_be_no_worse, must_differ, run_claim
+from pldr.study.lab import SIZES, Lab, Size, Verdict, default_data, state_of, table
 from pldr.training.run import train
 
 TOY = Size(
@@ -45,7 +45,7 @@ def page(lab):
 
 def test_ablation_and_handoff_share_runs_and_compare_variants(lab):
     first = lab("ablation")
-    reproduce("ablation", first)
+    run_claim("ablation", first)
     text, numbers = page(first)
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     assert len(rows) == 2 + 5
@@ -69,7 +69,7 @@ def test_ablation_and_handoff_share_runs_and_compare_variants(lab):
 
     before = (first.runs / "learned-1" / "model.safetensors").stat().st_mtime_ns
     second = lab("handoff")
-    reproduce("handoff", second)
+    run_claim("handoff", second)
     text, _ = page(second)
     assert "handed off at a half" in text
     assert (first.runs / "learned-1" / "model.safetensors").stat().st_mtime_ns == before
@@ -79,7 +79,7 @@ def test_ablation_and_handoff_share_runs_and_compare_variants(lab):
 
 def test_invariance_maps_every_condition(lab):
     here = lab("invariance")
-    reproduce("invariance", here)
+    run_claim("invariance", here)
     text, numbers = page(here)
     states = {row["run"]: row["state"] for row in numbers["numbers"]["runs"]}
     assert len(states) == 4
@@ -91,12 +91,12 @@ def test_invariance_maps_every_condition(lab):
 
 def test_states():
     good = {"diverged": False, "gain": 1.0, "variation": [1e-5, 1e-6], "frozen_difference": -1e-6}
-    assert module._state(good) == "invariant"
-    assert module._state(good | {"variation": [1e-5, 1e-2]}) == "varies"
-    assert module._state(good | {"frozen_difference": -1e-3}) == "varies"
-    assert module._state(good | {"gain": 0.001}) == "collapsed"
-    assert module._state({"diverged": True}) == "diverged"
-    assert module._state({"diverged": False, "gain": 1.0}) == "constant"
+    assert state_of(good) == "invariant"
+    assert state_of(good | {"variation": [1e-5, 1e-2]}) == "varies"
+    assert state_of(good | {"frozen_difference": -1e-3}) == "varies"
+    assert state_of(good | {"gain": 0.001}) == "collapsed"
+    assert state_of({"diverged": True}) == "diverged"
+    assert state_of({"diverged": False, "gain": 1.0}) == "constant"
 
 
 def test_runs_that_collapse_are_counted_but_not_averaged(lab):
@@ -113,7 +113,7 @@ def test_runs_that_collapse_are_counted_but_not_averaged(lab):
         "alone": [*runs("alone", 3.0), {"run": "x", "diverged": True}],
         "lost": [{"run": "y", "diverged": True}],
     }
-    module.report_comparison(here, "Operators train differently", found, "learned", "text")
+    here.write(compare_runs(here, "Operators train differently", found, "learned", "text", judge=must_differ))
     text, numbers = page(here)
     assert "| learned | 2 of 3 (1 collapsed) | 4.0500 ± 0.0707 |" in text
     assert "| alone | 1 of 2 (1 diverged) | 3.0000 |" in text
@@ -121,6 +121,21 @@ def test_runs_that_collapse_are_counted_but_not_averaged(lab):
     assert ("**Confirmed under conditions: distinct from learned: far; not told apart from learned: near; too few runs to "
             "tell: alone, lost; lower mean loss than learned: alone.**") in text  # fmt: skip
     assert numbers["numbers"]["summary"]["alone"]["separation"] is None
+
+
+def test_verdicts_follow_from_the_groups():
+    """Of distinct, near and unknown variants, and those with a lower mean loss; never from the words of a claim."""
+
+    def verdicts(*groups):
+        return must_differ(Groups(*groups)), must_be_no_worse(Groups(*groups))
+
+    good, partly, no = Verdict.CONFIRMED, Verdict.CONDITIONS, Verdict.NOT_CONFIRMED
+    assert verdicts(["a", "b"], [], [], []) == (good, no)
+    assert verdicts(["a", "b"], [], [], ["a", "b"]) == (good, good)
+    assert verdicts(["a"], ["b"], [], []) == (partly, partly)
+    assert verdicts(["a"], [], ["b"], ["a"]) == (partly, partly)
+    assert verdicts([], ["a", "b"], [], []) == (no, good)
+    assert verdicts([], [], ["a"], [])[0] == no
 
 
 @torch.no_grad()
@@ -150,7 +165,7 @@ def test_separation_is_welchs():
 def test_claims_about_the_model_that_comes_along(lab, claim, monkeypatch):
     data = default_data("tiny", held_out=True)
     here = dataclasses.replace(lab(claim), size=dataclasses.replace(TOY, passages=4), data=data)
-    reproduce(claim, here)
+    run_claim(claim, here)
     text, numbers = page(here)
     assert "**Confirmed" in text
     if claim == "caching":
@@ -166,7 +181,7 @@ def test_claims_that_a_model_does_not_bear_out(lab, claim):
     here = lab(claim)
     here.train({"learned-1": {"seed": 1}})
     here.model = here.runs / "learned-1"
-    reproduce(claim, here)
+    run_claim(claim, here)
     assert "**Not confirmed" in page(here)[0]
 
 
@@ -201,7 +216,7 @@ def test_table():
 
 def test_errors(run, tmp_path):
     fails(run("reproduce", "gravity"), "no claim 'gravity'; choose one of caching, invariance")
-    fails(run("reproduce", "caching", "--size", "huge"), "--size: must be one of tiny, small, paper")
+    fails(run("reproduce", "caching", "--size", "huge"), "size: must be one of tiny, small, paper")
     fails(run("reproduce", "caching", "--train", "x"), "give both or neither")
     fails(run("reproduce", "caching", "--parallel", "0"), "at least 1")
     fails(run("reproduce", "transfer", "--model", tmp_path / "no", "--output", tmp_path / "o"), "no such model folder")

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -175,3 +176,13 @@ def one_line(error: BaseException, limit: int = 200) -> str:
     """What an error says, in one line of at most `limit` characters; its kind, where it says nothing."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def require(extra: str, *packages: str) -> None:
+    """
+    Raises:
+        ModuleNotFoundError: a package of one of the extras of this library is not installed.
+    """
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        raise ModuleNotFoundError(f"needs {', '.join(missing)}: pip install 'pldr[{extra}]'")

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -19,7 +18,6 @@ from rich.text import Text
 from pldr.deductive import RANK_TOLERANCES
 
 if TYPE_CHECKING:
-    from pldr.modeling_pldr import PldrForCausalLM
     from pldr.study.statistics import Analysis, Statistics
 
 
@@ -76,49 +74,6 @@ def _prose(text: str, style: str = "dim") -> Text:
 
 
 # --- a model --------------------------------------------------------------------------------------------------------
-
-
-def model_facts(model: "PldrForCausalLM") -> dict[str, Any]:
-    """Shape, parameter counts, operator kinds and cache sizes of a model, as plain numbers.
-
-    Returns:
-        `parameters` in all and by part; `operators`, how many layers have each kind; `kv_cache_bytes_per_token` and
-        `g_cache_bytes_per_sequence` in the model's dtype (a constant operator needs no G-cache).
-    """
-    config = model.config
-    parts = {"embedding": 0, "attention": 0, "operator": 0, "feed_forward": 0, "head": 0}
-    for name, parameter in model.named_parameters():
-        if ".operator." in name:
-            part = "operator"
-        elif ".self_attn." in name or "post_attention" in name:
-            part = "attention"
-        elif ".mlp." in name or "post_feedforward" in name:
-            part = "feed_forward"
-        else:
-            part = "head" if name.startswith("lm_head") else "embedding"
-        parts[part] += parameter.numel()
-    kinds = [
-        type(layer.get_submodule("self_attn.operator")).__name__.removesuffix("Operator").lower()
-        for layer in model.model.layers
-    ]
-    size = torch.empty(0, dtype=model.dtype).element_size()
-    state = config.num_hidden_layers * config.num_attention_heads * config.head_dim**2
-    fields = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim",
-              "max_position_embeddings", "rope_pairing", "operator", "operator_init", "operator_trainable",
-              "metric_learner_units", "metric_learner_glus", "metric_learner_width")  # fmt: skip
-    learned = config.operator == "learned"
-    skipped = "operator_" if learned else "metric_learner_"
-    return {
-        "parameters": sum(parts.values()),
-        "parameters_by_part": parts,
-        # A fixed G_LM is a buffer; a trainable one is among the parameters.
-        "constant_operator_values": 0 if learned or config.operator_trainable else state,
-        "operators": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "kv_cache_bytes_per_token": 2 * config.num_hidden_layers * config.hidden_size * size,
-        "g_cache_bytes_per_sequence": state * size if learned else 0,
-        "config": {name: getattr(config, name) for name in fields if not name.startswith(skipped)},
-    }
 
 
 def facts_view(facts: dict[str, Any]) -> RenderableType:
@@ -306,6 +261,8 @@ def analysis_view(analysis: "Analysis") -> RenderableType:
     """One table for each tensor, a row a layer, and how the tensors change as a passage grows."""
     look = {"box": None, "padding": (0, 1, 0, 0)}
     parts: list[RenderableType] = []
+    if analysis.source:
+        parts.append(Text(f"{analysis.passages} passages of {analysis.length} tokens: {analysis.source}\n"))
     for name, statistics in analysis.tensors.items():
         rows = ([str(layer), *row] for layer, row in enumerate(layer_rows(statistics)))
         title = Text(name, style="bold")
@@ -365,14 +322,14 @@ def _next_commands(result: dict[str, Any]) -> Text:
 def _measured(measured: dict[str, Any]) -> Iterator[RenderableType]:
     """One model's table of two parts with five columns each: the four modes, then how far G_LM depends on the text."""
     loss, generation = measured["losses"], measured["generation"]
-    reference = next(iter(loss))
+    reference = "learned"
     table = _table(["cache"], ["held-out loss", "difference", "tokens/s", "greedy text"])
     for row in generation:
-        key = {"KV": "cached", "KV+G": "cached", "frozen G": "frozen"}.get(row["mode"], reference)
+        key = row["G_LM"]
         speed, speed_up = row["tokens_per_second"], row["tokens_per_second"] / generation[0]["tokens_per_second"]
         difference = "" if key == reference else f"{loss[key] - loss[reference]:+.0e}"
         same = "the same" if row["same_text"] else "differs"
-        _add(table, [[row["mode"], f"{loss[key]:.6f}", difference, f"{speed:,.0f}  {speed_up:.1f}×", same]])
+        _add(table, [[row["cache"], f"{loss[key]:.6f}", difference, f"{speed:,.0f}  {speed_up:.1f}×", same]])
     table.add_section()
     _add(table, [["G_LM of", "variation", "before", "log10 |det|", "numerical rank"]], style="bold")
     for layer in measured["operator"]:

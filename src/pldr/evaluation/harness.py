@@ -27,13 +27,13 @@ from lm_eval.api.registry import register_model
 from lm_eval.evaluator import evaluate as run_harness
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.tasks import TaskManager
+from transformers import PreTrainedTokenizerFast
 
-from pldr.checkpoints.load import load_model
+from pldr.checkpoints.load import load_with_tokenizer
 from pldr.evaluation.modes import cache_settings
 from pldr.evaluation.perplexity import windows
-from pldr.evaluation.published import LAYOUTS, SUITES, read_benchmark, suite_averages
+from pldr.evaluation.published import LAYOUTS, read_benchmark
 from pldr.evaluation.scoring import Scorer, progress, read_calibration
-from pldr.tokenizer import check_vocabulary, load_tokenizer
 
 # The harness's settings for the parts of a data set, and their names in `pldr.evaluation.published`.
 _SPLITS = {"training_split": "train", "validation_split": "validation", "test_split": "test"}
@@ -71,7 +71,7 @@ class PldrLM(TemplateLM):
         pretrained: str | Path | Scorer,
         operator: str = "frozen",
         calibration: str | None = None,
-        tokenizer: Any = None,
+        tokenizer: str | Path | PreTrainedTokenizerFast | None = None,
         batch_size: int | str = "auto",
         max_batch_size: int | str | None = None,
         device: str | None = None,
@@ -81,14 +81,16 @@ class PldrLM(TemplateLM):
     ) -> None:
         super().__init__()
         if isinstance(pretrained, Scorer):
+            assert isinstance(tokenizer, PreTrainedTokenizerFast)
             self.scorer, self.tokenizer = pretrained, tokenizer
         else:
             if not device or (device.startswith("cuda") and not torch.cuda.is_available()):
                 device = "cuda" if torch.cuda.is_available() else "cpu"
-            model = load_model(pretrained, dtype=dtype, device=device, rope_pairing=rope, G_LM=g_lm)
-            folder = pretrained if Path(pretrained).is_dir() else Path(pretrained).parent
-            self.tokenizer = load_tokenizer(tokenizer or folder)
-            check_vocabulary(self.tokenizer, model.config.vocab_size)
+            model, text_tokenizer = load_with_tokenizer(
+                pretrained, tokenizer, device=device, dtype=dtype, rope=rope, g_lm=g_lm
+            )
+            assert text_tokenizer is not None
+            self.tokenizer = text_tokenizer
             passages = None
             if model.config.operator == "learned" and operator == "frozen":
                 files = [calibration] if calibration else None
@@ -313,8 +315,12 @@ def check_limit(limit: int | float | None) -> None:
         raise ValueError(f"limit: must be a number of questions, or a share of them below 1, got {limit}")
 
 
-def evaluate(
-    scorers: dict[str, Scorer], tokenizer: Any, tasks: dict[str, Any], *, limit: int | float | None = None
+def run_tasks(
+    scorers: dict[str, Scorer],
+    tokenizer: PreTrainedTokenizerFast,
+    tasks: dict[str, Any],
+    *,
+    limit: int | float | None = None,
 ) -> dict[str, Any]:
     """Run tasks in each mode, and compare the modes with the first.
 
@@ -325,32 +331,19 @@ def evaluate(
         limit: questions of each task, the first ones; below 1, their share.
 
     Returns:
-        "modes"; "tasks": by name "questions", "num_fewshot", "scores" (by mode: each metric and its standard error) and,
-        against the first mode, "differ" (by mode: questions with another answer) and "largest" (by mode: difference of
-        one log-likelihood, nats); "groups": "scores" alone; "seconds" by mode.
+        "tasks", "groups" and "seconds", see `pldr.evaluation.evaluate.Evaluation`.
 
     Raises:
         ValueError: see `check_limit`; a task can not be scored, or has too few questions to draw examples from.
     """
     check_limit(limit)
-    modes = list(scorers)
-    report: dict[str, Any] = {"modes": modes, "tasks": {}, "groups": {}, "seconds": {}}
+    for name, task in tasks["tasks"].items():
+        _check_examples(name, task)
+    report: dict[str, Any] = {"tasks": {}, "groups": {}, "seconds": {}}
     samples: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for mode, scorer in scorers.items():
-        # Each mode has the same few-shot examples, and the same luck where it samples.
-        for task in tasks["tasks"].values():
-            task.set_fewshot_seed(seed=_SEED)
-        random.seed(_SEED)
-        np.random.seed(_SEED)
-        torch.manual_seed(_SEED)
         start = time.perf_counter()
-        try:
-            with _harness():
-                found = run_harness(PldrLM(scorer, tokenizer=tokenizer), tasks, limit=limit, bootstrap_iters=1000)
-        except ValueError as error:
-            if "larger than population" not in str(error):
-                raise
-            raise ValueError("eval: a task has fewer questions than few-shot examples are to be drawn from") from error
+        found = _run(PldrLM(scorer, tokenizer=tokenizer), tasks, limit)
         report["seconds"][mode] = time.perf_counter() - start
         samples[mode] = found["samples"]
         for name, metrics in found["results"].items():
@@ -359,22 +352,40 @@ def evaluate(
             entry["scores"][mode] = _metrics(metrics)
             if kind == "tasks":
                 entry |= {"questions": found["n-samples"][name]["effective"], "num_fewshot": found["n-shot"][name]}
+    first, *others = scorers
     for name, entry in report["tasks"].items():
         entry |= {"differ": {}, "largest": {}}
-        for mode in modes[1:]:
-            differ, largest = _differences(tasks["tasks"][name], samples[modes[0]][name], samples[mode][name])
+        for mode in others:
+            differ, largest = _differences(tasks["tasks"][name], samples[first][name], samples[mode][name])
             entry["differ"][mode], entry["largest"][mode] = differ, largest
     return report
 
 
-def suite_report(report: dict[str, Any], suite: str) -> dict[str, Any]:
-    """Of a suite: the metric that counts of each task, and the averages, by mode."""
-    found: dict[str, Any] = {"metrics": SUITES[suite], "scores": {}, "averages": {}}
-    for mode in report["modes"]:
-        scores = {task: report["tasks"][task]["scores"][mode][metric] for task, metric in SUITES[suite].items()}
-        found["scores"][mode] = scores
-        found["averages"][mode] = suite_averages(scores)
-    return found
+def _check_examples(name: str, task: Any) -> None:
+    """
+    Raises:
+        ValueError: fewer questions than examples are to be drawn from.
+    """
+    shots = task.get_config("num_fewshot") or 0
+    pool = getattr(getattr(task, "sampler", None), "df", None)
+    # Where examples are drawn from the scored questions, the harness draws one to spare.
+    needed = shots + (shots > 0 and task.fewshot_cfg.split == task.config.test_split)
+    if pool is not None and len(pool) < needed:
+        raise ValueError(
+            f"eval: {name}: {shots} examples before each question are to be drawn from {len(pool)} questions; lower "
+            "--num-fewshot"
+        )
+
+
+def _run(model: PldrLM, tasks: dict[str, Any], limit: int | float | None) -> dict[str, Any]:
+    """The harness's own results; every call has the same few-shot examples, and the same luck where a task samples."""
+    for task in tasks["tasks"].values():
+        task.set_fewshot_seed(seed=_SEED)
+    random.seed(_SEED)
+    np.random.seed(_SEED)
+    torch.manual_seed(_SEED)
+    with _harness():
+        return run_harness(model, tasks, limit=limit, bootstrap_iters=1000)
 
 
 def _metrics(found: dict[str, Any]) -> dict[str, float]:

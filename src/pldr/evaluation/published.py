@@ -222,3 +222,13 @@ def suite_averages(scores: dict[str, float]) -> dict[str, float]:
         "average": sum(scores.values()) / len(scores),
         "average without TruthfulQA": sum(rest) / len(rest),
     }
+
+
+def suite_report(report: dict[str, Any], suite: str) -> dict[str, Any]:
+    """Of a suite: the metric that counts of each task, and the averages, by mode."""
+    found: dict[str, Any] = {"metrics": SUITES[suite], "scores": {}, "averages": {}}
+    for mode in report["seconds"]:
+        scores = {task: report["tasks"][task]["scores"][mode][metric] for task, metric in SUITES[suite].items()}
+        found["scores"][mode] = scores
+        found["averages"][mode] = suite_averages(scores)
+    return found

@@ -1,28 +1,43 @@
 """Is it safe to cache or freeze G_LM for a checkpoint? Measured on held-out text, with a verdict.
 
-Every mode is compared with the model as it is: G_LM computed from the whole passage. Shapes: B passages, T tokens each, V
-vocabulary.
+Every mode of `pldr.evaluation.modes` is compared with the model as it is: G_LM learned from the whole passage. Shapes:
+B passages, T tokens each, V vocabulary.
 """
 
 import copy
+import dataclasses
+import hashlib
+import os
 import platform
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
+from rich.console import Console, RenderableType
+from rich.progress import track
 from torch.nn import functional as F
+from transformers import PreTrainedTokenizerFast
 
-from pldr.cache import make_cache
+from pldr import __version__
+from pldr.checkpoints.certificate import weights_digest, write_certificate
+from pldr.checkpoints.load import load_model, load_with_tokenizer
+from pldr.data.rows import read_passages
+from pldr.data.sources import Source
 from pldr.deductive import deductive_outputs, variation
+from pldr.evaluation.modes import OperatorModes, frozen_copy
+from pldr.files import check_output, whole_folder
 from pldr.modeling_pldr import PldrForCausalLM
-from pldr.operator import freeze
+from pldr.tables import Printable, certificate_view
 
 # Resamples of the passages for the 95% interval of a mean.
 _RESAMPLES = 10_000
+# Passages on which frozen forms from each calibration passage alone are compared.
+_CALIBRATION_COMPARED = 8
 
 
 @dataclass(frozen=True)
@@ -30,25 +45,268 @@ class Thresholds:
     """What a certified model keeps, in each mode.
 
     Attributes:
-        loss: bound on both ends of the 95% interval of the difference of mean loss, in nats a token.
+        loss: bound on both ends of the 95% interval of the difference of mean loss, in nats per token.
         agreement: least fraction of positions with the same greedy next token.
+
+    Raises:
+        ValueError: a bound that nothing could meet, or that everything would.
     """
 
     loss: float = 1e-5
     agreement: float = 0.999
 
+    def __post_init__(self) -> None:
+        if not self.loss > 0:
+            raise ValueError(f"loss: the bound must be positive, got {self.loss}")
+        if not 0 <= self.agreement <= 1:
+            raise ValueError(f"agreement: must be between 0 and 1, got {self.agreement}")
+
+
+@dataclass(frozen=True)
+class Change:
+    """How one kind of logits differs from another.
+
+    Attributes:
+        kl_mean: KL divergence of the next-token distributions, mean over positions, nats.
+        agreement: fraction of positions with the same greedy next token.
+        logit_difference: largest, of any logit.
+    """
+
+    kl_mean: float
+    agreement: float
+    logit_difference: float
+
+
+@dataclass(frozen=True)
+class Comparison(Change):
+    """Of a mode with the model itself.
+
+    Attributes:
+        loss_difference: mean of this mode's loss minus the model's, nats per token.
+        loss_interval: its 95% interval, by bootstrap over passages.
+        kl_99, kl_max: 99th percentile and maximum of the KL divergence, from the model's distribution, nats.
+    """
+
+    loss_difference: float
+    loss_interval: tuple[float, float]
+    kl_99: float
+    kl_max: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What caching and freezing change.
+
+    Attributes:
+        passages, tokens: that were compared.
+        loss: of the model, nats per token.
+        modes: "cached" (positions in the second half of each passage) and "frozen" (all positions).
+        variation: of G_LM over passages, layer by layer (`pldr.deductive.variation`).
+        calibration: frozen "loss_difference" by each calibration passage alone, on the first eight passages, and their
+            "spread".
+        causality: how much logits before the middle change when the tokens after it do, for a learned and a frozen G_LM.
+        thresholds: what the verdict is about.
+        reasons: against it.
+        certified: the verdict: there are none.
+    """
+
+    passages: int
+    tokens: int
+    loss: float
+    modes: dict[str, Comparison]
+    variation: list[float]
+    calibration: dict[str, Any]
+    causality: dict[str, Change]
+    thresholds: Thresholds
+    reasons: list[str]
+    certified: bool
+
+
+@dataclass(frozen=True)
+class Certificate(Printable):
+    """A report with what it is about: weights, data and versions (see `pldr.checkpoints.certificate`).
+
+    Attributes:
+        model: name of the model.
+        weights, frozen_weights: digests of both as they are stored.
+        data: names of the data and whatever else tells it apart.
+        device: where it was measured, in float32.
+        date: when.
+        report: what was measured.
+        frozen: the frozen form, which is no part of the written certificate.
+        tokenizer: of the model.
+    """
+
+    model: str
+    weights: str
+    frozen_weights: str
+    data: dict[str, Any]
+    device: str
+    date: str
+    report: Report
+    frozen: PldrForCausalLM = dataclasses.field(repr=False)
+    tokenizer: PreTrainedTokenizerFast = dataclasses.field(repr=False)
+
+    @property
+    def certified(self) -> bool:
+        return self.report.certified
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers, lists and texts."""
+        return {
+            "kind": "pldr certificate 1",
+            **{name: getattr(self, name) for name in ("model", "weights", "frozen_weights", "data", "device", "date")},
+            "dtype": "float32",
+            "versions": {
+                "pldr": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
+                "python": platform.python_version(),
+            },
+            "report": dataclasses.asdict(self.report),
+        }  # fmt: skip
+
+    def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Write the frozen model with its tokenizer and certificate, whole or not at all.
+
+        Raises:
+            FileExistsError, OSError: see `pldr.files.check_output`.
+        """
+        with whole_folder(folder, overwrite=overwrite) as partial:
+            self.frozen.save_pretrained(partial)
+            self.tokenizer.save_pretrained(partial)
+            write_certificate(partial, self.to_json())
+
+    def __rich__(self) -> RenderableType:
+        return certificate_view(self.to_json())
+
+
+def certify(
+    model: str | os.PathLike[str] | PldrForCausalLM,
+    data: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    *,
+    output: str | os.PathLike[str] | None = None,
+    frozen: str | os.PathLike[str] | None = None,
+    passages: int = 32,
+    calibration: int = 4,
+    length: int | None = None,
+    loss: float = 1e-5,
+    agreement: float = 0.999,
+    text_column: str = "text",
+    tokenizer: str | os.PathLike[str] | PreTrainedTokenizerFast | None = None,
+    rope: str | None = None,
+    device: str | None = None,
+    overwrite: bool = False,
+) -> Certificate:
+    """Measure whether G_LM may be cached or frozen, as `pldr certify` does.
+
+    Args:
+        model: with a learned operator: a folder in any layout, a ``.pth`` file, or a loaded model.
+        data: held-out text: .txt, .jsonl, .parquet files or patterns, hub:NAME.
+        output: folder for the frozen model and its certificate, written if certified.
+        frozen: folder with a frozen form of the model to certify, rather than make one; its certificate goes there.
+        passages: to compare on, at least 2, spread over the beginning of the data.
+        calibration: further passages, at least 1, that G_LM is frozen from.
+        length: tokens of a passage, at least 4; 512, or the context if that is less.
+        loss, agreement: see `Thresholds`.
+        text_column: of JSON lines, Parquet files and hub data sets.
+        tokenizer, rope, device: see `pldr.checkpoints.load.load_with_tokenizer`.
+        overwrite: replace an output folder that is not empty.
+
+    Raises:
+        ValueError, OSError: an option outside its range, too little text, or a model, tokenizer or output folder that
+            can not be used; nothing is written then.
+    """
+    thresholds = Thresholds(loss, agreement)
+    if passages < 2 or calibration < 1:
+        raise ValueError(f"passages: must be at least 2, and calibration at least 1, got {passages} and {calibration}")
+    if frozen is not None and output is not None:
+        raise ValueError("frozen and output: the certificate goes into the folder given by frozen; choose one")
+    if output is not None:
+        check_output(output, overwrite=overwrite)
+    stored, text_tokenizer = load_with_tokenizer(model, tokenizer, device=device, rope=rope)
+    assert text_tokenizer is not None
+    _check_learned(stored)
+    sources = [str(name) for name in ([data] if isinstance(data, (str, os.PathLike)) else data)]
+    rows = _spread_passages(Source(sources, text_column), text_tokenizer, stored, passages + calibration, length)
+    constant = None if frozen is None else load_model(frozen, device=stored.device)
+    if constant is not None and constant.config.vocab_size != stored.config.vocab_size:
+        raise ValueError(f"{frozen}: has another vocabulary than the model; it is not its frozen form")
+    frozen_weights = None if constant is None else weights_digest(constant.state_dict())
+    report, constant = compare_modes(
+        _in_float32(stored),
+        rows[calibration:].to(stored.device),
+        rows[:calibration].to(stored.device),
+        frozen=None if constant is None else _in_float32(constant),
+        thresholds=thresholds,
+        progress=lambda items: track(items, "certifying", console=Console(stderr=True), transient=True),
+    )
+    certificate = Certificate(
+        model=_name(model),
+        weights=weights_digest(stored.state_dict()),
+        frozen_weights=frozen_weights or weights_digest(constant.state_dict()),
+        data={
+            "sources": sources, "passages": passages, "calibration_passages": calibration, "length": rows.shape[1],
+            "sha256": hashlib.sha256(rows.numpy().tobytes()).hexdigest(),
+        },
+        device=str(stored.device), date=time.strftime("%Y-%m-%d"), report=report, frozen=constant,
+        tokenizer=text_tokenizer,
+    )  # fmt: skip
+    if certificate.certified and output is not None:
+        certificate.save(output, overwrite=overwrite)
+    elif certificate.certified and frozen is not None:
+        write_certificate(Path(frozen), certificate.to_json())
+    return certificate
+
+
+def _name(model: str | os.PathLike[str] | PldrForCausalLM) -> str:
+    return Path(model.name_or_path if isinstance(model, PldrForCausalLM) else model).resolve().name
+
+
+def _check_learned(model: PldrForCausalLM) -> None:
+    """
+    Raises:
+        ValueError: there is nothing to certify.
+    """
+    if model.config.operator != "learned":
+        raise ValueError("certify: this model's operator is constant already; certify the model it was frozen from")
+
+
+def _in_float32(model: PldrForCausalLM) -> PldrForCausalLM:
+    return model if model.dtype == torch.float32 else copy.deepcopy(model).float()
+
+
+def _spread_passages(
+    source: Source, tokenizer: PreTrainedTokenizerFast, model: PldrForCausalLM, count: int, length: int | None
+) -> torch.Tensor:
+    """[count, length] passages in random order, spread over the beginning of the data, not one stretch of a document.
+
+    Raises:
+        ValueError: a length outside the context, or too little text.
+    """
+    context = model.config.max_position_embeddings
+    length = min(512, context) if length is None else length
+    if not 4 <= length <= context:
+        raise ValueError(f"length: must be between 4 and the context of {context}, got {length}")
+    found = read_passages(source, tokenizer, length, 8 * count)
+    if len(found) < count:
+        raise ValueError(
+            f"data: {len(found)} passages of {length} tokens, {count} are asked for; give more text, or lower passages, "
+            "calibration or length"
+        )
+    rows = found[torch.linspace(0, len(found) - 1, count).long()]
+    return rows[torch.randperm(count, generator=torch.Generator().manual_seed(0))]
+
 
 @torch.no_grad()
-def certify(
+def compare_modes(
     model: PldrForCausalLM,
     passages: torch.Tensor,
     calibration: torch.Tensor,
     *,
     frozen: PldrForCausalLM | None = None,
     thresholds: Thresholds | None = None,
-    track: Callable[[Iterable[Any]], Iterable[Any]] = lambda items: items,
-) -> tuple[dict[str, Any], PldrForCausalLM]:
-    """Compare G_LM computed anew, cached from the first half of each passage, and frozen.
+    progress: Callable[[Iterable[int]], Iterable[int]] = lambda items: items,
+) -> tuple[Report, PldrForCausalLM]:
+    """Compare a learned G_LM with one cached from the first half of each passage, and with a frozen one.
 
     Args:
         model: with a learned operator.
@@ -56,71 +314,48 @@ def certify(
         calibration: [C, T], other passages, which G_LM is frozen from (their mean).
         frozen: a frozen form of the model to compare in place of a new one.
         thresholds: what the verdict is about.
-        track: wraps the passages, to show progress.
+        progress: wraps the indices of the passages, to show progress.
 
     Returns:
-        The report, of plain numbers and lists, and the frozen model. In the report:
-
-        "modes": for "cached" (positions in the second half) and "frozen" (all positions): "loss_difference" (mean of this
-        mode's loss minus the model's, nats a token), "loss_interval" (95%, bootstrap over passages), "kl_mean", "kl_99"
-        and "kl_max" (KL divergence of the next-token distributions, from the model's, nats), "agreement" and
-        "logit_difference" (largest). "loss": of the model. "variation": of G_LM, a layer. "calibration": frozen
-        "loss_difference" by each calibration passage alone, on the first eight passages, and their "spread". "causality": how much logits before the
-        middle change when the tokens after it do, for the model and its frozen form. "certified" and "reasons" (against).
+        The report and the frozen model.
 
     Raises:
         ValueError: the model has no learned operator; too few passages.
     """
     thresholds = thresholds or Thresholds()
-    if model.config.operator != "learned":
-        raise ValueError("certify: this model's operator is constant already; certify the model it was frozen from")
+    _check_learned(model)
     if len(passages) < 2 or passages.shape[1] < 4:
         raise ValueError(f"certify: needs at least 2 passages of 4 tokens, got {tuple(passages.shape)}")
-    if len(calibration) < 1:
-        raise ValueError("certify: needs at least one calibration passage")
-    if frozen is None:
-        frozen = freeze(copy.deepcopy(model), calibration)
-    elif frozen.config.operator != "constant":
+    if frozen is not None and frozen.config.operator != "constant":
         raise ValueError("certify: the model to compare must have a constant operator")
-    model.eval()
-    frozen.eval()
-
-    prefix = passages.shape[1] // 2
-    modes = {"cached": _Comparison(), "frozen": _Comparison()}
-    causality = {"computed": _Comparison(), "frozen": _Comparison()}
+    modes = OperatorModes(model, calibration, frozen=frozen)
+    half = passages.shape[1] // 2
+    compared = {"cached": _Sums(), "frozen": _Sums()}
+    causality = {"learned": _Sums(), "frozen": _Sums()}
     losses = []
-    for index in track(range(len(passages))):
+    for index in progress(range(len(passages))):
         ids = passages[index : index + 1]
-        full = model(ids, use_cache=False).logits
-        losses.append(_losses(full, ids).mean().item())
-        constant = frozen(ids, use_cache=False).logits
-        modes["frozen"].add(full, constant, ids)
-        cache = make_cache(model.config)
-        model(ids[:, :prefix], past_key_values=cache)
-        rest = model(ids[:, prefix:], past_key_values=cache).logits
-        modes["cached"].add(full[:, prefix:], rest, ids[:, prefix:])
+        learned, constant = (modes.logits(mode, ids, 1) for mode in ("learned", "frozen"))
+        losses.append(_losses(learned, ids))
+        compared["frozen"].add(learned, constant, ids)
+        compared["cached"].add(learned[:, half:], modes.logits("cached", ids, half)[:, 1:], ids[:, half:])
         # The same first half before the second half of another passage.
-        other = torch.cat((ids[:, :prefix], passages[(index + 1) % len(passages), None, prefix:]), 1)
-        for name, running, before in (("computed", model, full), ("frozen", frozen, constant)):
-            after = running(other, use_cache=False).logits
-            causality[name].add(before[:, :prefix], after[:, :prefix], ids[:, :prefix])
+        other = torch.cat((ids[:, :half], passages[(index + 1) % len(passages), None, half:]), 1)
+        for mode, before in (("learned", learned), ("frozen", constant)):
+            causality[mode].add(before[:, :half], modes.logits(mode, other, 1)[:, :half], ids[:, :half])
 
-    alone = [_loss_difference(model, passages[:8], freeze(copy.deepcopy(model), row[None])) for row in calibration]
-    report: dict[str, Any] = {
-        "passages": len(passages),
-        "tokens": passages.numel(),
-        "loss": float(np.mean(losses)),
-        "modes": {name: comparison.summary() for name, comparison in modes.items()},
-        "variation": variation(_operators(model, passages)).tolist(),
-        "calibration": {"loss_difference": alone, "spread": max(alone) - min(alone)},
-        "causality": {name: comparison.change() for name, comparison in causality.items()},
-        "thresholds": vars(thresholds),
-    }
-    report["reasons"] = [
-        reason for name, mode in report["modes"].items() for reason in _against(name, mode, thresholds)
-    ]
-    report["certified"] = not report["reasons"]
-    return report, frozen
+    few = passages[:_CALIBRATION_COMPARED]
+    alone = [_loss_difference(frozen_copy(model, row[None]), few, losses) for row in calibration]
+    comparisons = {mode: sums.comparison() for mode, sums in compared.items()}
+    reasons = [reason for mode, found in comparisons.items() for reason in _against(mode, found, thresholds)]
+    report = Report(
+        passages=len(passages), tokens=passages.numel(), loss=float(np.mean([loss.mean().item() for loss in losses])),
+        modes=comparisons, variation=variation(_operators(model, passages)).tolist(),
+        calibration={"loss_difference": alone, "spread": max(alone) - min(alone)},
+        causality={mode: sums.change() for mode, sums in causality.items()},
+        thresholds=thresholds, reasons=reasons, certified=not reasons,
+    )  # fmt: skip
+    return report, modes.models["frozen"]
 
 
 def _operators(model: PldrForCausalLM, passages: torch.Tensor) -> torch.Tensor:
@@ -133,25 +368,26 @@ def _losses(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits[:, :-1].double().transpose(1, 2), ids[:, 1:], reduction="none")
 
 
-def _loss_difference(model: PldrForCausalLM, passages: torch.Tensor, frozen: PldrForCausalLM) -> float:
+def _loss_difference(frozen: PldrForCausalLM, passages: torch.Tensor, losses: list[torch.Tensor]) -> float:
+    """Mean loss of a frozen form minus the model's, whose losses of each passage, [1, T - 1], are known."""
     differences = [
-        (_losses(frozen(ids, use_cache=False).logits, ids) - _losses(model(ids, use_cache=False).logits, ids)).mean()
-        for ids in passages.split(1)
+        (_losses(frozen(ids, use_cache=False).logits, ids) - known).mean()
+        for ids, known in zip(passages.split(1), losses, strict=False)
     ]
     return float(torch.stack(differences).mean())
 
 
-def _against(name: str, mode: dict[str, Any], thresholds: Thresholds) -> list[str]:
-    worst = max(abs(bound) for bound in mode["loss_interval"])
+def _against(mode: str, found: Comparison, thresholds: Thresholds) -> list[str]:
+    worst = max(abs(bound) for bound in found.loss_interval)
     reasons = []
     if not worst <= thresholds.loss:
-        reasons.append(f"{name}: loss may differ by {worst:.1e} nats a token, more than {thresholds.loss:.1e}")
-    if not mode["agreement"] >= thresholds.agreement:
-        reasons.append(f"{name}: {mode['agreement']:.3%} same greedy tokens, less than {thresholds.agreement:.3%}")
+        reasons.append(f"{mode}: loss may differ by {worst:.1e} nats per token, more than {thresholds.loss:.1e}")
+    if not found.agreement >= thresholds.agreement:
+        reasons.append(f"{mode}: {found.agreement:.3%} same greedy tokens, less than {thresholds.agreement:.3%}")
     return reasons
 
 
-class _Comparison:
+class _Sums:
     """Sums up how one kind of logits differs from another, passage by passage."""
 
     def __init__(self) -> None:
@@ -169,61 +405,14 @@ class _Comparison:
         self.positions += reference.shape[1]
         self.logit_difference = max(self.logit_difference, float((reference - other).abs().max()))
 
-    def summary(self) -> dict[str, Any]:
+    def change(self) -> Change:
+        return Change(float(np.concatenate(self.kl).mean()), self.same / self.positions, self.logit_difference)
+
+    def comparison(self) -> Comparison:
         values, kl = np.array(self.loss_differences), np.concatenate(self.kl)
         draws = np.random.default_rng(0).integers(len(values), size=(_RESAMPLES, len(values)))
         low, high = np.percentile(values[draws].mean(1), [2.5, 97.5])
-        return {
-            "loss_difference": float(values.mean()),
-            "loss_interval": [float(low), float(high)],
-            "kl_mean": float(kl.mean()),
-            "kl_99": float(np.percentile(kl, 99)),
-            "kl_max": float(kl.max()),
-        } | self.change()
-
-    def change(self) -> dict[str, float]:
-        kl = np.concatenate(self.kl)
-        return {
-            "kl_mean": float(kl.mean()),
-            "agreement": self.same / self.positions,
-            "logit_difference": self.logit_difference,
-        }
-
-
-def make_certificate(
-    report: dict[str, Any],
-    *,
-    model: str,
-    weights: str,
-    frozen_weights: str,
-    device: str,
-    data: dict[str, Any],
-) -> dict[str, Any]:
-    """A report with what it is about: weights, data and versions (see `pldr.certificate`).
-
-    Args:
-        report: of `certify`, measured in float32.
-        model: name of the model.
-        weights, frozen_weights: digests of both as they are stored.
-        device: where it was measured.
-        data: names of the data and whatever else tells it apart.
-    """
-    import pldr
-
-    return {
-        "kind": "pldr certificate 1",
-        "model": model,
-        "weights": weights,
-        "frozen_weights": frozen_weights,
-        "data": data,
-        "versions": {
-            "pldr": pldr.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        "device": device,
-        "dtype": "float32",
-        "date": time.strftime("%Y-%m-%d"),
-        "report": report,
-    }
+        return Comparison(
+            **vars(self.change()), loss_difference=float(values.mean()), loss_interval=(float(low), float(high)),
+            kl_99=float(np.percentile(kl, 99)), kl_max=float(kl.max()),
+        )  # fmt: skip

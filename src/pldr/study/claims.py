@@ -1,54 +1,122 @@
-"""The paper's claims as experiments: each trains what it needs, measures, and writes tables, figures and numbers.
+"""The paper's claims as experiments: each trains what it needs, measures, and finds for or against the claim.
 
 A claim is a function of a `Lab`, which holds the size, the data and the folder, trains runs (several at once, a finished one
-only once) and measures trained models. What a claim finds is reported whether it bears the paper out or not.
+only once) and measures trained models. What is found is reported whether it bears the paper out or not.
 """
 
-import copy
 import math
+import os
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from pldr.cache import make_cache
 from pldr.checkpoints.load import load_model
 from pldr.deductive import deductive_outputs, log_determinant
-from pldr.generation import generate_text
+from pldr.evaluation.modes import MODES, OperatorModes, frozen_copy
+from pldr.files import require
 from pldr.modeling_pldr import PldrForCausalLM
-from pldr.operator import DeductiveOutputs, freeze
-from pldr.plots import INVARIANT_LOSS, INVARIANT_VARIATION, plot_curves, plot_invariance
-from pldr.study.lab import COLLAPSED_GAIN, Lab, mean_loss, table
+from pldr.models.shipped import STORIES
+from pldr.operator import DeductiveOutputs, freeze, stored_operator
+from pldr.plots import plot_curves, plot_invariance
+from pldr.study.lab import (
+    COLLAPSED_GAIN,
+    INVARIANT_LOSS,
+    INVARIANT_VARIATION,
+    SIZES,
+    Finding,
+    Lab,
+    Verdict,
+    default_data,
+    is_healthy,
+    mean_loss,
+    state_of,
+    table,
+)
 from pldr.tokenizer import load_tokenizer
 
 # Log-likelihoods of an ending, some 16 tokens, that differ by no more than this (nats) count as the same.
 SAME_LIKELIHOOD = 1e-3
-NAMES = ("A", "A_LM", "A_P", "G_LM")
+# Means of two variants at least so many standard errors apart count as distinct.
+DISTINCT = 3.0
 
 
-def _mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+# --- claims about one trained model ---------------------------------------------------------------------------------
 
 
-def _shown(value: float, spread: float | None) -> str:
-    return f"{value:.4f}" + ("" if spread is None else f" ± {spread:.4f}")
-
-
-# --- the claims -----------------------------------------------------------------------------------------------------
+def _learned_model(lab: Lab, claim: str) -> tuple[PldrForCausalLM, PreTrainedTokenizerFast]:
+    """
+    Raises:
+        ValueError: the model's operator is a constant.
+    """
+    model, tokenizer = load_model(lab.model, device=lab.device), load_tokenizer(lab.model)
+    if model.config.operator != "learned":
+        raise ValueError(f"reproduce {claim}: needs a model with a learned operator")
+    return model, tokenizer
 
 
 @torch.no_grad()
-def caching(lab: Lab) -> None:
-    """Deductive outputs, outputs and choices before and after caching, and the time of the four modes."""
-    model, tokenizer = load_model(lab.model, device=lab.device), load_tokenizer(lab.model)
-    if model.config.operator != "learned":
-        raise ValueError("reproduce caching: needs a model with a learned operator")
+def caching(lab: Lab) -> Finding:
+    """Deductive outputs, texts and choices before and after caching, and the time of each kind of cache."""
+    model, tokenizer = _learned_model(lab, "caching")
     rows = lab.passages(tokenizer)
     half = rows.shape[1] // 2
-    # One passage at a time throughout: a GPU rounds batches of other sizes otherwise. What is in the cache after the second
-    # half was read with it, against G_LM worked out before, and anew from all tokens.
+    outputs = _outputs_around_caching(model, rows, half)
+    kinds = [(name, quantity) for name in DeductiveOutputs._fields for quantity in ("rms", "log10_determinant")]
+    before, after, anew = ([outputs[when][name][quantity] for name, quantity in kinds] for when in outputs)
+    same = max(abs(two - one) for one, two in zip(before, after, strict=True))
+
+    modes = OperatorModes(model, rows[:1])
+    choices = _choices(modes, rows, half)
+    timed = modes.generations(tokenizer, tokenizer.decode(rows[0, : min(64, half)]), min(64, half))
+    identical = all(row.generation.token_ids == timed[0].generation.token_ids for row in timed)
+    seconds = {row.cache: 1 / row.tokens_per_second for row in timed}
+    largest = max(choices["largest"].values())
+    confirmed = same < 1e-12 and identical and choices["differ"] == 0 and largest <= SAME_LIKELIHOOD
+    return Finding(
+        "Caching changes nothing",
+        Verdict.CONFIRMED if confirmed else Verdict.NOT_CONFIRMED,
+        f"what is cached keeps RMS and determinant to {same:.0e}, the greedy text is "
+        + ("the same" if identical else "not the same")
+        + f" in all modes, {choices['differ']} of {choices['questions']} choices differ, log-likelihoods by at most "
+        f"{largest:.1e}",
+        [
+            "Root mean square and determinant of each deductive output, averaged over layers, heads and "
+            f"{len(rows)} held-out passages: from the first half of each passage; from the cache after the second half was "
+            "read with it; and, for comparison, the change if they are worked out anew from the whole passage.",
+            table(
+                ["tensor", "quantity", "before caching", "after caching", "difference", "anew, whole passage"],
+                [
+                    [name, quantity.replace("_", " "), f"{one:.15f}", f"{two:.15f}", f"{abs(two - one):.1e}",
+                     f"{abs(three - one):.1e}"]
+                    for (name, quantity), one, two, three in zip(kinds, before, after, anew, strict=True)
+                ],
+            ),
+            *_choice_section(choices),
+            "Inference time, greedy, one sequence.",
+            table(
+                ["cache", "ms per token", "× no cache"],
+                [[cache, f"{1e3 * value:.2f}", f"{seconds['no cache'] / value:.1f}"] for cache, value in seconds.items()],
+            ),
+        ],
+        outputs | {"choices": choices, "seconds_per_token": seconds, "same_text": identical},
+        subject=lab.model.name,
+    )  # fmt: skip
+
+
+def _outputs_around_caching(
+    model: PldrForCausalLM, rows: torch.Tensor, half: int
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Statistics of the deductive outputs "before", "after" and "anew".
+
+    Of the first half of each passage; of what is in the cache after the second half was read with it; and of the whole
+    passage. One passage at a time throughout: a GPU rounds batches of other sizes otherwise.
+    """
     layers: Any = model.model.layers
     found: dict[str, list[DeductiveOutputs]] = {"before": [], "after": [], "anew": []}
     for row in rows:
@@ -63,61 +131,15 @@ def caching(lab: Lab) -> None:
         from_A = [layer.self_attn.operator.energy_curvature(A) for layer, A in zip(layers, kept["A"], strict=True)]
         cached = DeductiveOutputs(*(torch.stack(kind) for kind in zip(*from_A, strict=True)))
         found["after"].append(cached._replace(G_LM=torch.stack(kept["G_LM"])))
-    before, after, anew = (
-        _statistics(DeductiveOutputs(*(torch.cat(kind, 1) for kind in zip(*outputs, strict=True))))
-        for outputs in found.values()
-    )
-
-    lines = []
-    for name in NAMES:
-        for quantity in ("rms", "log10_determinant"):
-            one, two, three = (values[name][quantity] for values in (before, after, anew))
-            lines.append([name, quantity.replace("_", " "), f"{one:.15f}", f"{two:.15f}", f"{abs(two - one):.1e}",
-                          f"{abs(three - one):.1e}"])  # fmt: skip
-    same = max(abs(after[n][q] - before[n][q]) for n in NAMES for q in ("rms", "log10_determinant"))
-
-    frozen = freeze(copy.deepcopy(model), rows[:1])
-    choices = _choices(model, frozen, rows, half)
-    modes = [("no cache", model, "none"), ("KV", model, "kv"), ("KV + G", model, "kv+g"), ("frozen G", frozen, "kv")]
-    prompt = tokenizer.decode(rows[0, : min(64, half)])
-    texts, times = [], {}
-    for mode, running, cache_kind in modes:
-        settings: dict[str, Any] = {"cache": cache_kind, "max_new_tokens": min(64, half), "ignore_end": True}
-        generate_text(running, tokenizer, prompt, **settings)
-        timed = [generate_text(running, tokenizer, prompt, **settings) for _ in range(3)]
-        texts.append(timed[0].token_ids)
-        times[mode] = statistics.median(1 / run.tokens_per_second for run in timed)
-    identical = all(text == texts[0] for text in texts)
-    largest = max(choices["largest"].values())
-    confirmed = same < 1e-12 and identical and choices["differ"] == 0 and largest <= SAME_LIKELIHOOD
-    lab.write(
-        "Caching changes nothing",
-        ("Confirmed" if confirmed else "Not confirmed")
-        + f" for {lab.model.name}: what is cached keeps RMS and determinant to {same:.0e}, the greedy text is "
-        + ("the same" if identical else "not the same")
-        + f" in all modes, {choices['differ']} of {choices['questions']} choices differ, log-likelihoods by at most "
-        f"{largest:.1e}.",
-        [
-            "Root mean square and determinant of each deductive output, averaged over layers, heads and "
-            f"{len(rows)} held-out passages: from the first half of each passage; from the cache after the second half was "
-            "read with it; and, for comparison, the change if they are worked out anew from the whole passage.",
-            table(["tensor", "quantity", "before caching", "after caching", "difference", "anew, whole passage"], lines),
-            "Zero-shot-style choices: which of four second halves belongs to the first half, by log-likelihood.",
-            table(["G_LM", "right", "choices that differ", "largest log-likelihood difference"],
-                  [[mode, f"{choices['right'][mode]} of {choices['questions']}", str(choices["different"][mode]),
-                    f"{choices['largest'][mode]:.1e}"] for mode in choices["right"]]),
-            "Inference time, greedy, one sequence.",
-            table(["cache", "ms a token", "× no cache"],
-                  [[mode, f"{1e3 * seconds:.2f}", f"{times['no cache'] / seconds:.1f}"] for mode, seconds in times.items()]),
-        ],
-        {"before": before, "after": after, "anew": anew, "choices": choices, "seconds_per_token": times,
-         "same_text": identical},
-    )  # fmt: skip
+    return {
+        when: _statistics(DeductiveOutputs(*(torch.cat(kind, 1) for kind in zip(*outputs, strict=True))))
+        for when, outputs in found.items()
+    }
 
 
 def _statistics(outputs: DeductiveOutputs) -> dict[str, dict[str, float]]:
     found = {}
-    for name in NAMES:
+    for name in DeductiveOutputs._fields:
         X = getattr(outputs, name).double()
         _, log = log_determinant(X)
         finite = log[torch.isfinite(log)]  # an exactly singular matrix has no logarithm
@@ -130,83 +152,109 @@ def _statistics(outputs: DeductiveOutputs) -> dict[str, dict[str, float]]:
 
 
 @torch.no_grad()
-def _choices(model: PldrForCausalLM, frozen: PldrForCausalLM, rows: torch.Tensor, half: int) -> dict[str, Any]:
-    """Log-likelihood of four second halves after each first half, by where G_LM comes from."""
+def _choices(modes: OperatorModes, rows: torch.Tensor, half: int) -> dict[str, Any]:
+    """Log-likelihood of four second halves after each first half, in each mode."""
     end = half + min(16, half)
-    scores: dict[str, list[list[float]]] = {"computed": [], "cached": [], "frozen": []}
+    scores: dict[str, list[list[float]]] = {mode: [] for mode in MODES}
     for index, row in enumerate(rows):
         endings = torch.stack([rows[(index + shift) % len(rows), half:end] for shift in range(4)])
-        first = row[:half].expand(4, -1)
-        whole = torch.cat((first, endings), 1)
-        for mode, running in (("computed", model), ("frozen", frozen)):
-            scores[mode].append(_likelihood(running(whole, use_cache=False).logits[:, half - 1 : -1], endings))
-        cache = make_cache(model.config)
-        head = model(first, past_key_values=cache).logits[:, -1:]
-        tail = model(endings, past_key_values=cache).logits[:, :-1]
-        scores["cached"].append(_likelihood(torch.cat((head, tail), 1), endings))
+        whole = torch.cat((row[:half].expand(4, -1), endings), 1)
+        for mode in MODES:
+            log_probabilities = modes.logits(mode, whole, half)[:, :-1].double().log_softmax(-1)
+            scores[mode].append(log_probabilities.gather(2, endings[..., None]).sum((1, 2)).tolist())
     found = {mode: torch.tensor(values, dtype=torch.float64) for mode, values in scores.items()}
     answers = {mode: values.argmax(1) for mode, values in found.items()}
-    different = {mode: int((answer != answers["computed"]).sum()) for mode, answer in answers.items()}
+    different = {mode: int((answer != answers["learned"]).sum()) for mode, answer in answers.items()}
     return {
         "questions": len(rows),
         "right": {mode: int((answer == 0).sum()) for mode, answer in answers.items()},
         "different": different,
         "differ": max(different.values()),
-        "largest": {mode: float((values - found["computed"]).abs().max()) for mode, values in found.items()},
+        "largest": {mode: float((values - found["learned"]).abs().max()) for mode, values in found.items()},
     }
 
 
-def _likelihood(logits: torch.Tensor, targets: torch.Tensor) -> list[float]:
-    return logits.double().log_softmax(-1).gather(2, targets[..., None]).sum((1, 2)).tolist()
+def _choice_section(choices: dict[str, Any]) -> list[str]:
+    rows = [
+        [mode, f"{right} of {choices['questions']}", str(choices["different"][mode]), f"{choices['largest'][mode]:.1e}"]
+        for mode, right in choices["right"].items()
+    ]
+    return [
+        "Zero-shot-style choices: which of four second halves belongs to the first half, by log-likelihood.",
+        table(["G_LM", "right", "choices that differ", "largest log-likelihood difference"], rows),
+    ]
 
 
-def invariance(lab: Lab) -> None:
+@torch.no_grad()
+def transfer(lab: Lab) -> Finding:
+    """A learned model's weights with a constant G_LM: its own (v51Gi), and the negative test with others."""
+    model, tokenizer = _learned_model(lab, "transfer")
+    rows = lab.passages(tokenizer, lab.size.passages + 1)
+    calibration, rows = rows[:1], rows[1:]
+    G_LM = stored_operator(frozen_copy(model, calibration))
+    random = torch.randn(G_LM.shape, generator=torch.Generator().manual_seed(0)).to(G_LM)
+    scale = G_LM.square().mean((-1, -2), keepdim=True).sqrt()
+    own = "its own, frozen (v51Gi)"
+    variants = {
+        own: G_LM,
+        "its own, heads in another order": G_LM.roll(1, 1),
+        "identity": torch.eye(G_LM.shape[-1]).to(G_LM).expand_as(G_LM),
+        "random normal": random,
+        "random normal, scaled to its own RMS": random * scale,
+    }
+    loss = mean_loss(model, rows)
+    gain = mean_loss(model, rows.reshape(-1, 2)) - loss
+    losses = {name: mean_loss(frozen_copy(model, G_LM=value), rows) for name, value in variants.items()}
+    kept = abs(losses[own] - loss)
+    harm = min(value - loss for name, value in losses.items() if name != own)
+    confirmed = kept <= INVARIANT_LOSS and harm > 100 * max(kept, INVARIANT_LOSS)
+    return Finding(
+        "The learned operator replaces its network, and no other does",
+        Verdict.CONFIRMED if confirmed else Verdict.NOT_CONFIRMED,
+        f"its own operator as a constant moves the loss by {kept:.1e} nats per token, every other one by at least {harm:.2f}",
+        [
+            f"Held-out loss of the trained weights with each constant, {len(rows)} passages of {rows.shape[1]} tokens. The "
+            f"model itself: {loss:.4f}; its context gains it {gain:.2f} nats over one token of context.",
+            table(["G_LM", "loss", "against the model"],
+                  [[name, f"{value:.4f}", f"{value - loss:+.1e}"] for name, value in losses.items()]),
+        ],
+        {"loss": loss, "gain": gain, "losses": losses},
+        subject=lab.model.name,
+    )  # fmt: skip
+
+
+# --- where G_LM becomes invariant -----------------------------------------------------------------------------------
+
+
+def invariance(lab: Lab) -> Finding:
     """Where G_LM becomes invariant, where not, and where the model itself collapses."""
-    base = lab.size.recipe
-    config = base["model"].get("config", {})
-    usual = (base["optimization"].get("learning_rate", 1e-3), base["optimization"]["warmup_steps"],
-             config.get("metric_learner_units", 8), config.get("metric_learner_glus", 2),
-             config.get("metric_learner_width", 170))  # fmt: skip
-    conditions = {(*usual, seed) for seed in lab.size.seeds} | set(lab.size.grid)
-    runs = {}
-    for rate, warmup, units, glus, width, seed in sorted(conditions):
-        same = (rate, warmup, units, glus, width) == usual
-        name = f"learned-{seed}" if same else f"rate{rate:g}-warmup{warmup}-R{units}-N{glus}-W{width}-seed{seed}"
-        changes: dict[str, Any] = {"seed": seed}
-        if not same:  # else the very runs of the other claims
-            changes |= {
-                "optimization.learning_rate": rate, "optimization.warmup_steps": warmup,
-                "model.config.metric_learner_units": units, "model.config.metric_learner_glus": glus,
-                "model.config.metric_learner_width": width,
-            }  # fmt: skip
-        runs[name] = ((rate, warmup, units, glus, width, seed), changes)
+    usual, runs = _grid(lab)
     lab.train({name: changes for name, (_, changes) in runs.items()})
     rows = []
     for name, (condition, _) in runs.items():
         found = lab.measure(name)
-        rows.append(found | {"condition": condition, "state": _state(found)})
+        rows.append(found | {"condition": condition, "state": state_of(found)})
     order = ("invariant", "varies", "collapsed", "diverged")
     counts = {state: sum(row["state"] == state for row in rows) for state in order}
     cells = []
     for row in rows:
         rate, warmup, units, glus, width, seed = row["condition"]
         settings = [f"{rate:g}", str(warmup), str(units), str(glus), str(width), str(seed)]
-        if row["diverged"]:
-            cells.append([*settings, "", "", "", "", "diverged"])
-        else:
-            cells.append([*settings, f"{row['loss']:.3f}", f"{row['gain']:.3f}", f"{max(row['variation']):.1e}",
-                          f"{row['frozen_difference']:+.1e}", row["state"]])  # fmt: skip
-    plot_invariance(rows, usual, lab.folder / "invariance.png")
-    general = counts["invariant"] == len(rows)
-    verdict = "Confirmed" if general else "Confirmed under conditions" if counts["invariant"] else "Not confirmed"
-    lab.write(
+        measured = [""] * 4 if row["diverged"] else [
+            f"{row['loss']:.3f}", f"{row['gain']:.3f}", f"{max(row['variation']):.1e}", f"{row['frozen_difference']:+.1e}"
+        ]  # fmt: skip
+        cells.append([*settings, *measured, row["state"]])
+    plot_invariance(rows, usual, INVARIANT_VARIATION, lab.folder / "invariance.png")
+    partly = Verdict.CONDITIONS if counts["invariant"] else Verdict.NOT_CONFIRMED
+    return Finding(
         "G_LM becomes invariant",
-        f"{verdict}: of {len(rows)} runs {', '.join(f'{count} {state}' for state, count in counts.items() if count)}.",
+        Verdict.CONFIRMED if counts["invariant"] == len(rows) else partly,
+        f"of {len(rows)} runs {', '.join(f'{count} {state}' for state, count in counts.items() if count)}",
         [
             f"Invariant: G_LM varies over held-out passages by less than {INVARIANT_VARIATION:g} (relative RMSE, largest "
-            f"layer) and freezing it moves the loss by less than {INVARIANT_LOSS:g} nats a token. Collapsed: the whole "
-            f"context gains less than {COLLAPSED_GAIN} nats a token over one token of context.",
-            table(["peak rate", "warm-up", "R", "N", "F_A", "seed", "loss", "gain", "variation", "frozen − computed",
+            f"layer) and freezing it moves the loss by less than {INVARIANT_LOSS:g} nats per token. Collapsed: the whole "
+            f"context gains less than {COLLAPSED_GAIN} nats per token over one token of context.",
+            table(["peak rate", "warm-up", "R", "N", "F_A", "seed", "loss", "gain", "variation", "frozen − learned",
                    "state"], cells),
             "![the map](invariance.png)",
         ],
@@ -214,22 +262,36 @@ def invariance(lab: Lab) -> None:
     )  # fmt: skip
 
 
-def _state(found: dict[str, Any]) -> str:
-    if found["diverged"]:
-        return "diverged"
-    if found["gain"] < COLLAPSED_GAIN:
-        return "collapsed"
-    if "variation" not in found:
-        return "constant"
-    invariant = max(found["variation"]) < INVARIANT_VARIATION and abs(found["frozen_difference"]) < INVARIANT_LOSS
-    return "invariant" if invariant else "varies"
+def _grid(lab: Lab) -> tuple[tuple[float, ...], dict[str, tuple[tuple[float, ...], dict[str, Any]]]]:
+    """The size's own setting, and by name each run's setting and seed, and what it changes in the recipe."""
+    base = lab.size.recipe
+    config = base["model"].get("config", {})
+    usual = (base["optimization"].get("learning_rate", 1e-3), base["optimization"]["warmup_steps"],
+             config.get("metric_learner_units", 8), config.get("metric_learner_glus", 2),
+             config.get("metric_learner_width", 170))  # fmt: skip
+    conditions = {(*usual, seed) for seed in lab.size.seeds} | set(lab.size.grid)
+    runs: dict[str, tuple[tuple[float, ...], dict[str, Any]]] = {}
+    for condition in sorted(conditions):
+        rate, warmup, units, glus, width, seed = condition
+        if condition[:-1] == usual:  # the very runs of the other claims
+            runs[f"learned-{seed}"] = (condition, {"seed": seed})
+            continue
+        runs[f"rate{rate:g}-warmup{warmup}-R{units}-N{glus}-W{width}-seed{seed}"] = (condition, {
+            "seed": seed, "optimization.learning_rate": rate, "optimization.warmup_steps": warmup,
+            "model.config.metric_learner_units": units, "model.config.metric_learner_glus": glus,
+            "model.config.metric_learner_width": width,
+        })  # fmt: skip
+    return usual, runs
 
 
-def ablation(lab: Lab) -> None:
+# --- operators compared in training ---------------------------------------------------------------------------------
+
+
+def ablation(lab: Lab) -> Finding:
     """Learned against transferred, random and identity operators, and DAG-regularised."""
     seeds = lab.size.seeds
     lab.train({f"learned-{seed}": {"seed": seed} for seed in seeds})
-    healthy = [f"learned-{seed}" for seed in seeds if _healthy(lab.measure(f"learned-{seed}"))]
+    healthy = [f"learned-{seed}" for seed in seeds if is_healthy(lab.measure(f"learned-{seed}"))]
     if not healthy:
         raise ValueError(
             "reproduce ablation: every learned run diverged or collapsed; there is no operator to transfer; try a larger --size"
@@ -246,14 +308,14 @@ def ablation(lab: Lab) -> None:
         "random": {"model.config.operator": "constant", "model.config.operator_init": "random"},
         "identity": {"model.config.operator": "constant", "model.config.operator_init": "identity"},
     }
-    _compare(
-        lab, "Operators train differently", variants, "learned",
+    return compare_runs(
+        lab, "Operators train differently", _measure_variants(lab, variants), "learned",
         "Held-out loss of each kind of operator, the same recipe otherwise; transferred is the operator of the first "
-        "learned run that came through, frozen. Identity is ordinary attention.",
+        "learned run that came through, frozen. Identity is ordinary attention.", judge=must_differ,
     )  # fmt: skip
 
 
-def handoff(lab: Lab) -> None:
+def handoff(lab: Lab) -> Finding:
     """The learned operator handed over as a trainable constant during training, against keeping its network."""
     steps = lab.size.recipe["optimization"].get("steps", 250_000)
     variants: dict[str, dict[str, Any]] = {
@@ -261,91 +323,137 @@ def handoff(lab: Lab) -> None:
         "handed off at a half": {"optimization.handoff_step": steps // 2},
         "handed off at a quarter": {"optimization.handoff_step": steps // 4},
     }
-    lab.train({f"learned-{seed}": {"seed": seed} for seed in lab.size.seeds})
-    _compare(
-        lab, "A handed-off operator can replace its network in training", variants, "learned",
+    return compare_runs(
+        lab, "A handed-off operator can replace its network in training", _measure_variants(lab, variants), "learned",
         "At the step named, the learned operator becomes a trainable constant and its network is dropped; the optimiser "
-        "keeps its state for the rest.",
+        "keeps its state for the rest.", judge=must_be_no_worse,
     )  # fmt: skip
 
 
-def _compare(lab: Lab, claim: str, variants: dict[str, dict[str, Any]], reference: str, text: str) -> None:
-    """Train every variant with every seed; curves with their spread, final numbers, and which differ from the reference."""
+def _measure_variants(lab: Lab, variants: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Train every variant with every seed; what was measured of each run, by variant."""
     names = {kind: [f"{kind.replace(' ', '-')}-{seed}" for seed in lab.size.seeds] for kind in variants}
     lab.train({
         name: changes | {"seed": seed}
         for kind, changes in variants.items() for name, seed in zip(names[kind], lab.size.seeds, strict=True)
     })  # fmt: skip
-    found = {kind: [lab.measure(name) for name in runs] for kind, runs in names.items()}
-    report_comparison(lab, claim, found, reference, text)
+    return {kind: [lab.measure(name) for name in runs] for kind, runs in names.items()}
 
 
-def report_comparison(lab: Lab, claim: str, found: dict[str, list[dict[str, Any]]], reference: str, text: str) -> None:
-    """Write the page of a comparison from what was measured of its runs.
+@dataclass(frozen=True)
+class Groups:
+    """Variants by how they compare with the reference; one may be `better` beside its other group.
+
+    Attributes:
+        apart: means that are distinct.
+        near: means that are not.
+        unknown: too few runs to tell.
+        better: lower mean loss.
+    """
+
+    apart: list[str]
+    near: list[str]
+    unknown: list[str]
+    better: list[str]
+
+
+def must_differ(groups: Groups) -> Verdict:
+    if not groups.near + groups.unknown:
+        return Verdict.CONFIRMED
+    return Verdict.CONDITIONS if groups.apart else Verdict.NOT_CONFIRMED
+
+
+def must_be_no_worse(groups: Groups) -> Verdict:
+    worse = [kind for kind in groups.apart if kind not in groups.better]
+    if len(worse) == len(groups.apart + groups.near):
+        return Verdict.NOT_CONFIRMED
+    return Verdict.CONDITIONS if worse + groups.unknown else Verdict.CONFIRMED
+
+
+def compare_runs(
+    lab: Lab,
+    claim: str,
+    found: dict[str, list[dict[str, Any]]],
+    reference: str,
+    text: str,
+    *,
+    judge: Callable[[Groups], Verdict],
+) -> Finding:
+    """Compare variants by what was measured of their runs: curves with their spread, final numbers, which differ.
 
     Runs that diverged or whose attention died are counted, and left out of the means.
+
+    Args:
+        lab: where the curves are drawn.
+        claim: in words.
+        found: by variant, of each run what `Lab.measure` found.
+        reference: the variant that the others are compared with.
+        text: what the page says first.
+        judge: the verdict, from how the variants group.
     """
-    cells: list[list[str]] = []
-    summary: dict[str, dict[str, Any]] = {}
-    for kind, rows in found.items():
-        good = [row for row in rows if _healthy(row)]
-        if not good:
-            continue
-        loss, accuracy = (_mean_and_spread([row[key] for row in good]) for key in ("loss", "accuracy"))
-        seconds = statistics.fmean(_seconds(lab.log(row["run"])) for row in good)
-        summary[kind] = {"loss": loss, "accuracy": accuracy, "runs": len(good), "seconds": seconds}
-    base = [row["loss"] for row in found[reference] if _healthy(row)]
-    for kind, rows in found.items():
-        states = [_state(row) for row in rows]
-        lost = [f"{states.count(state)} {state}" for state in ("collapsed", "diverged") if state in states]
-        losses = [row["loss"] for row in rows if _healthy(row)]
-        runs = f"{len(losses)} of {len(rows)}" + (f" ({', '.join(lost)})" if lost else "")
-        if kind not in summary:
-            cells.append([kind, runs, "", "", "", ""])
-            continue
-        row = summary[kind]
+    summary = {kind: _summary(lab, rows) for kind, rows in found.items() if any(map(is_healthy, rows))}
+    base = [row["loss"] for row in found[reference] if is_healthy(row)]
+    for kind, row in summary.items():
+        losses = [run["loss"] for run in found[kind] if is_healthy(run)]
         row["separation"] = None if kind == reference else _separation(losses, base)
-        difference = "" if kind == reference or not base else f"{row['loss'][0] - statistics.fmean(base):+.4f}"
-        cells.append([kind, runs, _shown(*row["loss"]), _shown(*row["accuracy"]), difference,
-                      "" if row["separation"] is None else f"{row['separation']:.1f}"])  # fmt: skip
     plot_curves(
         {kind: [lab.log(row["run"]) for row in rows] for kind, rows in found.items()}, lab.folder / "curves.png"
     )
-
     others = {kind: row for kind, row in summary.items() if kind != reference}
-    apart = [kind for kind, row in others.items() if row["separation"] is not None and row["separation"] >= 3]
-    near = [kind for kind, row in others.items() if row["separation"] is not None and row["separation"] < 3]
-    unknown = [kind for kind in found if kind != reference and kind not in apart + near]
-    better = [kind for kind in others if base and summary[kind]["loss"][0] < statistics.fmean(base)]
-    if claim.startswith("Operators"):
-        verdict = "Confirmed" if not near + unknown else "Confirmed under conditions" if apart else "Not confirmed"
-    else:
-        worse = [kind for kind in apart if kind not in better]
-        verdict = "Not confirmed" if len(worse) == len(others) else "Confirmed"
-        verdict += " under conditions" if verdict == "Confirmed" and worse + unknown else ""
-    parts = [
-        f"{label}: {', '.join(kinds)}"
-        for label, kinds in ((f"distinct from {reference}", apart), (f"not told apart from {reference}", near),
-                             ("too few runs to tell", unknown), (f"lower mean loss than {reference}", better))
-        if kinds
-    ]  # fmt: skip
-    lab.write(
+    told = {kind: row["separation"] >= DISTINCT for kind, row in others.items() if row["separation"] is not None}
+    groups = Groups(
+        apart=[kind for kind, distinct in told.items() if distinct],
+        near=[kind for kind, distinct in told.items() if not distinct],
+        unknown=[kind for kind in found if kind != reference and kind not in told],
+        better=[kind for kind, row in others.items() if base and row["loss"][0] < statistics.fmean(base)],
+    )
+    parts = {f"distinct from {reference}": groups.apart, f"not told apart from {reference}": groups.near,
+             "too few runs to tell": groups.unknown, f"lower mean loss than {reference}": groups.better}  # fmt: skip
+    reasons = [f"{label}: {', '.join(kinds)}" for label, kinds in parts.items() if kinds]
+    cells = [_comparison_row(kind, rows, summary.get(kind), base, reference) for kind, rows in found.items()]
+    return Finding(
         claim,
-        f"{verdict}: {'; '.join(parts) or 'no run came through'}.",
+        judge(groups),
+        "; ".join(reasons) or "no run came through",
         [
             text,
             table(["operator", "runs", "held-out loss", "accuracy", f"loss against {reference}", "separation"], cells),
             "Mean ± standard deviation over seeds, without runs that diverged or collapsed (whose whole context gains less "
-            f"than {COLLAPSED_GAIN} nats a token over one token of it). Separation: difference of the means over their "
-            "standard error (Welch); 3 or more counts as distinct, and it takes two runs on each side.",
+            f"than {COLLAPSED_GAIN} nats per token over one token of it). Separation: difference of the means over their "
+            f"standard error (Welch); {DISTINCT:g} or more counts as distinct, and it takes two runs on each side.",
             "![curves](curves.png)",
         ],
         {"runs": found, "summary": summary},
     )
 
 
-def _healthy(found: dict[str, Any]) -> bool:
-    return _state(found) not in ("diverged", "collapsed")
+def _summary(lab: Lab, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of a variant's healthy runs: mean and spread of loss and accuracy, their number, mean seconds."""
+    good = [row for row in rows if is_healthy(row)]
+    loss, accuracy = (_mean_and_spread([row[key] for row in good]) for key in ("loss", "accuracy"))
+    seconds = [sum(line.get("train_runtime", 0) for line in lab.log(row["run"])) for row in good]
+    return {"loss": loss, "accuracy": accuracy, "runs": len(good), "seconds": statistics.fmean(seconds)}
+
+
+def _comparison_row(
+    kind: str, rows: list[dict[str, Any]], summary: dict[str, Any] | None, base: list[float], reference: str
+) -> list[str]:
+    states = [state_of(row) for row in rows]
+    lost = [f"{states.count(state)} {state}" for state in ("collapsed", "diverged") if state in states]
+    runs = f"{sum(map(is_healthy, rows))} of {len(rows)}" + (f" ({', '.join(lost)})" if lost else "")
+    if summary is None:
+        return [kind, runs, "", "", "", ""]
+    difference = "" if kind == reference or not base else f"{summary['loss'][0] - statistics.fmean(base):+.4f}"
+    separation = "" if summary["separation"] is None else f"{summary['separation']:.1f}"
+    return [kind, runs, _shown(*summary["loss"]), _shown(*summary["accuracy"]), difference, separation]
+
+
+def _mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def _shown(value: float, spread: float | None) -> str:
+    return f"{value:.4f}" + ("" if spread is None else f" ± {spread:.4f}")
 
 
 def _separation(one: Sequence[float], other: Sequence[float]) -> float | None:
@@ -357,54 +465,9 @@ def _separation(one: Sequence[float], other: Sequence[float]) -> float | None:
     return math.inf if error == 0 and difference else difference / error if error else 0.0
 
 
-def _seconds(log: list[dict[str, Any]]) -> float:
-    return sum(line["train_runtime"] for line in log if "train_runtime" in line)
+# --- all of them ----------------------------------------------------------------------------------------------------
 
-
-@torch.no_grad()
-def transfer(lab: Lab) -> None:
-    """A learned model's weights with a constant G_LM: its own (v51Gi), and the negative test with others."""
-    model, tokenizer = load_model(lab.model, device=lab.device), load_tokenizer(lab.model)
-    if model.config.operator != "learned":
-        raise ValueError("reproduce transfer: needs a model with a learned operator")
-    rows = lab.passages(tokenizer, lab.size.passages + 1)
-    calibration, rows = rows[:1], rows[1:]
-    own = freeze(copy.deepcopy(model), calibration)
-    G_LM = torch.stack([layer.self_attn.operator.G_LM for layer in own.model.layers])
-    generator = torch.Generator().manual_seed(0)
-    random = torch.randn(G_LM.shape, generator=generator).to(G_LM)
-    scale = G_LM.square().mean((-1, -2), keepdim=True).sqrt()
-    identity = torch.eye(G_LM.shape[-1]).to(G_LM).expand_as(G_LM)
-    variants = {
-        "its own, frozen (v51Gi)": G_LM,
-        "its own, heads in another order": G_LM.roll(1, 1),
-        "identity": identity,
-        "random normal": random,
-        "random normal, scaled to its own RMS": random * scale,
-    }
-    loss = mean_loss(model, rows)
-    gain = mean_loss(model, rows.reshape(-1, 2)) - loss
-    losses = {
-        name: mean_loss(freeze(copy.deepcopy(model), G_LM=value.clone()), rows) for name, value in variants.items()
-    }
-    kept = abs(losses["its own, frozen (v51Gi)"] - loss)
-    harm = min(value - loss for name, value in losses.items() if not name.startswith("its own, frozen"))
-    confirmed = kept <= INVARIANT_LOSS and harm > 100 * max(kept, INVARIANT_LOSS)
-    lab.write(
-        "The learned operator replaces its network, and no other does",
-        f"{'Confirmed' if confirmed else 'Not confirmed'} for {lab.model.name}: its own operator as a constant moves the loss "
-        f"by {kept:.1e} nats a token, every other one by at least {harm:.2f}.",
-        [
-            f"Held-out loss of the trained weights with each constant, {len(rows)} passages of {rows.shape[1]} tokens. The "
-            f"model itself: {loss:.4f}; its context gains it {gain:.2f} nats over one token of context.",
-            table(["G_LM", "loss", "against the model"],
-                  [[name, f"{value:.4f}", f"{value - loss:+.1e}"] for name, value in losses.items()]),
-        ],
-        {"loss": loss, "gain": gain, "losses": losses},
-    )  # fmt: skip
-
-
-CLAIMS: dict[str, Callable[[Lab], None]] = {
+CLAIMS: dict[str, Callable[[Lab], Finding]] = {
     "caching": caching,
     "invariance": invariance,
     "ablation": ablation,
@@ -415,11 +478,8 @@ CLAIMS: dict[str, Callable[[Lab], None]] = {
 OF_A_MODEL = ("caching", "transfer")
 
 
-def reproduce(claim: str, lab: Lab) -> Path:
-    """Run one claim.
-
-    Returns:
-        The page with its verdict.
+def run_claim(claim: str, lab: Lab) -> Finding:
+    """Run one claim, and write its page.
 
     Raises:
         ValueError: an unknown claim, or data or a model that can not work.
@@ -427,5 +487,64 @@ def reproduce(claim: str, lab: Lab) -> Path:
     """
     if claim not in CLAIMS:
         raise ValueError(f"reproduce: no claim {claim!r}; choose one of {', '.join(CLAIMS)}")
-    CLAIMS[claim](lab)
-    return lab.folder / "README.md"
+    finding = CLAIMS[claim](lab)
+    lab.write(finding)
+    return replace(finding, page=lab.folder / "README.md")
+
+
+def reproduce(
+    claim: str,
+    *,
+    size: str = "tiny",
+    output: str | os.PathLike[str] = "reproduced",
+    train: Sequence[str] | None = None,
+    validation: Sequence[str] | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+    model: str | os.PathLike[str] | None = None,
+    parallel: int = 1,
+    device: str = "cpu",
+    say: Callable[[str], None] = lambda line: None,
+    command: str = "",
+) -> list[Finding]:
+    """Reproduce a claim of the paper, as `pldr reproduce` does: train what it needs, measure, write tables and pictures.
+
+    Args:
+        claim: one of `CLAIMS`, or "all".
+        size: one of `pldr.study.lab.SIZES`: tiny (minutes on a CPU), small (minutes on a GPU) or paper.
+        output: folder for pages, pictures, numbers and trained runs; finished runs in it are kept.
+        train, validation: training and held-out text, both or neither.
+        tokenizer: of the runs.
+        model: for caching and transfer, in place of the one that ships with pldr.
+        parallel: runs at once.
+        device: where models are measured.
+        say: takes a line about what happens.
+        command: what the pages say they were made with.
+
+    Returns:
+        A finding for each claim.
+
+    Raises:
+        ValueError, RuntimeError: see `run_claim`; an option outside its range.
+        ModuleNotFoundError: it needs the extra "train".
+    """
+    require("train", "accelerate", "matplotlib")
+    if size not in SIZES:
+        raise ValueError(f"size: must be one of {', '.join(SIZES)}, got {size!r}")
+    if claim not in (*CLAIMS, "all"):
+        raise ValueError(f"reproduce: no claim {claim!r}; choose one of {', '.join(CLAIMS)}, all")
+    if (train is None) != (validation is None):
+        raise ValueError("train and validation: give both or neither")
+    if parallel < 1:
+        raise ValueError(f"parallel: must be at least 1, got {parallel}")
+    output, findings = Path(output), []
+    for name in CLAIMS if claim == "all" else [claim]:
+        data = default_data(size, held_out=name in OF_A_MODEL and model is None)
+        if train is not None and validation is not None:
+            data = {"train": list(train), "validation": list(validation), "tokenizer": data["tokenizer"]}
+        if tokenizer is not None:
+            data["tokenizer"] = str(tokenizer)
+        lab = Lab(
+            SIZES[size], output / name, output / "runs", data, parallel, Path(model or STORIES), device, say, command
+        )
+        findings.append(run_claim(name, lab))
+    return findings

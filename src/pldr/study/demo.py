@@ -1,26 +1,26 @@
 """The paper's main claim on two CPU cores: cache and freeze the operator that a PLDR-LLM learned, and compare."""
 
-import copy
-import statistics
+import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional as F
+from rich.console import RenderableType
+from transformers import PreTrainedTokenizerFast
 
-from pldr.cache import make_cache
 from pldr.checkpoints.load import load_model
 from pldr.data.rows import read_passages
 from pldr.data.sources import Source
 from pldr.deductive import deductive_outputs, log_determinant, numerical_rank, variation
-from pldr.files import check_output, whole_folder, write_json
-from pldr.generation import generate_text
+from pldr.evaluation.modes import MODES, OperatorModes
+from pldr.files import check_output, require, whole_folder, write_json
 from pldr.modeling_pldr import PldrForCausalLM
 from pldr.models.shipped import HELD_OUT, STORIES
-from pldr.operator import freeze
 from pldr.plots import plot_operators
 from pldr.recipe import Recipe, load_recipe
+from pldr.tables import Printable, demo_view
 from pldr.tokenizer import load_tokenizer
 from pldr.training.run import source_of, train
 
@@ -33,21 +33,40 @@ REPEATS = 3
 _RECORD = "demo.json"
 
 
-def run_demo(output: Path, recipe_name: str | None = None) -> dict[str, Any]:
-    """Measure what caching and freezing its operator changes, of the model that comes along and of a newly trained one.
+@dataclass(frozen=True)
+class Demo(Printable):
+    """What `run_demo` measured.
+
+    Attributes:
+        numbers: of the tables: "stories" and, where a recipe was trained, "trained" (see `measure`); "folder", "seconds".
+    """
+
+    numbers: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        return self.numbers
+
+    def __rich__(self) -> RenderableType:
+        return demo_view(self.numbers)
+
+
+def run_demo(output: str | os.PathLike[str] = "demo-output", recipe_name: str | None = None) -> Demo:
+    """Measure what caching and freezing its operator changes, of the model that ships with pldr and of a newly trained one.
 
     Args:
         output: folder; an earlier demo in it is replaced, anything else is not.
         recipe_name: also train this recipe's model into ``output/model`` first (see `pldr.recipe.find_recipe`).
 
     Returns:
-        The numbers of the tables, as `pldr.tables.demo_view` shows them and ``output/demo.json`` holds them: "stories" and, with a
-        recipe, "trained".
+        What ``output/demo.json`` holds too.
 
     Raises:
         FileExistsError: the folder holds something that no demo wrote.
         ValueError: a recipe without validation data or without a learned operator.
+        ModuleNotFoundError: it needs the extra "train".
     """
+    require("train", "accelerate", "matplotlib")
+    output = Path(output)
     start = time.perf_counter()
     recipe = None if recipe_name is None else _checked_recipe(recipe_name, output)
     check_output(output, overwrite=(output / _RECORD).is_file())
@@ -70,7 +89,7 @@ def run_demo(output: Path, recipe_name: str | None = None) -> dict[str, Any]:
         result["trained"] = measured | {"training": training}
     result |= {"folder": str(output), "seconds": time.perf_counter() - start}
     write_json(output / _RECORD, result, indent=1)
-    return result
+    return Demo(result)
 
 
 def _checked_recipe(name: str, output: Path) -> Recipe:
@@ -83,7 +102,12 @@ def _checked_recipe(name: str, output: Path) -> Recipe:
 
 
 def measure(
-    model: Any, tokenizer: Any, passages: torch.Tensor, calibration: torch.Tensor, prompt: str, output: Path
+    model: PldrForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    passages: torch.Tensor,
+    calibration: torch.Tensor,
+    prompt: str,
+    output: Path,
 ) -> dict[str, Any]:
     """What `run_demo` reports of one model; also writes its frozen form and a picture of its operators.
 
@@ -92,12 +116,16 @@ def measure(
         tokenizer: of the model.
         passages: [B, T], held out.
         calibration: [B, T], what G_LM is frozen from.
-        prompt: continued in every mode.
+        prompt: continued with every kind of cache.
         output: begins the names of what is written: "…-frozen" and "…-G_LM.png".
+
+    Returns:
+        "losses" by mode, in nats per token over the second half of each passage; "operator", a row a layer; "generation",
+        a row a kind of cache; "head_dim" and "prompt".
     """
-    frozen = freeze(copy.deepcopy(model), calibration)
+    modes = OperatorModes(model, calibration)
     with whole_folder(f"{output}-frozen", overwrite=True) as saved:
-        frozen.save_pretrained(saved)
+        modes.models["frozen"].save_pretrained(saved)
         tokenizer.save_pretrained(saved)
     torch.manual_seed(0)
     untrained = deductive_outputs(PldrForCausalLM(model.config), passages).G_LM
@@ -108,9 +136,10 @@ def measure(
         layers=sorted({0, len(G_LM) // 2, len(G_LM) - 1}),
         title="G_LM before and after training, on two held-out passages",
     )
+    texts = modes.generations(tokenizer, prompt, NEW_TOKENS, REPEATS)
     return {
         # G_LM is cached from the first half of each passage; losses are taken over the second, in every mode alike.
-        "losses": losses(model, frozen, passages, prefix=passages.shape[1] // 2),
+        "losses": {mode: modes.loss(mode, passages, passages.shape[1] // 2) for mode in MODES},
         "operator": [
             {
                 "layer": layer,
@@ -123,51 +152,15 @@ def measure(
         ],
         "head_dim": model.config.head_dim,
         "prompt": prompt,
-        "generation": generations(model, frozen, tokenizer, prompt),
-    }
-
-
-@torch.no_grad()
-def losses(model: Any, frozen: Any, passages: torch.Tensor, prefix: int) -> dict[str, float]:
-    """Mean cross-entropy (nats a token) of everything after the first `prefix` tokens, by where G_LM comes from.
-
-    Args:
-        model: with a learned operator.
-        frozen: the same model with a constant one.
-        passages: [B, T].
-
-    Returns:
-        "full": from the whole passage, later tokens included; "cached": from the prefix alone; "frozen": the constant.
-    """
-    targets = passages[:, prefix:]
-
-    def loss(logits: torch.Tensor) -> float:
-        return float(F.cross_entropy(logits[:, :-1].double().flatten(0, 1), targets[:, 1:].flatten()))
-
-    cache = make_cache(model.config)
-    model(passages[:, :prefix], past_key_values=cache)
-    return {
-        "full": loss(model(passages, use_cache=False).logits[:, prefix:]),
-        "cached": loss(model(targets, past_key_values=cache).logits),
-        "frozen": loss(frozen(passages, use_cache=False).logits[:, prefix:]),
-    }
-
-
-def generations(model: Any, frozen: Any, tokenizer: Any, prompt: str) -> list[dict[str, Any]]:
-    """The same greedy continuation in each mode: tokens a second (median of repeats, after a warm-up) and the text."""
-    modes = [("no cache", model, "none"), ("KV", model, "kv"), ("KV+G", model, "kv+g"), ("frozen G", frozen, "kv")]
-    rows: list[dict[str, Any]] = []
-    for name, running, cache in modes:
-        settings: dict[str, Any] = {"cache": cache, "max_new_tokens": NEW_TOKENS, "ignore_end": True}
-        generate_text(running, tokenizer, prompt, **(settings | {"max_new_tokens": 4}))
-        runs = [generate_text(running, tokenizer, prompt, **settings) for _ in range(REPEATS)]
-        rows.append(
+        "generation": [
             {
-                "mode": name,
-                "tokens_per_second": statistics.median(run.tokens_per_second for run in runs),
-                "same_text": runs[0].token_ids == rows[0]["token_ids"] if rows else True,
-                "token_ids": runs[0].token_ids,
-                "text": runs[0].text,
+                "cache": row.cache,
+                "G_LM": row.mode,
+                "tokens_per_second": row.tokens_per_second,
+                "same_text": row.generation.token_ids == texts[0].generation.token_ids,
+                "token_ids": row.generation.token_ids,
+                "text": row.generation.text,
             }
-        )
-    return rows
+            for row in texts
+        ],
+    }

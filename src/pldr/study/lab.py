@@ -10,22 +10,30 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from rich.console import RenderableType
+from rich.markdown import Markdown
+from transformers import PreTrainedTokenizerFast
 
 from pldr.checkpoints.load import load_model
 from pldr.data.rows import read_passages
 from pldr.data.sources import Source
 from pldr.deductive import deductive_outputs, variation
+from pldr.evaluation.modes import frozen_copy
+from pldr.files import read_json, write_json, write_text
 from pldr.modeling_pldr import PldrForCausalLM
 from pldr.models.shipped import HELD_OUT, STORIES
-from pldr.operator import freeze
+from pldr.tables import Printable
 from pldr.tokenizer import load_tokenizer
 
-# A model that gains less from its context than this (nats a token, over one token of context) has no attention left.
+# A run whose operator varies less, and whose frozen form loses less (nats per token), has an invariant operator.
+INVARIANT_VARIATION, INVARIANT_LOSS = 1e-3, 1e-4
+# A model that gains less from its context than this (nats per token, over one token of context) has no attention left.
 COLLAPSED_GAIN = 0.02
 
 
@@ -95,7 +103,7 @@ class Lab:
         runs: where trained runs go; claims share them.
         data: keys of a recipe's data section, with `train`, `validation` and `tokenizer`.
         parallel: runs at once.
-        model: of claims that need no training; by default the one that comes along.
+        model: of claims that need no training; by default the one that ships with pldr.
         device: where models are measured.
         say: takes a line about what happens.
         command: what the page says it was made with.
@@ -145,30 +153,34 @@ class Lab:
 
     def _done(self, name: str, changes: dict[str, Any]) -> bool:
         """Whether this very run, and not another of the same name, has ended."""
-        run, file = self.runs / name, self.runs / f"{name}.yaml"
+        file = self.runs / f"{name}.yaml"
         if not file.is_file() or yaml.safe_load(file.read_text(encoding="utf-8")) != self.recipe(name, changes):
             return False
-        return (run / "config.json").is_file() or (self.runs / f"{name}.diverged").is_file()
+        return (self.runs / name / "config.json").is_file() or self.diverged(name) is not None
+
+    def diverged(self, name: str) -> str | None:
+        """What a run said when its numbers were no longer finite, if it did."""
+        file = self.runs / f"{name}.diverged.json"
+        return read_json(file)["message"] if file.is_file() else None
 
     def _train_one(self, name: str, changes: dict[str, Any]) -> None:
         self.runs.mkdir(parents=True, exist_ok=True)
-        file = self.runs / f"{name}.yaml"
-        (self.runs / f"{name}.diverged").unlink(missing_ok=True)
-        file.write_text(yaml.safe_dump(self.recipe(name, changes), sort_keys=False), encoding="utf-8")
+        recipe, diverged = self.runs / f"{name}.yaml", self.runs / f"{name}.diverged.json"
+        diverged.unlink(missing_ok=True)
+        write_text(recipe, yaml.safe_dump(self.recipe(name, changes), sort_keys=False))
         start = time.perf_counter()
-        code = "import sys; from pldr.recipe import load_recipe; from pldr.training.run import train; " \
-               "train(load_recipe(sys.argv[1]), overwrite=True, progress=False)"  # fmt: skip
-        done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, check=False)
+        command = [sys.executable, "-m", "pldr.study.run", str(recipe), str(diverged)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            if "FloatingPointError" not in last:
-                raise RuntimeError(f"{name}: {last}")
-            (self.runs / f"{name}.diverged").write_text(last + "\n", encoding="utf-8")
-        self.say(f"{name}: {time.perf_counter() - start:.0f} s{' (diverged)' if done.returncode else ''}")
+            raise RuntimeError(f"{name}: {last}")
+        self.say(f"{name}: {time.perf_counter() - start:.0f} s{' (diverged)' if self.diverged(name) else ''}")
 
     # --- measuring ---
 
-    def passages(self, tokenizer: Any, count: int | None = None, *, part: str = "validation") -> torch.Tensor:
+    def passages(
+        self, tokenizer: PreTrainedTokenizerFast, count: int | None = None, *, part: str = "validation"
+    ) -> torch.Tensor:
         data = self.data
         source = Source(data[part], data.get("text_column", "text"), data.get(f"{part}_split", part),
                         data.get(f"{part}_interval", ""))  # fmt: skip
@@ -177,7 +189,7 @@ class Lab:
             self.device
         )
 
-    def load(self, name: str) -> tuple[PldrForCausalLM, Any] | None:
+    def load(self, name: str) -> tuple[PldrForCausalLM, PreTrainedTokenizerFast] | None:
         """A trained run's model and tokenizer; None if it diverged."""
         run = self.runs / name
         if not (run / "config.json").is_file():
@@ -208,13 +220,13 @@ class Lab:
         if model.config.operator == "learned":
             calibration = self.passages(tokenizer, 1, part="train")
             G_LM = torch.cat([deductive_outputs(model, row[None]).G_LM for row in rows], 1)
-            frozen = freeze(copy.deepcopy(model), calibration)
+            frozen = frozen_copy(model, calibration)
             found |= {"variation": variation(G_LM).tolist(), "frozen_difference": mean_loss(frozen, rows) - loss}
         return found
 
     # --- results ---
 
-    def write(self, claim: str, verdict: str, sections: Iterable[str], numbers: dict[str, Any]) -> None:
+    def write(self, finding: "Finding") -> None:
         """The page, README.md, and its numbers, results.json."""
         import transformers
 
@@ -222,24 +234,82 @@ class Lab:
 
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
         about: dict[str, Any] = {
-            "claim": claim, "verdict": verdict, "command": self.command, "device": device,
+            "claim": finding.claim, "verdict": finding.sentence, "outcome": finding.verdict, "command": self.command,
+            "device": device, "date": time.strftime("%Y-%m-%d"),
             "versions": {"pldr": pldr.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
-            "date": time.strftime("%Y-%m-%d"), "size": dataclasses.asdict(self.size), "data": self.data,
+            "size": dataclasses.asdict(self.size), "data": self.data,
         }  # fmt: skip
         versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-        page = "\n\n".join(
-            [
-                f"# {claim}",
-                f"**{verdict}**",
-                *sections,
-                f"`{about['command']}` · {device} · {versions} · {about['date']}",
-            ]
-        )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "README.md").write_text(page + "\n", encoding="utf-8")
-        text = json.dumps(about | {"numbers": numbers}, indent=1, default=str)
-        text = text.replace(str(Path(__file__).parents[1]), "pldr")  # where the package lies is nobody's business
-        (self.folder / "results.json").write_text(text + "\n", encoding="utf-8")
+        made_with = f"`{about['command']}` · {device} · {versions} · {about['date']}"
+        page = "\n\n".join([f"# {finding.claim}", f"**{finding.sentence}**", *finding.sections, made_with])
+        write_text(self.folder / "README.md", page + "\n")
+        write_json(self.folder / "results.json", _without_places(about | {"numbers": finding.numbers}), indent=1)
+
+
+def _without_places(value: Any) -> Any:
+    """Paths as texts, with no word of where the package lies, which is nobody's business."""
+    if isinstance(value, dict):
+        return {name: _without_places(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_places(item) for item in value]
+    if isinstance(value, (str, Path)):
+        return str(value).replace(str(Path(__file__).parents[1]), "pldr")
+    return value
+
+
+class Verdict(StrEnum):
+    """What an experiment says about a claim."""
+
+    CONFIRMED = "confirmed"
+    CONDITIONS = "confirmed under conditions"
+    NOT_CONFIRMED = "not confirmed"
+
+
+@dataclass(frozen=True)
+class Finding(Printable):
+    """What came out of a claim's experiment.
+
+    Attributes:
+        claim: in words.
+        verdict: on it.
+        reason: for the verdict, in numbers and words.
+        sections: of its page, Markdown.
+        numbers: all that was measured.
+        subject: the model that it is about, if it is about one.
+        page: where it was written.
+    """
+
+    claim: str
+    verdict: Verdict
+    reason: str
+    sections: list[str]
+    numbers: dict[str, Any]
+    subject: str = ""
+    page: Path | None = None
+
+    @property
+    def sentence(self) -> str:
+        about = f" for {self.subject}" if self.subject else ""
+        return f"{self.verdict.capitalize()}{about}: {self.reason}."
+
+    def __rich__(self) -> RenderableType:
+        return Markdown("\n\n".join([f"# {self.claim}", f"**{self.sentence}**", *self.sections]))
+
+
+def state_of(found: dict[str, Any]) -> str:
+    """What became of a run, from what `Lab.measure` found: diverged, collapsed, constant, invariant, or varies."""
+    if found["diverged"]:
+        return "diverged"
+    if found["gain"] < COLLAPSED_GAIN:
+        return "collapsed"
+    if "variation" not in found:
+        return "constant"
+    invariant = max(found["variation"]) < INVARIANT_VARIATION and abs(found["frozen_difference"]) < INVARIANT_LOSS
+    return "invariant" if invariant else "varies"
+
+
+def is_healthy(found: dict[str, Any]) -> bool:
+    return state_of(found) not in ("diverged", "collapsed")
 
 
 @torch.no_grad()

@@ -8,10 +8,12 @@ from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
+from rich.console import RenderableType
 
 from pldr.deductive import RANK_TOLERANCES, deductive_outputs, log_determinant, variation
 from pldr.files import json_safe
 from pldr.operator import DeductiveOutputs
+from pldr.tables import Printable, analysis_view
 
 _BINS = 41
 # A scale is never more than this many times finer around zero than at its ends: about three decades either way.
@@ -86,7 +88,7 @@ class Statistics:
 
 
 @dataclass(frozen=True)
-class Analysis:
+class Analysis(Printable):
     """Statistics of each deductive output that there is.
 
     Attributes:
@@ -95,6 +97,8 @@ class Analysis:
         length: their tokens, or None.
         lengths: first tokens of a passage that `Statistics.growth` was computed from: 1, 2, 4, … and `length`.
         growth_passages: of how many passages.
+        model: name of what was looked at.
+        source: of the passages, for people.
     """
 
     tensors: dict[str, Statistics]
@@ -102,6 +106,8 @@ class Analysis:
     length: int | None = None
     lengths: tuple[int, ...] = ()
     growth_passages: int = 0
+    model: str = ""
+    source: str = ""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -109,10 +115,15 @@ class Analysis:
         layers, heads, dim, _ = self.tensors["G_LM"].example.shape
         return layers, heads, dim
 
+    def __rich__(self) -> RenderableType:
+        return analysis_view(self)
+
     def to_json(self) -> dict[str, Any]:
         """Everything but the pictures' tensors, as plain numbers; null where a number is infinite or does not exist."""
         layers, heads, dim = self.shape
         return {
+            "model": self.model,
+            "source": self.source,
             "layers": layers,
             "heads": heads,
             "head_dim": dim,

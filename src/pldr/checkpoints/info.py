@@ -1,0 +1,96 @@
+"""Facts about a model: shape, parameters, operators, cache sizes, and what its certificate says."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import RenderableType
+
+from pldr.checkpoints.certificate import read_certificate
+from pldr.checkpoints.load import load_model
+from pldr.modeling_pldr import PldrForCausalLM
+from pldr.tables import Printable, facts_view
+
+
+@dataclass(frozen=True)
+class Info(Printable):
+    """What `info` shows.
+
+    Attributes:
+        facts: see `model_facts`; and "certificate", where one lies beside the model.
+    """
+
+    facts: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        return self.facts
+
+    def __rich__(self) -> RenderableType:
+        return facts_view(self.facts)
+
+
+def info(
+    model: str | os.PathLike[str] | PldrForCausalLM,
+    *,
+    rope: str | None = None,
+    g_lm: str | os.PathLike[str] | None = None,
+) -> Info:
+    """Shape, parameters, operators and cache sizes, as `pldr info` shows them.
+
+    Args:
+        model: a folder in any layout, a ``.pth`` file, or a loaded model.
+        rope, g_lm: see `pldr.load_model`, `rope_pairing` and `G_LM`.
+
+    Raises:
+        ValueError, OSError: see `pldr.load_model`; a damaged certificate.
+    """
+    if isinstance(model, PldrForCausalLM):
+        return Info(model_facts(model))
+    facts = model_facts(load_model(model, rope_pairing=rope, G_LM=g_lm))
+    certificate = read_certificate(Path(model))
+    return Info(facts | ({"certificate": certificate} if certificate else {}))
+
+
+def model_facts(model: PldrForCausalLM) -> dict[str, Any]:
+    """Shape, parameter counts, operator kinds and cache sizes of a model, as plain numbers.
+
+    Returns:
+        `parameters` in all and by part; `operators`, how many layers have each kind; `kv_cache_bytes_per_token` and
+        `g_cache_bytes_per_sequence` in the model's dtype (a constant operator needs no G-cache).
+    """
+    config = model.config
+    parts = {"embedding": 0, "attention": 0, "operator": 0, "feed_forward": 0, "head": 0}
+    for name, parameter in model.named_parameters():
+        if ".operator." in name:
+            part = "operator"
+        elif ".self_attn." in name or "post_attention" in name:
+            part = "attention"
+        elif ".mlp." in name or "post_feedforward" in name:
+            part = "feed_forward"
+        else:
+            part = "head" if name.startswith("lm_head") else "embedding"
+        parts[part] += parameter.numel()
+    kinds = [
+        type(layer.get_submodule("self_attn.operator")).__name__.removesuffix("Operator").lower()
+        for layer in model.model.layers
+    ]
+    size = torch.empty(0, dtype=model.dtype).element_size()
+    state = config.num_hidden_layers * config.num_attention_heads * config.head_dim**2
+    fields = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim",
+              "max_position_embeddings", "rope_pairing", "operator", "operator_init", "operator_trainable",
+              "metric_learner_units", "metric_learner_glus", "metric_learner_width")  # fmt: skip
+    learned = config.operator == "learned"
+    skipped = "operator_" if learned else "metric_learner_"
+    return {
+        "parameters": sum(parts.values()),
+        "parameters_by_part": parts,
+        # A fixed G_LM is a buffer; a trainable one is among the parameters.
+        "constant_operator_values": 0 if learned or config.operator_trainable else state,
+        "operators": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "kv_cache_bytes_per_token": 2 * config.num_hidden_layers * config.hidden_size * size,
+        "g_cache_bytes_per_sequence": state * size if learned else 0,
+        "config": {name: getattr(config, name) for name in fields if not name.startswith(skipped)},
+    }

@@ -1,0 +1,227 @@
+"""What a model scores: benchmarks and perplexity with G_LM frozen, cached or learned, and what the mode changes."""
+
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import RenderableType
+from transformers import PreTrainedTokenizerFast
+
+from pldr.checkpoints.load import load_with_tokenizer
+from pldr.evaluation.modes import MODES
+from pldr.evaluation.perplexity import check_window, evaluate_texts
+from pldr.evaluation.published import SUITES, suite_report
+from pldr.evaluation.scoring import Scorer, make_scorers, mode_disagreement, read_calibration
+from pldr.files import read_text, require
+from pldr.modeling_pldr import PldrForCausalLM
+from pldr.tables import Printable, evaluation_view
+
+
+@dataclass
+class Evaluation(Printable):
+    """What `evaluate` found.
+
+    Attributes:
+        model: its name.
+        operator: what the model has, "learned" or "constant".
+        modes: that were run (`pldr.evaluation.modes`); the others are compared with the first.
+        device, dtype: what it ran on, and in.
+        calibration: what a learned G_LM was frozen from.
+        tasks: by name "questions", "num_fewshot", "scores" (by mode: each metric and its standard error) and, against the
+            first mode, "differ" (by mode: questions with another answer) and "largest" (by mode: difference of one
+            log-likelihood, nats).
+        groups: of tasks, by name "scores" alone.
+        seconds: of the tasks, by mode.
+        texts: by name and mode the fields of `pldr.evaluation.perplexity.Perplexity`.
+        suite: "metrics", "scores" and "averages", by mode, where one was asked for.
+        disagreement: how much the mode moves the log-likelihood of 32 tokens at most, nats (`mode_disagreement`).
+        truncated: contexts that were longer than the model's and lost their beginning.
+        threshold: nats by which modes may differ without a warning.
+    """
+
+    model: str
+    operator: str
+    modes: list[str]
+    device: str
+    dtype: str
+    calibration: str | list[str] | None = None
+    tasks: dict[str, Any] = field(default_factory=dict)
+    groups: dict[str, Any] | None = None
+    seconds: dict[str, float] | None = None
+    texts: dict[str, dict[str, dict[str, Any]]] | None = None
+    suite: dict[str, Any] | None = None
+    disagreement: float = 0.0
+    truncated: int = 0
+    threshold: float = 0.01
+
+    @property
+    def warnings(self) -> list[str]:
+        """What to know before the scores are believed."""
+        return list(self._warnings())
+
+    def _warnings(self) -> Iterator[str]:
+        if self.disagreement > self.threshold:
+            yield (
+                f"G_LM depends on the text: where it comes from moves a log-likelihood of 32 tokens by "
+                f"{self.disagreement:.2g} nats, more than {self.threshold:g}; a learned G_LM sees the tokens it scores, so "
+                "that only frozen scores compare with other models'; see pldr certify"
+            )
+        largest = max((value for task in self.tasks.values() for value in task["largest"].values()), default=0.0)
+        if largest > self.threshold:
+            rounding = "" if self.dtype == "float32" else f"; in {self.dtype} much of that is rounding"
+            yield (
+                f"the modes' log-likelihoods of an answer differ by up to {largest:.2g} nats, more than "
+                f"{self.threshold:g}{rounding}"
+            )
+        if self.truncated:
+            yield f"{self.truncated} contexts were longer than the model's and lost their beginning"
+        for name, found in (self.texts or {}).items():
+            if not all(value["is_lossless"] for value in found.values()):
+                yield (
+                    f"{name}: the tokenizer drops part of the text (ends of lines, repeated spaces), which is counted in "
+                    "bits per byte and word perplexity all the same"
+                )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers, lists and texts; without what was not asked for."""
+        fields = {name: value for name, value in dataclasses.asdict(self).items() if name != "threshold"}
+        wanted = {name: value for name, value in fields.items() if value is not None or name == "calibration"}
+        return wanted | {"warnings": self.warnings}
+
+    def __rich__(self) -> RenderableType:
+        return evaluation_view(self.to_json())
+
+
+def evaluate(
+    model: str | os.PathLike[str] | PldrForCausalLM,
+    files: Sequence[str | os.PathLike[str]] = (),
+    *,
+    tasks: str | Sequence[str] = (),
+    suite: str | None = None,
+    operator: str = "frozen",
+    compare: bool = False,
+    data_dir: str | os.PathLike[str] | None = None,
+    limit: float | None = None,
+    num_fewshot: int | None = None,
+    batch_size: int | str = "auto",
+    window: int | None = None,
+    stride: int | None = None,
+    calibration: Sequence[str] | None = None,
+    text_column: str = "text",
+    threshold: float = 0.01,
+    tokenizer: str | os.PathLike[str] | PreTrainedTokenizerFast | None = None,
+    rope: str | None = None,
+    g_lm: str | os.PathLike[str] | None = None,
+    device: str | None = None,
+    dtype: str = "float32",
+) -> Evaluation:
+    """Benchmarks and perplexity of a model, as `pldr eval` measures them.
+
+    Args:
+        model: a folder in any layout, a ``.pth`` file, or a loaded model.
+        files: text files, whose perplexity is measured.
+        tasks: of lm-evaluation-harness: names, groups, patterns, YAML files; a text may hold several, comma-separated.
+        suite: "paper": the eight benchmarks of the paper, and their average.
+        operator: the mode, "frozen", "cached" or "learned".
+        compare: run all three, and compare every answer.
+        data_dir: folder with the benchmarks' published files, in place of the hub.
+        limit: questions of each task; below 1, their share.
+        num_fewshot: examples before each question.
+        batch_size: sequences of a batch, or "auto".
+        window, stride: of the perplexity, tokens; the context and half the window by default.
+        calibration: text that a learned G_LM is frozen from; by default what ships with pldr.
+        text_column: of that text, if it has columns.
+        threshold: nats by which modes may differ without a warning.
+        tokenizer, rope, g_lm, device: see `pldr.checkpoints.load.load_with_tokenizer`.
+        dtype: "float32", "bfloat16", or "auto": as the model is stored.
+
+    Raises:
+        ValueError, OSError: an option outside its range or that does not go with this model, an unknown task, data that
+            can not be had: before anything is measured.
+        ModuleNotFoundError: tasks need the extra "eval".
+    """
+    names = _task_names(tasks, suite)
+    if not names and not files:
+        raise ValueError("eval: name --tasks, a --suite, or text files for --perplexity")
+    if num_fewshot is not None and num_fewshot < 0:
+        raise ValueError(f"num_fewshot: must be 0 or more, got {num_fewshot}")
+    if data_dir is not None and not Path(data_dir).is_dir():
+        raise ValueError(f"data_dir: {data_dir} is not a folder")
+    texts = {str(file): read_text(file) for file in files}
+    if names:
+        require("eval", "lm_eval")
+        from pldr.evaluation.harness import check_limit, load_tasks, run_tasks
+
+        check_limit(limit)
+    loaded, text_tokenizer = load_with_tokenizer(model, tokenizer, device=device, dtype=dtype, rope=rope, g_lm=g_lm)
+    assert text_tokenizer is not None
+    context = loaded.config.max_position_embeddings
+    check_window(context, window, stride)
+    _check_modes(loaded, operator, compare, calibration)
+    found = (
+        load_tasks(names, data_dir=None if data_dir is None else Path(data_dir), num_fewshot=num_fewshot)
+        if names
+        else {}
+    )
+
+    report = Evaluation(
+        model=str(loaded.name_or_path or "model" if isinstance(model, PldrForCausalLM) else model),
+        operator=loaded.config.operator, modes=[], device=str(loaded.device), dtype=dtype, threshold=threshold,
+    )  # fmt: skip
+    passages = None
+    if loaded.config.operator == "learned":
+        passages = read_calibration(text_tokenizer, context, calibration, text_column)
+        report.calibration = list(calibration) if calibration else "ships with pldr"
+    scorers = make_scorers(loaded, passages, batch_size=batch_size)
+    chosen = scorers if compare else {operator: scorers[operator]}
+    report.modes = list(chosen)
+    if passages is not None:
+        report.disagreement = _disagreement(loaded, scorers, passages)
+    if texts:
+        report.texts = evaluate_texts(chosen, text_tokenizer, texts, length=window, stride=stride)
+    if names:
+        results = run_tasks(chosen, text_tokenizer, found, limit=limit)
+        report.tasks, report.groups, report.seconds = results["tasks"], results["groups"], results["seconds"]
+        report.suite = suite_report(results, suite) if suite is not None else None
+    report.truncated = max(scorer.truncated for scorer in chosen.values())
+    return report
+
+
+def _task_names(tasks: str | Sequence[str], suite: str | None) -> list[str]:
+    """
+    Raises:
+        ValueError: there is no such suite.
+    """
+    if suite is not None and suite not in SUITES:
+        raise ValueError(f"suite: must be one of {', '.join(SUITES)}, got {suite!r}")
+    parts = [tasks] if isinstance(tasks, str) else tasks
+    names = [name.strip() for part in parts for name in part.split(",") if name.strip()]
+    return names + [name for name in SUITES.get(suite or "", ()) if name not in names]
+
+
+def _check_modes(model: PldrForCausalLM, operator: str, compare: bool, calibration: Sequence[str] | None) -> None:
+    """
+    Raises:
+        ValueError: an unknown mode; options that need a learned operator.
+    """
+    if operator not in MODES:
+        raise ValueError(f"operator: must be one of {', '.join(MODES)}, got {operator!r}")
+    if model.config.operator == "learned":
+        return
+    if compare or operator != "frozen":
+        raise ValueError("eval: this model's operator is constant, so that frozen is its only mode")
+    if calibration:
+        raise ValueError("calibration: this model's operator is constant already")
+
+
+def _disagreement(model: PldrForCausalLM, scorers: dict[str, Scorer], passages: torch.Tensor) -> float:
+    """`mode_disagreement` in float32, where what differs is the operator and not the rounding."""
+    if model.dtype != torch.float32:
+        import copy
+
+        scorers = make_scorers(copy.deepcopy(model).float(), passages)
+    return mode_disagreement(scorers, passages)

@@ -1,0 +1,97 @@
+"""Look at the deductive outputs of a model, or at a G_LM by itself."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from pldr.checkpoints.load import load_predefined_G, load_with_tokenizer
+from pldr.data.rows import read_passages
+from pldr.data.sources import Source
+from pldr.modeling_pldr import PldrForCausalLM
+from pldr.models.shipped import HELD_OUT
+from pldr.study.page import write_report
+from pldr.study.statistics import Analysis, analyse_model, analyse_operator
+
+_PASSAGES, _LENGTH = 32, 512
+
+
+def inspect(
+    model: str | os.PathLike[str] | PldrForCausalLM,
+    data: Sequence[str] = (),
+    *,
+    passages: int | None = None,
+    length: int | None = None,
+    text_column: str = "text",
+    tokenizer: str | os.PathLike[str] | PreTrainedTokenizerFast | None = None,
+    rope: str | None = None,
+    g_lm: str | os.PathLike[str] | None = None,
+    html: str | os.PathLike[str] | None = None,
+    device: str | None = None,
+    dtype: str = "auto",
+) -> Analysis:
+    """Statistics of A, A_LM, A_P and G_LM, as `pldr inspect` shows them.
+
+    Args:
+        model: a folder in any layout, a ``.pth`` file, or a loaded model; or a file with a G_LM (.safetensors, .pkl), with
+            which only `html` goes.
+        data: text: .txt, .jsonl, .parquet files or patterns, hub:NAME; by default held-out excerpts that ship with pldr.
+        passages: to look at; 32, or as many as there are.
+        length: tokens of a passage; 512, or the context if that is less.
+        text_column: of JSON lines, Parquet files and hub data sets.
+        tokenizer, rope, g_lm, device, dtype: see `pldr.checkpoints.load.load_with_tokenizer`.
+        html: also write a report with pictures, one HTML file.
+
+    Raises:
+        ValueError, OSError: an option outside its range, too little text, a model, tokenizer or file that can not be
+            used, or a deductive output that is not finite.
+    """
+    if html is not None and Path(html).is_dir():
+        raise ValueError(f"html: {html} is a folder; name a file")
+    if (
+        not isinstance(model, PldrForCausalLM)
+        and Path(model).is_file()
+        and Path(model).suffix in (".safetensors", ".pkl")
+    ):
+        if any((data, passages, length, tokenizer, rope, g_lm, device not in (None, "cpu"), dtype != "auto")):
+            raise ValueError(
+                f"inspect: {model} holds a tensor, with which go no data and no options but --json and --html"
+            )
+        analysis = replace(analyse_operator(load_predefined_G(model)), model=str(model))
+    else:
+        loaded, text_tokenizer = load_with_tokenizer(model, tokenizer, device=device, dtype=dtype, rope=rope, g_lm=g_lm)
+        assert text_tokenizer is not None
+        context = loaded.config.max_position_embeddings
+        # The excerpts that ship with pldr have one form; text_column is about the user's own data.
+        source = Source(list(data), text_column) if data else Source([str(HELD_OUT)])
+        ids = _first_passages(source, text_tokenizer, context, passages, length)
+        name = loaded.name_or_path if isinstance(model, PldrForCausalLM) else model
+        about = ", ".join(data) if data else "held-out excerpts that ship with pldr"
+        analysis = replace(analyse_model(loaded, ids), model=str(name), source=about)
+    if html is not None:
+        write_report(analysis, html, title=Path(analysis.model).resolve().name, source=analysis.source)
+    return analysis
+
+
+def _first_passages(
+    source: Source, tokenizer: PreTrainedTokenizerFast, context: int, count: int | None, length: int | None
+) -> torch.Tensor:
+    """[B, T] token ids.
+
+    Raises:
+        ValueError: a length beyond the context; no text, or fewer passages than asked for.
+    """
+    if length is not None and not 1 <= length <= context:
+        raise ValueError(f"length: must be between 1 and the context of {context}, got {length}")
+    if count is not None and count < 1:
+        raise ValueError(f"passages: must be at least 1, got {count}")
+    length = length or min(_LENGTH, context)
+    ids = read_passages(source, tokenizer, length, count or _PASSAGES)
+    if count is not None and len(ids) < count:
+        raise ValueError(
+            f"data: {len(ids)} passages of {length} tokens, {count} are asked for; give more text, or lower passages or length"
+        )
+    return ids
