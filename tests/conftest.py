@@ -1,5 +1,6 @@
 """The fixtures of more than one file. Plain functions that tests share are in helpers.py; no test file imports another."""
 
+import gc
 import io
 import os
 import sys
@@ -25,6 +26,12 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_collection_finish():
+    """The Trainer collects garbage at its end: a third of a toy run, unless it need not look at what was imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
