@@ -245,10 +245,10 @@ class TestCommand:
         code, out, err = run("inspect", folder, text, "--passages", 5, "--length", 24, "--json")
         assert (code, err) == (0, "")
         fields = json.loads(out)
-        assert (fields["model"], fields["source"]) == (str(folder), str(text))
         passages = read_passages(Source([str(text)]), load_tokenizer(folder), 24, 5)
         expected = analyse_model(load_model(folder), passages).to_json()
-        assert {name: fields[name] for name in expected} == expected
+        about = {"model": str(folder), "source": str(text)}
+        assert fields == expected | about
 
     def test_table(self, run, folder, text, monkeypatch):
         monkeypatch.setenv("COLUMNS", "80")
@@ -266,7 +266,7 @@ class TestCommand:
         code, out, _ = run("inspect", folder, "--passages", 2, "--length", 8, "--json")
         fields = json.loads(out)
         assert code == 0
-        assert fields["source"] == "held-out excerpts that come with the package"
+        assert fields["source"] == "held-out excerpts that ship with pldr"
         passages = read_passages(Source([str(HELD_OUT)]), load_tokenizer(folder), 8, 2)
         expected = analyse_model(load_model(folder), passages).tensors["A_LM"].rms.tolist()
         assert fields["tensors"]["A_LM"]["rms"] == expected
@@ -341,13 +341,13 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["--length", "65"], "--length must be between 1 and the context of 64, got 65"),
-            (["--length", "0"], "--length must be between 1"),
-            (["--passages", "0"], "--passages must be at least 1, got 0"),
+            (["--length", "65"], "length: must be between 1 and the context of 64, got 65"),
+            (["--length", "0"], "length: must be between 1"),
+            (["--passages", "0"], "passages: must be at least 1, got 0"),
             (["--passages", "9999"], "passages of 64 tokens, 9999 are asked for"),
-            (["--text-column", "story", "--device", "warp"], "--device: warp can not be used here"),
-            (["--dtype", "int8"], "--dtype: must be auto"),
-            (["--html", "."], "--html: . is a folder; name a file"),
+            (["--text-column", "story", "--device", "warp"], "device: warp can not be used here"),
+            (["--dtype", "int8"], "dtype: must be auto"),
+            (["--html", "."], "html: . is a folder; name a file"),
         ],
     )
     def test_bad_options(self, run, folder, text, arguments, message):

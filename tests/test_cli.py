@@ -105,8 +105,8 @@ class TestGenerate:
             (["the", "--beams", "2", "--stream"], "beam search knows its text only at the end"),
             (["the", "--cache", "all"], "cache: must be one of kv+g, kv, g, none"),
             (["the", "--stream", "--json"], "--stream and --json: choose one"),
-            (["the", "--dtype", "int8"], "--dtype: must be auto"),
-            (["the", "--device", "warp"], "--device: warp can not be used here"),
+            (["the", "--dtype", "int8"], "dtype: must be auto"),
+            (["the", "--device", "warp"], "device: warp can not be used here"),
             (["bytes \udcff"], "prompt: not valid UTF-8"),
         ],
     )
@@ -273,7 +273,7 @@ def test_a_bug_is_one_line_with_a_way_to_its_traceback(run, folder, monkeypatch)
     def broken(*args, **kwargs):
         raise KeyError("surprise")
 
-    monkeypatch.setattr("pldr.tables.model_facts", broken)
+    monkeypatch.setattr("pldr.checkpoints.info.model_facts", broken)
     fails(run("info", folder), "unexpected KeyError (PLDR_TRACEBACK=1 shows where)")
     monkeypatch.setenv("PLDR_TRACEBACK", "1")
     monkeypatch.setattr(sys, "argv", ["pldr", "info", str(folder)])

@@ -237,20 +237,20 @@ def test_text_alone_in_every_mode(run, folder, tmp_path):
     ("arguments", "message"),
     [
         ([], "name --tasks, a --suite, or text files for --perplexity"),
-        (["--suite", "papers"], "--suite: must be one of paper, got 'papers'"),
+        (["--suite", "papers"], "suite: must be one of paper, got 'papers'"),
         (["--tasks", "piqq"], "no task 'piqq'; did you mean piqa"),
         (["--tasks", "piqa", "--limit", "0"], "limit: must be a number of questions"),
         (["--tasks", "piqa", "--limit", "2.7"], "limit: must be a number of questions"),
         (["--tasks", "piqa", "--limit", "inf"], "limit: must be a number of questions"),
-        (["--tasks", "piqa", "--num-fewshot", "-1"], "--num-fewshot: must be 0 or more"),
-        (["--tasks", "piqa", "--data-dir", "nowhere"], "--data-dir: nowhere is not a folder"),
+        (["--tasks", "piqa", "--num-fewshot", "-1"], "num_fewshot: must be 0 or more"),
+        (["--tasks", "piqa", "--data-dir", "nowhere"], "data_dir: nowhere is not a folder"),
         (["--tasks", "piqa", "--data-dir", "."], "piqa: no validation data; expected piqa/valid.jsonl and piqa/valid-labels.lst"),
         (["--tasks", "yaml_of_nothing.yaml"], "yaml_of_nothing.yaml: could not be loaded"),
         (["--perplexity", "nowhere.txt"], "nowhere.txt: No such file or directory"),
         (["--perplexity"], "--perplexity: needs text files"),
         (["text.txt"], "--perplexity: needs text files, and they need it"),
         (["--perplexity", "text.txt", "--batch-size", "none"], "batch_size: must be a positive number or auto"),
-        (["--perplexity", "text.txt", "--operator", "warm"], "--operator: must be one of learned, cached, frozen"),
+        (["--perplexity", "text.txt", "--operator", "warm"], "operator: must be one of learned, cached, frozen"),
         (["--perplexity", "text.txt", "--calibration", "nowhere.txt"], "nowhere.txt"),
         (["--perplexity", "text.txt", "--stride", "65"], "stride: must be between 1 and the window of 64"),
         (["--perplexity", "text.txt", "--window", "65"], "window: must be between 1 and the context of 64"),
@@ -277,7 +277,7 @@ def test_a_constant_operator_has_one_mode(run, folder, tmp_path, data):
     )
     fails(
         run("eval", frozen, "--perplexity", text, "--calibration", text),
-        "--calibration: this model's operator is constant",
+        "calibration: this model's operator is constant",
     )
     code, out, err = run("eval", frozen, "--tasks", "piqa", "--data-dir", data, "--json")
     assert code == 0
