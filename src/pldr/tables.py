@@ -9,7 +9,7 @@ import math
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsFloat
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
@@ -240,11 +240,11 @@ def layer_rows(statistics: "Statistics") -> list[list[str]]:
     ]
 
 
-def number(value: Any, form: str | None = None) -> str:
+def number(value: SupportsFloat, form: str | None = None) -> str:
     """A short text for a number, 4.5e-6 rather than 4.5e-06; "-" where there is none.
 
     Args:
-        value: what `float` takes.
+        value: a number, or a tensor that holds one.
         form: a format; by default two digits, with an exponent where they would be far from the point.
     """
     value = float(value)
@@ -322,14 +322,13 @@ def _next_commands(result: dict[str, Any]) -> Text:
 def _measured(measured: dict[str, Any]) -> Iterator[RenderableType]:
     """One model's table of two parts with five columns each: the four modes, then how far G_LM depends on the text."""
     loss, generation = measured["losses"], measured["generation"]
-    reference = "learned"
     table = _table(["cache"], ["held-out loss", "difference", "tokens/s", "greedy text"])
     for row in generation:
-        key = row["G_LM"]
+        mode = row["G_LM"]
         speed, speed_up = row["tokens_per_second"], row["tokens_per_second"] / generation[0]["tokens_per_second"]
-        difference = "" if key == reference else f"{loss[key] - loss[reference]:+.0e}"
+        difference = "" if mode == "learned" else f"{loss[mode] - loss['learned']:+.0e}"
         same = "the same" if row["same_text"] else "differs"
-        _add(table, [[row["cache"], f"{loss[key]:.6f}", difference, f"{speed:,.0f}  {speed_up:.1f}×", same]])
+        _add(table, [[row["cache"], f"{loss[mode]:.6f}", difference, f"{speed:,.0f}  {speed_up:.1f}×", same]])
     table.add_section()
     _add(table, [["G_LM of", "variation", "before", "log10 |det|", "numerical rank"]], style="bold")
     for layer in measured["operator"]:
@@ -342,7 +341,7 @@ def _measured(measured: dict[str, Any]) -> Iterator[RenderableType]:
         "too; KV, KV+G: from the first half; frozen: a constant from one passage. Variation: of G_LM over held-out passages, "
         "relative RMSE, after and before training."
     )
-    yield _dependence(max(abs(value - loss[reference]) for value in loss.values()), generation)
+    yield _dependence(max(abs(value - loss["learned"]) for value in loss.values()), generation)
     yield Text.assemble((f"\n{measured['prompt']}", "bold"), f"{generation[-1]['text']}\n")
 
 

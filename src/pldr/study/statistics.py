@@ -12,6 +12,7 @@ from rich.console import RenderableType
 
 from pldr.deductive import RANK_TOLERANCES, deductive_outputs, log_determinant, variation
 from pldr.files import json_safe
+from pldr.modeling_pldr import PldrForCausalLM
 from pldr.operator import DeductiveOutputs
 from pldr.tables import Printable, analysis_view
 
@@ -89,7 +90,7 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Analysis(Printable):
-    """Statistics of each deductive output that there is.
+    """Statistics of each deductive output that there is; prints as tables, in a notebook too.
 
     Attributes:
         tensors: "A", "A_LM", "A_P", "G_LM" → statistics; a constant operator has G_LM alone.
@@ -135,11 +136,13 @@ class Analysis(Printable):
         }
 
 
-def analyse_model(model: Any, passages: torch.Tensor, *, growth_passages: int = 4, batch: int = _BATCH) -> Analysis:
+def analyse_model(
+    model: PldrForCausalLM, passages: torch.Tensor, *, growth_passages: int = 4, batch: int = _BATCH
+) -> Analysis:
     """The deductive outputs of a model, computed from each passage by itself; no logits are computed.
 
     Args:
-        model: a PldrForCausalLM.
+        model: with any operator.
         passages: [B, T] token ids, on any device.
         growth_passages: of how many of them to follow the outputs as the passage grows; 0 leaves that out.
         batch: passages of one forward.
@@ -172,7 +175,7 @@ def analyse_model(model: Any, passages: torch.Tensor, *, growth_passages: int = 
 
 
 def analyse_operator(G_LM: torch.Tensor) -> Analysis:
-    """A G_LM without a model, [L, H, D, D], for example from a file (`pldr.convert.load_predefined_G`).
+    """A G_LM without a model, [L, H, D, D], for example from a file (`pldr.checkpoints.load.load_predefined_G`).
 
     Raises:
         ValueError: another number of dimensions, or a value that is not finite (layer and head named).
@@ -267,7 +270,7 @@ def _lengths(length: int) -> tuple[int, ...]:
     return (*(1 << power for power in range((length - 1).bit_length())), length)
 
 
-def _outputs(model: Any, passages: torch.Tensor, batch: int) -> dict[str, torch.Tensor]:
+def _outputs(model: PldrForCausalLM, passages: torch.Tensor, batch: int) -> dict[str, torch.Tensor]:
     """Name → [L, B, H, D, D], of the outputs that the model has, at least float32, on the CPU."""
     parts = [deductive_outputs(model, few) for few in passages.split(batch)]
     joined = {}
@@ -302,6 +305,3 @@ def _plain(statistics: Statistics) -> dict[str, Any]:
         elif field.name != "example":
             result[field.name] = json_safe(value.tolist())
     return result
-
-
-# --- for people -----------------------------------------------------------------------------------------------------
