@@ -12,6 +12,7 @@ from pldr import dag_loss, deductive_outputs, freeze, load_model, load_tokenizer
 from pldr.configuration_pldr import PRESETS
 from pldr.data.rows import cached_rows, collate
 from pldr.data.sources import Source
+from pldr.data.vocabulary import train_tokenizer
 from pldr.deductive import variation
 from pldr.evaluation.modes import operator_metrics
 from pldr.files import whole_folder
@@ -244,8 +245,9 @@ class TestTrain:
         seen = {}
         original = PldrTrainer.restore_run
 
-        def watched(trainer, checkpoint):  # the optimiser is loaded, the first step not taken
-            original(trainer, checkpoint)
+        def watched(trainer):  # the optimiser is loaded, the first step not taken
+            original(trainer)
+            checkpoint = trainer.start
             learned = load_model(checkpoint)
             expected = deductive_outputs(learned, trainer.eval_dataset.full_rows(16)).G_LM.mean(1)
             operators = [layer.self_attn.operator for layer in trainer.model.model.layers]
@@ -485,6 +487,25 @@ def test_an_operator_can_come_from_a_model(write_recipe, tmp_path, toy_tokenizer
     model.save_pretrained(tmp_path / "frozen")
     transferred = build_model(load_recipe(write_recipe(model__G_LM=str(tmp_path / "frozen"))), toy_tokenizer)
     assert torch.equal(transferred.model.layers[1].self_attn.operator.G_LM, G_LM)
+
+
+def test_a_tokenizer_of_documents(texts, tmp_path):
+    (texts / "13.txt").write_bytes(b"\xff")
+    folder = tmp_path / "tokenizer"
+    made = train_tokenizer([f"{texts}/*.txt"], folder, vocab_size=285)
+    assert (made.folder, made.vocab_size) == (folder, 285)
+    assert made.skipped == f"1 skipped: not valid UTF-8 (first: {texts}/13.txt)"
+    ids = load_tokenizer(folder)("the cat sat on a mat.")["input_ids"]
+    assert load_tokenizer(folder / "tokenizer.model")("the cat sat on a mat.")["input_ids"] == ids
+    with pytest.raises(FileExistsError, match="is not empty"):
+        train_tokenizer([f"{texts}/*.txt"], folder)
+    with pytest.raises(ValueError, match=r"13\.txt: not valid UTF-8"):
+        train_tokenizer([f"{texts}/*.txt"], folder, strict=True, overwrite=True)
+    with pytest.raises(ValueError, match="must be unigram or bpe, got 'words'"):
+        train_tokenizer(f"{texts}/0*.txt", folder, model="words", overwrite=True)
+    assert len(load_tokenizer(folder)) == 285  # what failed has left it as it was
+    assert train_tokenizer(f"{texts}/0*.txt", folder, vocab_size=300, model="bpe", overwrite=True).skipped == ""
+    assert len(load_tokenizer(folder)) == 300
 
 
 def test_the_log_has_what_one_wants_to_watch(write_recipe, tmp_path):

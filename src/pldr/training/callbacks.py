@@ -4,10 +4,10 @@ import contextlib
 import math
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pldr.recipe import Recipe
 
@@ -40,55 +40,55 @@ class Stops(TrainerCallback):
     def __init__(self, trainer: "PldrTrainer") -> None:
         self.trainer = trainer
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer._start is not None:
-            self.trainer.restore_run(self.trainer._start)
+    def on_train_begin(self, *event: object, **more: object) -> None:
+        if self.trainer.start is not None:
+            self.trainer.restore_run()
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if self.trainer._broken_step:  # without gradients AdamW leaves weights and moments as they are
+    def on_pre_optimizer_step(self, *event: object, model: torch.nn.Module, **more: object) -> None:
+        if self.trainer.broken_step:  # without gradients AdamW leaves weights and moments as they are
             for parameter in model.parameters():
                 parameter.grad = None
-            self.trainer._broken_step = False
+            self.trainer.broken_step = False
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = self.trainer
-        step = trainer.recipe.optimization.handoff_step
-        trainer.must_hand_off = state.global_step == step and trainer.model.config.operator == "learned"
-        stopped = trainer.stop_signal or 0
-        if args.world_size > 1:
-            if state.global_step % _SIGNAL_STEPS:
-                stopped = 0
-            else:
-                everyone = torch.tensor(stopped, device=args.device)
-                torch.distributed.all_reduce(everyone, torch.distributed.ReduceOp.MAX)
-                stopped = int(everyone)
-                if stopped:  # and a signal that came meanwhile is not forgotten
-                    trainer.stop_signal = stopped
-        trainer.interrupted = bool(stopped)
-        if trainer.must_hand_off or stopped:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: object
+    ) -> None:
+        trainer, step = self.trainer, state.global_step
+        at_handoff = step == trainer.recipe.optimization.handoff_step
+        trainer.must_hand_off = at_handoff and trainer.model.config.operator == "learned"
+        trainer.stopped_by = self._agreed_signal(args, step)
+        if trainer.must_hand_off or trainer.stopped_by:
             control.should_save = control.should_training_stop = True
+
+    def _agreed_signal(self, args: TrainingArguments, step: int) -> int | None:
+        """The signal that ends the run after this step: of several processes, all give the same."""
+        if args.world_size == 1:
+            return self.trainer.stop_signal
+        if step % _SIGNAL_STEPS:
+            return None
+        highest = torch.tensor(self.trainer.stop_signal or 0, device=args.device)
+        torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX)
+        return int(highest) or None
 
 
 class ClipByValue(TrainerCallback):
+    """Bounds every element of the gradient."""
+
     def __init__(self, bound: float) -> None:
         self.bound = bound
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(self, *event: object, model: torch.nn.Module, **more: object) -> None:
         torch.nn.utils.clip_grad_value_(model.parameters(), self.bound)
 
 
 class ProgressBar(TrainerCallback):
-    """One line on standard error: steps, loss, learning rate, tokens a second, time left. Use it as a context.
-
-    Attributes:
-        last: the last logged loss and accuracy.
-    """
+    """One line on standard error: steps, loss, tokens per second, time left. Use it as a context."""
 
     def __init__(self, recipe: Recipe, *, enabled: bool) -> None:
-        self.last = {"loss": math.nan, "accuracy": math.nan}
         self.enabled = enabled
         o = recipe.optimization
         self.tokens_per_step = o.batch_size * o.accumulation * recipe.data.sequence_length
+        self.loss = math.nan  # of the last log line
         self._exit = contextlib.ExitStack()
 
     def __enter__(self) -> "ProgressBar":
@@ -97,7 +97,7 @@ class ProgressBar(TrainerCallback):
     def __exit__(self, *error: object) -> None:
         self._exit.close()  # also after an error, or the terminal would keep the bar
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *event: object, **more: object) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -109,13 +109,12 @@ class ProgressBar(TrainerCallback):
         self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step)
         self.first, self.start = state.global_step, time.perf_counter()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, *event: object, **more: object) -> None:
         seconds = time.perf_counter() - self.start
         speed = self.tokens_per_step * (state.global_step - self.first) * args.world_size / seconds
         self.bar.update(
-            self.task, completed=state.global_step, description=f"loss {self.last['loss']:.3f} · {speed:,.0f} tokens/s"
+            self.task, completed=state.global_step, description=f"loss {self.loss:.3f} · {speed:,.0f} tokens/s"
         )
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        for name in self.last:
-            self.last[name] = (logs or {}).get(name, self.last[name])
+    def on_log(self, *event: object, logs: dict[str, float], **more: object) -> None:
+        self.loss = logs.get("loss", self.loss)

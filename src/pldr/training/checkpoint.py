@@ -5,13 +5,11 @@ sharded, one file each a rank (`model-2-of-4.safetensors`), every tensor cut alo
 any number of ranks.
 """
 
-import hashlib
 import os
 import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,7 +17,7 @@ from safetensors.torch import save_file
 from transformers.initialization import no_init_weights
 
 from pldr.checkpoints.load import check_tensors, read_config
-from pldr.files import check_output, whole_folder
+from pldr.files import check_output, read_sums, sha256, whole_folder, write_sums
 from pldr.modeling_pldr import PldrForCausalLM
 from pldr.tokenizer import load_tokenizer
 
@@ -41,23 +39,18 @@ def step_of(checkpoint: Path) -> int:
     return int(match[1])
 
 
-def commit(partial: Path, checkpoint: Path, keep: int) -> None:
+def commit_checkpoint(partial: Path, checkpoint: Path, keep: int) -> None:
     """Move a finished checkpoint to its place, and drop all but the newest `keep` ones.
 
     Raises:
         OSError: the disk is full, or the like; older checkpoints are then still there.
     """
-    lines = []
-    for file in sorted(path for path in partial.rglob("*") if path.is_file() and path.name != SUMS):
-        with file.open("rb") as stream:
-            lines.append(f"{hashlib.file_digest(stream, 'sha256').hexdigest()}  {file.relative_to(partial)}\n")
-            os.fsync(stream.fileno())
-    with (partial / SUMS).open("w", encoding="utf-8") as sums:
-        sums.writelines(lines)
-        sums.flush()
-        os.fsync(sums.fileno())
+    written = [path for path in partial.rglob("*") if path.is_file()]
+    write_sums(partial, written, SUMS)
+    for path in (*written, partial / SUMS, partial):
+        _to_disk(path)
     os.replace(partial, checkpoint)
-    _sync_folder(checkpoint.parent)
+    _to_disk(checkpoint.parent)
     for old in checkpoints(checkpoint.parent)[keep:]:
         # Out of sight first: what is half removed must not look like a checkpoint.
         os.replace(old, old.with_name(f".{old.name}.old"))
@@ -65,9 +58,9 @@ def commit(partial: Path, checkpoint: Path, keep: int) -> None:
         shutil.rmtree(hidden)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make sure that a renaming in a folder survives a loss of power."""
-    handle = os.open(folder, os.O_RDONLY)
+def _to_disk(path: Path) -> None:
+    """Make sure that a file's content, or the names in a folder, survive a loss of power."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -84,7 +77,7 @@ def abandon_newer(checkpoint: Path) -> None:
             os.replace(newer, target)
 
 
-def check(checkpoint: Path) -> None:
+def check_checkpoint(checkpoint: Path) -> None:
     """
     Raises:
         ValueError: a file is missing or does not match its sum; the checkpoint before is named, if there is one.
@@ -101,16 +94,14 @@ def check(checkpoint: Path) -> None:
 def _fault(checkpoint: Path) -> str | None:
     if not (checkpoint / SUMS).is_file():
         return f"no {SUMS}"
-    lines = (checkpoint / SUMS).read_text(encoding="utf-8", errors="replace").splitlines()
-    if not lines:
+    sums = read_sums(checkpoint, SUMS)
+    if not sums:
         return f"{SUMS} is empty"
-    for line in lines:
-        digest, _, name = line.partition("  ")
+    for name, digest in sums.items():
         if not (checkpoint / name).is_file():
             return f"{name} is missing"
-        with (checkpoint / name).open("rb") as stream:
-            if hashlib.file_digest(stream, "sha256").hexdigest() != digest:
-                return f"{name} does not match its sum"
+        if sha256(checkpoint / name) != digest:
+            return f"{name} does not match its sum"
     return None
 
 
@@ -198,16 +189,23 @@ class SavedTensors:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+def load_weights(model: torch.nn.Module, checkpoint: Path) -> None:
+    """Copy the weights of a checkpoint into a model, whole or distributed, which must have the same ones."""
+    saved = SavedTensors(checkpoint, "model")
+    for name, tensor in model.state_dict().items():
+        _copy_into(tensor, saved[name])
+
+
 @torch.no_grad()
-def copy_into(target: torch.Tensor, source: torch.Tensor) -> None:
+def _copy_into(target: torch.Tensor, source: torch.Tensor) -> None:
     """Copy a whole tensor into one that is whole or distributed; of the latter, each rank takes its shard."""
     if hasattr(target, "device_mesh"):
-        target.to_local().copy_(like(target, source).to_local())  # type: ignore[attr-defined]
+        target.to_local().copy_(_like(target, source).to_local())  # type: ignore[attr-defined]
     else:
         target.copy_(source)
 
 
-def like(target: torch.Tensor, source: torch.Tensor) -> Any:
+def _like(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     """A whole tensor, distributed as `target` is."""
     if not hasattr(target, "device_mesh"):
         return source.to(target.device, copy=True)
@@ -218,7 +216,7 @@ def like(target: torch.Tensor, source: torch.Tensor) -> Any:
     return distribute_tensor(source.to(target.device), mesh, placements, src_data_rank=None)
 
 
-def optimizer_tensors(names: dict[torch.Tensor, str], optimizer: Any) -> dict[str, torch.Tensor]:
+def optimizer_tensors(names: dict[torch.Tensor, str], optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """AdamW's state as "parameter.step", "parameter.exp_avg" and "parameter.exp_avg_sq"."""
     return {
         f"{names[parameter]}.{key}": value
@@ -228,7 +226,7 @@ def optimizer_tensors(names: dict[torch.Tensor, str], optimizer: Any) -> dict[st
     }
 
 
-def load_optimizer(names: dict[torch.Tensor, str], optimizer: Any, saved: SavedTensors) -> None:
+def load_optimizer(names: dict[torch.Tensor, str], optimizer: torch.optim.Optimizer, saved: SavedTensors) -> None:
     """The inverse of `optimizer_tensors`; a parameter without saved state starts without."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -236,7 +234,8 @@ def load_optimizer(names: dict[torch.Tensor, str], optimizer: Any, saved: SavedT
             if f"{prefix}.step" not in saved:
                 continue
             moments = {
-                key: like(parameter, saved[f"{prefix}.{key}"]).to(parameter.device) for key in ("exp_avg", "exp_avg_sq")
+                key: _like(parameter, saved[f"{prefix}.{key}"]).to(parameter.device)
+                for key in ("exp_avg", "exp_avg_sq")
             }
             step = saved[f"{prefix}.step"]
             # Fused kernels keep the step beside the parameter, the others on the host.
@@ -250,7 +249,7 @@ def merge_checkpoint(
     """Make a model folder of a training checkpoint, whose tensors may be cut into one file a rank.
 
     Args:
-        checkpoint: a folder `checkpoint-STEP` of a training run; the run's tokenizer, where it has one, comes along.
+        checkpoint: a folder `checkpoint-STEP` of a training run; the run's tokenizer, where it has one, is kept.
         destination: folder to write.
         overwrite: replace a folder that is not empty.
 
@@ -265,14 +264,13 @@ def merge_checkpoint(
     check_output(destination, overwrite=overwrite)
     if not (checkpoint / "config.json").is_file():
         raise FileNotFoundError(f"{checkpoint}: no config.json; this is not a training checkpoint")
-    check(checkpoint)
+    check_checkpoint(checkpoint)
     config = read_config(checkpoint)
     saved = SavedTensors(checkpoint, "model")
     check_tensors({name: tuple(saved[name].shape) for name in saved.names()}, config, str(checkpoint))
     with no_init_weights():
         model = PldrForCausalLM(config)
-    for name, tensor in model.state_dict().items():
-        copy_into(tensor, saved[name])
+    load_weights(model, checkpoint)
     with whole_folder(destination, overwrite=overwrite) as folder:
         model.save_pretrained(folder)
         for place in (checkpoint.parent / "tokenizer.json", checkpoint.parent / "tokenizer.model"):

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import shutil
 import signal
@@ -11,27 +10,29 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import FrameType
 
 import torch
 from accelerate import PartialState
 from huggingface_hub.errors import StrictDataclassFieldValidationError
-from transformers import PrinterCallback, set_seed
+from transformers import PreTrainedTokenizerFast, PrinterCallback, set_seed
 
 from pldr.configuration_pldr import PldrConfig
 from pldr.data.rows import TokenRows, TokenStream, cached_rows, collate
-from pldr.data.sources import BadRows, Source, read_pieces
-from pldr.files import check_output, write_json
+from pldr.data.sources import Source
+from pldr.data.vocabulary import train_pieces
+from pldr.files import check_output, one_line, read_json, read_text, write_json, write_text
 from pldr.modeling_pldr import PldrForCausalLM
 from pldr.operator import freeze
 from pldr.recipe import DataRecipe, Recipe
-from pldr.tokenizer import load_tokenizer, train_sentencepiece
+from pldr.tokenizer import load_tokenizer
 from pldr.training import TrainingInterrupted
-from pldr.training import checkpoint as files
 from pldr.training.callbacks import ProgressBar
+from pldr.training.checkpoint import abandon_newer, check_checkpoint, checkpoints, load_weights, step_of
 from pldr.training.trainer import ADVICE, PROBED, PldrTrainer, dag_coefficients, training_arguments
 
 _RECIPE = "recipe.json"
@@ -57,7 +58,7 @@ def train(
     Returns:
         steps, tokens, left_out_tokens (of the last partial sequence), seconds and tokens_per_second (of this call),
         train_loss, train_accuracy and, with such data, validation_loss, validation_accuracy, test_loss and test_accuracy
-        (nats a token and fractions, G_LM computed from each full sequence).
+        (nats per token and fractions, with G_LM learned: computed from each full sequence).
 
     Raises:
         ValueError, OSError: a recipe, data, checkpoint or output folder that can not work, before any training; a disk
@@ -76,40 +77,61 @@ def train(
     with _run_folder(output, start, process) as folder:
         tokenizer = _tokenizer(recipe, folder, process)
         model = build_model(recipe, tokenizer)
-        datasets = _datasets(recipe, tokenizer, process)
+        data = _datasets(recipe, tokenizer, process)
         if process.is_main_process:
             write_json(folder / _RECIPE, dataclasses.asdict(recipe) | {"processes": process.num_processes})
-            _cut_log(folder / "log.jsonl", 0 if start is None else files.step_of(start))
-        summary: dict[str, float] = {}
-        while True:
-            trainer = _trainer(recipe, model, tokenizer, folder, datasets, start)
-            bar = ProgressBar(recipe, enabled=progress and process.is_main_process)
-            trainer.add_callback(bar)
-            if start is not None and files.step_of(start) >= recipe.optimization.steps:
-                trainer.load_finished(start)  # only the model was not written yet
-                break
-            with _stop_on_signals(trainer), bar:
-                result = trainer.train(resume_from_checkpoint=None if start is None else str(start))
-            summary["seconds"] = summary.get("seconds", 0.0) + result.metrics["train_runtime"]
-            summary["new_tokens"] = summary.get("new_tokens", 0) + trainer.new_sequences * recipe.data.sequence_length
-            if trainer.interrupted:
-                _interrupted(trainer, folder, recipe)
-            if not trainer.must_hand_off:
-                break
-            # The checkpoint that was just written holds all that the second part of the run needs.
-            start = files.checkpoints(folder)[0]
+            _cut_log(folder / "log.jsonl", 0 if start is None else step_of(start))
+        done = _Done()
+        trainer = _trainer(recipe, model, data, folder, start)
+        _run(trainer, done, progress=progress and process.is_main_process)
+        if trainer.must_hand_off:
             trainer.accelerator.free_memory()
+            # The checkpoint that was just written holds all that the second part of the run needs.
             model = build_model(recipe, tokenizer)
-        # Of the last logged steps; of all, where there were too few to log.
-        last = trainer.unlogged() if math.isnan(bar.last["loss"]) else bar.last
-        return _finish(trainer, summary | last, datasets, tokenizer, folder)
+            trainer = _trainer(recipe, model, data, folder, checkpoints(folder)[0])
+            _run(trainer, done, progress=progress and process.is_main_process)
+        return _finish(trainer, done, data, tokenizer)
+
+
+@dataclass
+class _Done:
+    """What this call has done, on both sides of a hand-off."""
+
+    sequences: int = 0
+    seconds: float = 0.0
+
+
+def _run(trainer: PldrTrainer, done: _Done, *, progress: bool) -> None:
+    """Train until the end, the hand-off or a signal.
+
+    Raises:
+        FloatingPointError, OSError, TrainingInterrupted: see `train`.
+    """
+    start, steps = trainer.start, trainer.recipe.optimization.steps
+    if start is not None and step_of(start) >= steps:
+        trainer.restore_finished()  # only the model was not written yet
+        return
+    bar = ProgressBar(trainer.recipe, enabled=progress)
+    trainer.add_callback(bar)
+    with _stop_on_signals(trainer), bar:
+        result = trainer.train(resume_from_checkpoint=None if start is None else str(start))
+    done.sequences += trainer.new_sequences
+    done.seconds += result.metrics["train_runtime"]
+    if trainer.stopped_by is not None:
+        saved = checkpoints(trainer.folder)[0]
+        raise TrainingInterrupted(
+            f"stopped by {signal.Signals(trainer.stopped_by).name} after step {step_of(saved)} of {steps}; saved in "
+            f"{saved}; go on with the same command and --resume",
+            trainer.stopped_by,
+        )
 
 
 def _trainer(
-    recipe: Recipe, model: PldrForCausalLM, tokenizer: Any, folder: Path, datasets: dict[str, Any], start: Path | None
+    recipe: Recipe, model: PldrForCausalLM, data: "_Datasets", folder: Path, start: Path | None
 ) -> PldrTrainer:
     """The trainer of what is left of a run: from its beginning, a checkpoint, or its hand-off."""
-    handed_off = _match_operator(recipe, model, start, datasets.get("validation"))
+    if start is not None:
+        _restore_model(model, start, recipe, data.validation)
     o = recipe.optimization
     if o.gradient_checkpointing:
         # On the model, because the Trainer's own setting has another name in each transformers release.
@@ -123,39 +145,30 @@ def _trainer(
     trainer = PldrTrainer(
         recipe,
         folder,
-        weights_loaded=handed_off,
+        start=start,
         model=model,
         args=training_arguments(recipe, folder),
-        train_dataset=datasets["train"],
-        eval_dataset=datasets.get("validation"),
+        train_dataset=data.train,
+        eval_dataset=data.validation,
         data_collator=partial(collate, pad_token_id=model.config.pad_token_id or 0, length=full),
     )
     trainer.remove_callback(PrinterCallback)  # standard output is for results
     return trainer
 
 
-def _match_operator(recipe: Recipe, model: PldrForCausalLM, start: Path | None, held_out: TokenRows | None) -> bool:
-    """Give a model the operator that its checkpoint has or, at the hand-off, must get now.
-
-    Returns:
-        Whether the hand-off happens here; the weights are then already in the model.
-    """
-    step = recipe.optimization.handoff_step
-    if start is None or step is None or files.step_of(start) < step:
-        return False
-    operator = json.loads((start / "config.json").read_text(encoding="utf-8"))["operator"]
-    if operator == "constant":
+def _restore_model(model: PldrForCausalLM, start: Path, recipe: Recipe, held_out: TokenRows | None) -> None:
+    """Give a model the weights of a checkpoint, and the operator that it has or, at the hand-off, must get now."""
+    operator = read_json(start / "config.json")["operator"]
+    if operator != model.config.operator:  # handed off before
         H, D = model.config.num_attention_heads, model.config.head_dim
         freeze(model, G_LM=torch.zeros(model.config.num_hidden_layers, H, D, D), trainable=True)
-        return False
-    assert held_out is not None  # the recipe was checked
-    saved = files.SavedTensors(start, "model")
-    for name, tensor in model.state_dict().items():
-        files.copy_into(tensor, saved[name])
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    freeze(model.to(device), held_out.full_rows(PROBED).to(device), trainable=True)
-    model.train()
-    return True
+    load_weights(model, start)
+    step = recipe.optimization.handoff_step
+    if operator == "learned" and step is not None and step_of(start) >= step:
+        assert held_out is not None  # the recipe was checked
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        freeze(model.to(device), held_out.full_rows(PROBED).to(device), trainable=True)
+        model.train()
 
 
 def source_of(data: DataRecipe, part: str) -> Source:
@@ -165,35 +178,47 @@ def source_of(data: DataRecipe, part: str) -> Source:
     )
 
 
-def _datasets(recipe: Recipe, tokenizer: Any, process: PartialState) -> dict[str, Any]:
+@dataclass
+class _Datasets:
+    """The parts of a recipe's data."""
+
+    train: TokenRows | TokenStream
+    validation: TokenRows | None
+    test: TokenRows | None
+
+
+def _datasets(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, process: PartialState) -> _Datasets:
     """
     Raises:
         ValueError, OSError: see `pldr.data`; or less training data than one step needs.
     """
     d, o = recipe.data, recipe.optimization
+    rank, processes = process.process_index, process.num_processes
+
+    def rows(part: str) -> TokenRows:
+        return cached_rows(source_of(d, part), tokenizer, d, report=_say if process.is_main_process else _ignore)
+
     # Of all processes the main one tokenises; the others then read what it wrote.
     with process.main_process_first():
-        found: dict[str, Any] = {}
-        for part in ("train", "validation", "test"):
-            if not getattr(d, part):
-                continue
-            source = source_of(d, part)
-            if part == "train" and d.streaming:
-                found[part] = TokenStream(source, tokenizer, d, seed=recipe.seed, rank=process.process_index,
-                                          world_size=process.num_processes)  # fmt: skip
-            else:
-                say = _say if process.is_main_process else _ignore
-                found[part] = cached_rows(source, tokenizer, d, report=say)
-    if d.hold_out:
-        found["train"], found["validation"] = found["train"].split(d.hold_out)
-    if d.validation_rows is not None and "validation" in found:
-        found["validation"] = found["validation"].head(d.validation_rows)
-    needed = o.batch_size * o.accumulation * process.num_processes
-    if not d.streaming and len(found["train"]) < needed:
-        raise ValueError(f"data: {len(found['train'])} training sequences are less than one step of {needed}")
-    if o.handoff_step is not None and len(found["validation"].full_rows(1)) == 0:
+        train: TokenRows | TokenStream
+        if d.streaming:
+            source = source_of(d, "train")
+            train = TokenStream(source, tokenizer, d, seed=recipe.seed, rank=rank, world_size=processes)
+        else:
+            train = rows("train")
+        validation = rows("validation") if d.validation else None
+        test = rows("test") if d.test else None
+    if isinstance(train, TokenRows):
+        if d.hold_out:
+            train, validation = train.split(d.hold_out)
+        needed = o.batch_size * o.accumulation * processes
+        if len(train) < needed:
+            raise ValueError(f"data: {len(train)} training sequences are less than one step of {needed}")
+    if validation is not None and d.validation_rows is not None:
+        validation = validation.head(d.validation_rows)
+    if o.handoff_step is not None and (validation is None or len(validation.full_rows(1)) == 0):
         raise ValueError("data.validation: the hand-off needs one full sequence to evaluate the operator on")
-    return found
+    return _Datasets(train, validation, test)
 
 
 def _say(line: str) -> None:
@@ -204,54 +229,61 @@ def _ignore(line: str) -> None:
     pass
 
 
-def _finish(
-    trainer: PldrTrainer, summary: dict[str, float], datasets: dict[str, Any], tokenizer: Any, folder: Path
-) -> dict[str, float]:
-    model = trainer.whole_model()
+def _finish(trainer: PldrTrainer, done: _Done, data: _Datasets, tokenizer: PreTrainedTokenizerFast) -> dict[str, float]:
+    """Write the model, then evaluate it; the summary of `train`."""
+    model, recipe = trainer.whole_model(), trainer.recipe
     broken = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
     if broken:
         raise FloatingPointError(f"the training diverged ({broken[0]} is not finite); {ADVICE}")
+    last = trainer.last_losses()
     # First of all, so that nothing that happens to an evaluation can cost the model.
     if trainer.is_world_process_zero():
         model.config.use_cache = True  # the Trainer switches it off
-        # Files move to their places one by one, the configuration last: until then nothing takes the folder for a model.
-        with tempfile.TemporaryDirectory(prefix=".model-", dir=folder) as partial_folder:
-            model.save_pretrained(partial_folder)
-            tokenizer.save_pretrained(partial_folder)
-            for file in sorted(Path(partial_folder).iterdir(), key=lambda file: file.name == "config.json"):
-                os.replace(file, folder / file.name)
+        _write_model(model, tokenizer, trainer.folder)
     trainer.accelerator.wait_for_everyone()
-    new_tokens, seconds = summary.get("new_tokens", 0), summary.get("seconds", 0.0)
+    length = recipe.data.sequence_length
     result = {
         # What was done, which a callback may have cut short of what was planned.
         "steps": trainer.state.global_step,
-        "tokens": trainer.totals["sequences"] * trainer.recipe.data.sequence_length,
-        "left_out_tokens": 0 if trainer.recipe.data.streaming else datasets["train"].facts["left_out_tokens"],
-        "seconds": seconds,
-        "tokens_per_second": new_tokens / seconds if seconds else 0.0,
-        "train_loss": summary["loss"],
-        "train_accuracy": summary["accuracy"],
+        "tokens": trainer.totals["sequences"] * length,
+        "left_out_tokens": data.train.facts["left_out_tokens"] if isinstance(data.train, TokenRows) else 0,
+        "seconds": done.seconds,
+        "tokens_per_second": done.sequences * length / done.seconds if done.seconds else 0.0,
+        "train_loss": last["loss"],
+        "train_accuracy": last["accuracy"],
     }
-    for part, name in (("validation", "eval"), ("test", "test")):
-        if part in datasets:
-            metrics = trainer.evaluate(datasets[part], metric_key_prefix=name)
+    for part, rows, name in (("validation", data.validation, "eval"), ("test", data.test, "test")):
+        if rows is not None:
+            metrics = trainer.evaluate(rows, metric_key_prefix=name)
             result |= {f"{part}_{key}": metrics[f"{name}_{key}"] for key in ("loss", "accuracy")}
     return result
 
 
-def _tokenizer(recipe: Recipe, folder: Path, process: PartialState) -> Any:
-    if recipe.data.tokenizer is not None:
-        return load_tokenizer(recipe.data.tokenizer)
+def _write_model(model: PldrForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Into a run's folder: files move to their places one by one, the configuration last.
+
+    Until then nothing takes the folder for a model.
+    """
+    with tempfile.TemporaryDirectory(prefix=".model-", dir=folder) as partial_folder:
+        model.save_pretrained(partial_folder)
+        tokenizer.save_pretrained(partial_folder)
+        for file in sorted(Path(partial_folder).iterdir(), key=lambda file: file.name == "config.json"):
+            os.replace(file, folder / file.name)
+
+
+def _tokenizer(recipe: Recipe, folder: Path, process: PartialState) -> PreTrainedTokenizerFast:
+    d = recipe.data
+    if d.tokenizer is not None:
+        return load_tokenizer(d.tokenizer)
     model_file = folder / "tokenizer.model"
     with process.main_process_first():
         if not model_file.is_file():
-            bad = BadRows(recipe.data.strict)
-            pieces = read_pieces(source_of(recipe.data, "train"), bad, streaming=recipe.data.streaming)
-            train_sentencepiece((piece.text for piece in pieces), model_file, recipe.data.vocab_size)
+            # What it skips of the data is reported where that becomes sequences.
+            train_pieces(source_of(d, "train"), model_file, d.vocab_size, strict=d.strict, streaming=d.streaming)
     return load_tokenizer(model_file)
 
 
-def build_model(recipe: Recipe, tokenizer: Any) -> PldrForCausalLM:
+def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> PldrForCausalLM:
     """The untrained model of a recipe, for this tokenizer's vocabulary.
 
     Raises:
@@ -267,7 +299,7 @@ def build_model(recipe: Recipe, tokenizer: Any) -> PldrForCausalLM:
     try:
         config = PldrConfig.preset(recipe.model.preset, **fields) if recipe.model.preset else PldrConfig(**fields)
     except StrictDataclassFieldValidationError as error:
-        raise ValueError(f"recipe: model.config: {' '.join(str(error).split())}") from None
+        raise ValueError(f"recipe: model.config: {one_line(error)}") from None
     if config.vocab_size != len(tokenizer):
         raise ValueError(f"recipe: model.config.vocab_size={config.vocab_size}, the tokenizer has {len(tokenizer)}")
     if recipe.data.sequence_length > config.max_position_embeddings:
@@ -308,7 +340,7 @@ def _run_folder(output: Path, start: Path | None, process: PartialState) -> Iter
                 os.replace(output, aside / output.name)
             output.mkdir(parents=True)
         else:
-            files.abandon_newer(start)
+            abandon_newer(start)
     process.wait_for_everyone()
     try:
         yield output
@@ -322,7 +354,7 @@ def _run_folder(output: Path, start: Path | None, process: PartialState) -> Iter
 
 def _discard(output: Path, aside: Path | None, made: list[Path]) -> None:
     """After a failure: remove what nothing can be done with, and bring back what was there before."""
-    if files.checkpoints(output) or (output / "config.json").is_file():
+    if checkpoints(output) or (output / "config.json").is_file():
         if aside is not None:
             shutil.rmtree(aside)
         return
@@ -344,16 +376,16 @@ def _checkpoint_to_resume(recipe: Recipe, resume: bool | str | os.PathLike[str],
         return None
     output = Path(recipe.output)
     if resume is True:
-        found = files.checkpoints(output)
+        found = checkpoints(output)
         if not found:
             raise ValueError(f"{output}: holds no checkpoint to go on from; leave out --resume to begin anew")
         start = found[0]
     else:
         start = Path(resume)
-        if start not in files.checkpoints(output):
+        if start not in checkpoints(output):
             raise ValueError(f"{start}: is not a checkpoint in the output folder {output}")
-    files.check(start)
-    earlier = json.loads((output / _RECIPE).read_text(encoding="utf-8"))
+    check_checkpoint(start)
+    earlier = read_json(output / _RECIPE)
     before = earlier.pop("processes", processes)
     if recipe.data.streaming and before != processes:
         raise ValueError(
@@ -372,7 +404,8 @@ def _checkpoint_to_resume(recipe: Recipe, resume: bool | str | os.PathLike[str],
     return start
 
 
-def _differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+def _differences(old: object, new: object, name: str = "") -> Iterator[tuple[str, object, object]]:
+    """Place, old and new value of every field that changes the losses of a run."""
     if name in _FREE:
         return
     if isinstance(old, dict) and isinstance(new, dict):
@@ -397,13 +430,11 @@ def _cut_log(log_file: Path, step: int) -> None:
     if not log_file.is_file():
         return
     kept = []
-    for line in log_file.read_text(encoding="utf-8").splitlines():
+    for line in read_text(log_file).splitlines():
         with contextlib.suppress(json.JSONDecodeError):  # a line that a killed run left half written
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-    partial_file = log_file.with_suffix(".partial")
-    partial_file.write_text("".join(kept), encoding="utf-8")
-    os.replace(partial_file, log_file)
+    write_text(log_file, "".join(kept))
 
 
 @contextlib.contextmanager
@@ -413,7 +444,7 @@ def _stop_on_signals(trainer: PldrTrainer) -> Iterator[None]:
         yield  # only the main thread may listen
         return
 
-    def note(number: int, frame: Any) -> None:
+    def note(number: int, frame: FrameType | None) -> None:
         if trainer.stop_signal == signal.SIGINT == number:
             raise KeyboardInterrupt
         trainer.stop_signal = number
@@ -424,14 +455,3 @@ def _stop_on_signals(trainer: PldrTrainer) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _interrupted(trainer: PldrTrainer, folder: Path, recipe: Recipe) -> None:
-    assert trainer.stop_signal is not None
-    saved = files.checkpoints(folder)[0]
-    name = signal.Signals(trainer.stop_signal).name
-    raise TrainingInterrupted(
-        f"stopped by {name} after step {files.step_of(saved)} of {recipe.optimization.steps}; saved in {saved}; go on with "
-        "the same command and --resume",
-        trainer.stop_signal,
-    )

@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,22 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.initialization import no_init_weights
 
-from pldr.data.rows import TokenStream
+from pldr.data.rows import TokenRows, TokenStream
 from pldr.deductive import dag_loss
 from pldr.evaluation.modes import operator_metrics
-from pldr.files import write_json
+from pldr.files import one_line, read_json, read_text, to_json, write_json
 from pldr.modeling_pldr import PldrForCausalLM
 from pldr.recipe import DistributedRecipe, OptimizationRecipe, Recipe
-from pldr.training import checkpoint as files
 from pldr.training.callbacks import ClipByValue, Stops, tensorboard_callback
+from pldr.training.checkpoint import (
+    SavedTensors,
+    checkpoints,
+    commit_checkpoint,
+    load_optimizer,
+    optimizer_tensors,
+    save_tensors,
+    step_of,
+)
 
 # Held-out passages that an evaluation measures the operator on.
 PROBED = 16
@@ -95,7 +105,7 @@ def shard(model: PldrForCausalLM, recipe: DistributedRecipe, device: torch.devic
 class _ShardedForward(torch.nn.Module):
     """A sharded model under autocast. Accelerate would do that, and wrap the model in DDP as well."""
 
-    def __init__(self, model: torch.nn.Module, autocast: Any) -> None:
+    def __init__(self, model: torch.nn.Module, autocast: Callable[[], AbstractContextManager[None]]) -> None:
         super().__init__()
         self.model = model
         self._autocast = autocast
@@ -111,28 +121,32 @@ class PldrTrainer(Trainer):
     Every log line, evaluations included, also goes to a JSON-lines file.
 
     Attributes:
+        start: the checkpoint that the run goes on from, whose weights the model came with; None at its beginning.
         totals: sums over the run so far: sequences, steps, loss and accuracy (each times steps), skipped steps.
         new_sequences: those of this call alone.
-        stop_signal: set by a signal handler.
-        interrupted: all processes have agreed on a signal; the run ends after the step, with a checkpoint.
+        stop_signal: set by a signal handler of this process.
+        stopped_by: the signal that all processes have agreed on; the run ended, with a checkpoint.
         must_hand_off: the run ended, with a checkpoint, where the recipe hands the operator over.
     """
 
-    def __init__(self, recipe: Recipe, folder: Path, *, weights_loaded: bool = False, **kwargs: Any) -> None:
+    model: PldrForCausalLM  # never wrapped; `model_wrapped` is
+
+    def __init__(self, recipe: Recipe, folder: Path, *, start: Path | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.recipe = recipe
         self.folder = folder
-        self.weights_loaded = weights_loaded
+        self.start = start
         self.totals = {"sequences": 0, "steps": 0, "loss": 0.0, "accuracy": 0.0, "skipped": 0}
         self.new_sequences = 0
         self.stop_signal: int | None = None
-        self.interrupted = False
+        self.stopped_by: int | None = None
         self.must_hand_off = False
+        self.broken_step = False  # its gradients are dropped
         self.dag_coefficients = {name: value for name, value in dag_coefficients(recipe.optimization).items() if value}
         self._staging: Path | None = None  # where a checkpoint is being written
         self._guesses = torch.zeros(2, device=self.args.device)  # accuracy summed over batches, batches
         self._losses: list[tuple[int, torch.Tensor, torch.Tensor]] = []  # step, loss, rows: not looked at yet
-        self._broken_step = False
+        self._last: dict[str, float] | None = None  # loss and accuracy of the last log line
         if recipe.optimization.clip_value is not None:
             self.add_callback(ClipByValue(recipe.optimization.clip_value))
         self.add_callback(Stops(self))
@@ -145,32 +159,35 @@ class PldrTrainer(Trainer):
     def sharded(self) -> bool:
         return self.recipe.distributed.sharding != "none" and self.args.world_size > 1
 
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         if self.sharded and self.optimizer is None:
             # First, because it replaces the parameters that the optimiser is made of.
             shard(self.model, self.recipe.distributed, self.args.device)
         return super().create_optimizer(*args, **kwargs)
 
-    def _wrap_model(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+    def _wrap_model(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
         if not self.sharded:
             return super()._wrap_model(model, *args, **kwargs)
         return _ShardedForward(model, self.accelerator.autocast) if model is self.model else model
 
     def whole_model(self) -> PldrForCausalLM:
         """The model itself or, of a sharded one, a copy put together (on every process: they must all ask)."""
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if not self.sharded:
-            return model
+            return self.model
         with no_init_weights():
-            whole = PldrForCausalLM(model.config)
-        tensors = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in model.state_dict().items()}
+            whole = PldrForCausalLM(self.model.config)
+        tensors = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in self.model.state_dict().items()}
         whole.load_state_dict(tensors)
         return whole.to(self.args.device)
 
     # --- one step ---------------------------------------------------------------------------------------------------
 
     def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         # Only the loss is wanted, in training as in evaluation: all logits of a batch would fill gigabytes.
         inputs = {**inputs, "return_logits": False}
@@ -192,7 +209,9 @@ class PldrTrainer(Trainer):
                 loss = loss + coefficient * dag_loss(X) / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
 
-    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.recipe.optimization.skip_nonfinite == 0:
             self._losses.append((self.state.global_step + 1, loss, inputs["row"]))
@@ -203,9 +222,9 @@ class PldrTrainer(Trainer):
         return loss
 
     def _note_broken_step(self, step: int, rows: torch.Tensor) -> None:
-        if not self._broken_step:
+        if not self.broken_step:
             self.totals["skipped"] += 1
-        self._broken_step = True
+        self.broken_step = True
         if self.totals["skipped"] > self.recipe.optimization.skip_nonfinite:
             raise FloatingPointError(
                 f"the loss of {self.totals['skipped']} steps was NaN or infinite (optimization.skip_nonfinite="
@@ -232,9 +251,9 @@ class PldrTrainer(Trainer):
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         return [name for name, _ in model.named_parameters()]
 
-    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: torch.Tensor | None = None) -> torch.Tensor | None:
         # Without clipping by norm the Trainer would compute the norm for the log alone, at every step.
-        if self.recipe.optimization.clip_norm is None:
+        if self.recipe.optimization.clip_norm is None or grad_norm is None:
             return None
         return grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm
 
@@ -256,7 +275,10 @@ class PldrTrainer(Trainer):
 
     @torch.no_grad()
     def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+        self,
+        eval_dataset: TokenRows | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Mean loss and accuracy over every target of held-out rows; with a learned operator, `operator_metrics` too.
 
@@ -309,6 +331,7 @@ class PldrTrainer(Trainer):
             for name in ("loss", "accuracy"):
                 self.totals[name] += logs[name] * steps
                 logs[f"global_{name}"] = self.totals[name] / self.totals["steps"]
+            self._last = {name: logs[name] for name in ("loss", "accuracy")}
             if self.totals["skipped"]:
                 logs["skipped_steps"] = self.totals["skipped"]
         logs.pop("train_loss", None)  # of this call alone, and of a resumed run's in another way in each release
@@ -317,9 +340,7 @@ class PldrTrainer(Trainer):
         super().log(flat, *args, **kwargs)
         if self.is_world_process_zero():
             with (self.folder / "log.jsonl").open("a", encoding="utf-8") as stream:
-                # JSON knows no infinity, which a DAG loss can be.
-                finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in logs.items()}
-                stream.write(json.dumps({"step": self.state.global_step, **finite}) + "\n")
+                stream.write(to_json({"step": self.state.global_step, **logs}) + "\n")
 
     def accuracy(self) -> float:
         """Mean over the batches since the last call, and over processes."""
@@ -329,10 +350,10 @@ class PldrTrainer(Trainer):
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
-    def _get_output_dir(self, trial: Any) -> str:
+    def _get_output_dir(self, trial: object) -> str:
         return str(self._staging or self.folder)
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+    def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
         self.check_losses()
         self._check_weights()
         name = f"checkpoint-{self.state.global_step}"
@@ -352,11 +373,11 @@ class PldrTrainer(Trainer):
                 write_json(self._staging / name / _STATE, state)
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
-                files.commit(self._staging / name, self.folder / name, self.recipe.keep_checkpoints)
+                commit_checkpoint(self._staging / name, self.folder / name, self.recipe.keep_checkpoints)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-            saved = files.checkpoints(self.folder)
+            saved = checkpoints(self.folder)
             last = f"{saved[0]} is whole" if saved else "there is none before it"
-            raise OSError(f"{self.folder / name}: could not be written ({_first_line(error)}); {last}") from error
+            raise OSError(f"{self.folder / name}: could not be written ({one_line(error)}); {last}") from error
         finally:
             if self.is_world_process_zero():
                 shutil.rmtree(self._staging, ignore_errors=True)
@@ -376,80 +397,65 @@ class PldrTrainer(Trainer):
             )
 
     def _last_checkpoint(self) -> str:
-        saved = files.checkpoints(self.folder)
+        saved = checkpoints(self.folder)
         return f"last good checkpoint: {saved[0]}" if saved else "no checkpoint was written yet"
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The model's tensors and configuration, each rank its own shards."""
         folder = Path(output_dir or self.folder)
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        self._save_tensors(model.state_dict(), folder, "model")
+        self._save_tensors(self.model.state_dict(), folder, "model")
         if self.is_world_process_zero():
-            model.config.save_pretrained(folder)
+            self.model.config.save_pretrained(folder)
 
     def _save_tensors(self, tensors: dict[str, torch.Tensor], folder: Path, kind: str) -> None:
-        main = self.is_world_process_zero()
-        files.save_tensors(tensors, folder, kind, rank=self.args.process_index, main=main)
+        save_tensors(tensors, folder, kind, rank=self.args.process_index, main=self.is_world_process_zero())
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        self._save_tensors(files.optimizer_tensors(self._names(), self.optimizer), Path(output_dir), "optimizer")
+        self._save_tensors(optimizer_tensors(self._names(), self.optimizer), Path(output_dir), "optimizer")
         if self.is_world_process_zero():
             state = {k: v for k, v in self.lr_scheduler.state_dict().items() if k != "lr_lambdas"}
             write_json(Path(output_dir) / "scheduler.json", state)
 
     def _names(self) -> dict[torch.Tensor, str]:
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        return {parameter: name for name, parameter in model.named_parameters()}
+        return {parameter: name for name, parameter in self.model.named_parameters()}
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.weights_loaded:
-            return
-        saved = files.SavedTensors(Path(resume_from_checkpoint), "model")
-        for name, tensor in self.accelerator.unwrap_model(self.model, keep_torch_compile=False).state_dict().items():
-            files.copy_into(tensor, saved[name])
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        """Nothing: the model came with its weights."""
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
         folder = Path(checkpoint)
-        files.load_optimizer(self._names(), self.optimizer, files.SavedTensors(folder, "optimizer"))
-        state = json.loads((folder / "scheduler.json").read_text(encoding="utf-8"))
+        load_optimizer(self._names(), self.optimizer, SavedTensors(folder, "optimizer"))
+        state = read_json(folder / "scheduler.json")
         self.lr_scheduler.load_state_dict({**state, "lr_lambdas": [None] * len(state["base_lrs"])})
         for group, rate in zip(self.optimizer.param_groups, state["_last_lr"], strict=True):
             group["lr"] = rate
 
-    def restore_run(self, checkpoint: Path) -> None:
-        """What the Trainer forgets: sums that the next log line goes on from."""
-        state = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+    def restore_run(self) -> None:
+        """What the Trainer forgets of the checkpoint it goes on from: sums that the next log line continues."""
+        assert self.start is not None
+        state = read_json(self.start / _STATE)
         self.totals = state["totals"]
         self._guesses += torch.tensor(state["guesses"], device=self._guesses.device)
         self._tr_loss += state["tr_loss"]
         self._globalstep_last_logged = state["last_logged"]
 
-    def load_finished(self, checkpoint: Path) -> None:
-        """The last checkpoint of a run, whose steps are all done."""
-        self._load_from_checkpoint(str(checkpoint))
-        self._move_model_to_device(self.model, self.args.device)
-        state = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
-        self.state.global_step = files.step_of(checkpoint)
+    def restore_finished(self) -> None:
+        """Stand as after the last step, which the checkpoint was written after."""
+        assert self.start is not None
+        self.state.global_step = step_of(self.start)
         self._tr_loss = torch.tensor(0.0, device=self.args.device)
-        self.restore_run(checkpoint)
-        self.totals = state["totals"]
+        self.restore_run()
 
-    def unlogged(self) -> dict[str, float]:
-        """Loss and accuracy since the last log line; where nothing came after it, those of that line."""
+    def last_losses(self) -> dict[str, float]:
+        """Loss and accuracy of the last log line; of all steps since, where this call has written none."""
+        if self._last is not None:
+            return self._last
         steps = self.state.global_step - self._globalstep_last_logged
         if steps:
             loss = self.accelerator.reduce(self._tr_loss.clone(), "mean").item() / steps
             return {"loss": loss, "accuracy": self.accuracy()}
-        lines = map(json.loads, (self.folder / "log.jsonl").read_text(encoding="utf-8").splitlines())
+        lines = map(json.loads, read_text(self.folder / "log.jsonl").splitlines())
         *_, last = (line for line in lines if "learning_rate" in line)
         return {name: last[name] for name in ("loss", "accuracy")}
-
-    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
-        self._start = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

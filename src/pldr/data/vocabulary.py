@@ -1,0 +1,94 @@
+"""Documents to a tokenizer."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pldr.data.sources import BadRows, Source, read_pieces
+from pldr.files import whole_folder
+from pldr.tokenizer import load_tokenizer, train_sentencepiece
+
+
+@dataclass(frozen=True)
+class TrainedTokenizer:
+    """A tokenizer that was trained and saved.
+
+    Attributes:
+        folder: where it is, as SentencePiece model and as transformers fast tokenizer.
+        vocab_size: its tokens.
+        skipped: what was skipped of the data, in one line; "" if every row was good.
+    """
+
+    folder: Path
+    vocab_size: int
+    skipped: str
+
+
+def train_tokenizer(
+    sources: Iterable[str],
+    output: str | os.PathLike[str],
+    *,
+    vocab_size: int = 32000,
+    model: str = "unigram",
+    text_column: str = "text",
+    split: str = "train",
+    interval: str = "",
+    strict: bool = False,
+    overwrite: bool = False,
+) -> TrainedTokenizer:
+    """Train a SentencePiece model with the published settings, and save it as a transformers fast tokenizer too.
+
+    Args:
+        sources: names of files or hub data sets, see `pldr.recipe.DataRecipe.train`.
+        output: folder to write.
+        vocab_size: number of pieces.
+        model: "unigram" (as published) or "bpe".
+        text_column: of JSON lines, Parquet files and hub data sets.
+        split: of hub data sets.
+        interval: which documents, "start:stop" by index or percent; "" for all.
+        strict: refuse bad rows (no text, empty, not valid UTF-8) rather than skip and count them.
+        overwrite: replace a folder that is not empty.
+
+    Raises:
+        FileNotFoundError: a source matches no file.
+        ValueError: damaged data or, with `strict`, a bad row; another model type; no text, or too little for that many
+            pieces.
+        FileExistsError, OSError: the folder can not be written.
+    """
+    names = [sources] if isinstance(sources, str) else list(sources)
+    with whole_folder(output, overwrite=overwrite) as folder:
+        source = Source(names, text_column, split, interval)
+        skipped = train_pieces(source, folder / "tokenizer.model", vocab_size, model, strict=strict)
+        tokenizer = load_tokenizer(folder / "tokenizer.model")
+        tokenizer.save_pretrained(folder)
+    return TrainedTokenizer(Path(output), len(tokenizer), skipped)
+
+
+def train_pieces(
+    source: Source,
+    file: Path,
+    vocab_size: int,
+    model: str = "unigram",
+    *,
+    strict: bool = False,
+    streaming: bool = False,
+) -> str:
+    """Train a SentencePiece model on the documents of a source, into a file that appears only when whole.
+
+    Args:
+        source: the documents.
+        file: to write.
+        vocab_size, model, strict: see `train_tokenizer`.
+        streaming: read hub data sets as they are downloaded.
+
+    Returns:
+        What was skipped of the data, in one line; "" if every row was good.
+
+    Raises:
+        FileNotFoundError, ValueError: see `train_tokenizer`.
+    """
+    bad = BadRows(strict)
+    pieces = read_pieces(source, bad, streaming=streaming)
+    train_sentencepiece((piece.text for piece in pieces), file, vocab_size, model)
+    return bad.summary()
