@@ -4,7 +4,6 @@ import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -418,34 +417,28 @@ def test_what_the_harness_prints_does_not_get_into_the_json(run, folder, tmp_pat
     assert found[0]["tasks"]["likelihood"]["scores"]["frozen"]["perplexity"] > 1
 
 
-@pytest.mark.parametrize(
-    ("argv", "orig_argv", "is_loaded"),
-    [
-        (["/usr/bin/lm_eval", "--model", "pldr"], ["python", "/usr/bin/lm_eval", "--model", "pldr"], True),
-        (["C:/lm-eval.exe", "run", "--model=hf"], ["python.exe", "C:/lm-eval.exe", "run", "--model=hf"], True),
-        (["-m", "--model", "pldr"], ["python", "-X", "dev", "-m", "lm_eval", "--model", "pldr"], True),
-        (["/usr/bin/lm_eval", "--help"], ["python", "/usr/bin/lm_eval", "--help"], False),
-        (["s.py", "--out", "lm_eval", "--model", "x"], ["python", "s.py", "--out", "lm_eval", "--model", "x"], False),
-        (["my_lm_eval", "--model", "x"], ["python", "my_lm_eval", "--model", "x"], False),
-        (["-m", "--model", "x"], ["python", "-m", "pytest", "--model", "x"], False),
-        (["-c", "--model"], ["python", "-c", "pass", "--model"], False),
-        ([""], ["python"], False),
-    ],
-)  # fmt: skip
-def test_the_start_up_file_minds_its_own_business(monkeypatch, argv, orig_argv, is_loaded):
-    line = (Path(__file__).parents[1] / "src" / "pldr_lm_eval.pth").read_text(encoding="utf-8")
-    assert line.startswith("import ")  # else it would be a path
-    assert line.count("\n") == 1
-    loaded = []
-    monkeypatch.setattr(sys, "argv", argv)
-    monkeypatch.setattr(sys, "orig_argv", orig_argv)
-    exec(line, {"__import__": loaded.append})
-    assert loaded == (["pldr.evaluation.lm_eval"] if is_loaded else [])
+def test_releases_of_the_harness_that_read_entry_points_find_the_model():
+    """None on the index does (0.4.13 is the newest), but its registry takes an entry point as one that does will hand it in."""
+    code = """
+from importlib.metadata import entry_points
+import sys, lm_eval.models
+from lm_eval.api.registry import get_model, model_registry
+(entry,) = entry_points(group="lm_eval.models", name="pldr")
+model_registry.register(entry.name, target=entry)
+assert "pldr" not in sys.modules
+assert get_model("pldr") is sys.modules["pldr.evaluation.harness"].PldrLM
+import pldr.evaluation.lm_eval
+assert get_model("pldr") is pldr.evaluation.harness.PldrLM
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.slow
 def test_the_harnesss_own_command_knows_the_model(run, folder, tmp_path, data):
-    """Plain lm_eval: a frozen model has the same scores as "pldr", as "hf", and under pldr eval; a learned one runs too."""
+    """A frozen model has the same scores as "pldr", as "hf", and under pldr eval; a learned one runs too.
+
+    The three runs share a process, in which each is started as `python -m pldr.evaluation.lm_eval` starts it.
+    """
     frozen = tmp_path / "frozen"
     assert run("freeze", folder, frozen, "--prompt", "the cat sat")[0] == 0
     rows = tmp_path / "rows.jsonl"
@@ -457,22 +450,40 @@ def test_the_harnesss_own_command_knows_the_model(run, folder, tmp_path, data):
     for task in (choice, rolling):
         (tmp_path / f"{task['task']}.yaml").write_text(json.dumps(task))
     names = [str(tmp_path / "choice.yaml"), str(tmp_path / "rolling.yaml")]
-    scores = []
-    for kind, arguments in (
+    models = [
         ("pldr", f"pretrained={frozen}"),
         ("hf", f"pretrained={frozen},dtype=float32,prefix_token_id=3"),
         ("pldr", f"pretrained={folder},operator=cached"),
-    ):
-        output = tmp_path / f"{kind}-{len(scores)}"
-        command = [str(Path(sys.executable).parent / "lm_eval"), "--model", kind, "--tasks", ",".join(names),
-                   "--model_args", arguments, "--device", "cpu", "--output_path", str(output)]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-        assert done.returncode == 0, done.stderr[-2000:]
-        (record,) = output.rglob("results*.json")
+    ]
+    runs = [
+        [
+            "--model",
+            model,
+            "--model_args",
+            arguments,
+            "--tasks",
+            ",".join(names),
+            "--device",
+            "cpu",
+            "--output_path",
+            str(n),
+        ]
+        for n, (model, arguments) in enumerate(models)
+    ]
+    code = """
+import json, runpy, sys
+for sys.argv[1:] in json.loads(sys.argv[1]):
+    runpy.run_module("pldr.evaluation.lm_eval", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", code, json.dumps(runs)], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    scores, modes = [], []
+    for n in range(3):
+        (record,) = (tmp_path / str(n)).rglob("results*.json")
         results = json.loads(record.read_text())
         scores.append((results["results"]["choice"]["acc,none"], results["results"]["rolling"]["word_perplexity,none"]))
-        if kind == "pldr":
-            assert results["config"]["operator_mode"] == ("cached" if "cached" in arguments else "frozen")
+        modes.append(results["config"].get("operator_mode"))
+    assert modes == ["frozen", None, "cached"]
     code, out, _ = run("eval", frozen, "--tasks", ",".join(names), "--json")
     assert code == 0
     ours = {name: task["scores"]["frozen"] for name, task in json.loads(out)["tasks"].items()}

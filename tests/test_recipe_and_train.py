@@ -71,7 +71,6 @@ def test_the_wheel_brings_the_recipes(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert {f"pldr/recipes/{path.name}" for path in RECIPES} <= set(names)
     assert "pldr/py.typed" in names
-    assert "pldr_lm_eval.pth" in names
     assert {f"pldr/models/stories-10m/{file.name}" for file in STORIES.iterdir()} <= set(names)
 
 

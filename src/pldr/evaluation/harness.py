@@ -1,6 +1,6 @@
 """Zero-shot evaluation on lm-evaluation-harness: PLDR-LLMs as a model of the harness, and comparison of operator modes.
 
-What the modes mean is in `pldr.evaluation.modes`. Importing this module registers the model "pldr" with the harness.
+What the modes mean is in `pldr.evaluation.modes`; the harness's own command is `pldr.evaluation.lm_eval`.
 """
 
 import contextlib
@@ -18,12 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import lm_eval.models  # noqa: F401 (the harness registers its own models only where there is none)
 import numpy as np
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
 from lm_eval.evaluator import evaluate as run_harness
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.tasks import TaskManager
@@ -44,7 +42,6 @@ _MOST_NEW_TOKENS = 256  # of a task that does not say, or half the context
 _log = logging.getLogger("lm_eval.pldr")
 
 
-@register_model("pldr")
 class PldrLM(TemplateLM):
     """A PLDR-LLM as a model of lm-evaluation-harness.
 

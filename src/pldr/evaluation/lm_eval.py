@@ -1,10 +1,15 @@
-"""`python -m pldr.lm_eval`: lm-evaluation-harness's own command, which then knows the model "pldr" and PLDR-LLMs as "hf".
+"""`python -m pldr.evaluation.lm_eval`: lm-evaluation-harness's own command, which then knows "pldr", and PLDR-LLMs as "hf".
 
-The harness finds both by itself too (`lm_eval --model pldr`): releases with plugins through this package's entry point,
-earlier ones through `pldr_lm_eval.pth`, which imports this module where the command is `lm_eval` with a model.
+Releases of the harness that read the entry points of other packages know "pldr" by themselves: `lm_eval --model pldr`.
 """
 
-import pldr.evaluation.harness  # noqa: F401 (registers the model)
+import lm_eval.models  # noqa: F401 (the harness registers its own models only where there are none yet: they come first)
+from lm_eval.api.registry import model_registry
+
+from pldr.evaluation.harness import PldrLM
+
+if "pldr" not in model_registry:
+    model_registry.register("pldr", target=PldrLM)
 
 if __name__ == "__main__":
     from lm_eval.__main__ import cli_evaluate
