@@ -1,4 +1,4 @@
-"""What is printed: the same numbers in a terminal, a pipe and a notebook, and names as they are, whatever is in them."""
+"""What is printed and drawn: the same numbers in a terminal, a pipe and a notebook, and names as they are, whatever is in them."""
 
 import re
 from html import unescape
@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pldr.checkpoints.info import model_facts
+from pldr.plots import plot_operators
 from pldr.study.statistics import Analysis, analyse_model, summarise
 from pldr.tables import (
     analysis_view,
@@ -184,3 +185,16 @@ def test_numbers_and_paths_are_not_cut_in_a_pipe(printed, monkeypatch):
     assert f" info {path}/stories-frozen\n" in printed(demo_view(demo(path)))
     # Sentences are broken between words.
     assert all(len(line) <= 120 for line in printed(analysis_view(analysis())).splitlines())
+
+
+def test_pictures_leave_pyplot_as_it_is(tmp_path):
+    from matplotlib import pyplot
+
+    before = pyplot.get_backend()
+    pyplot.switch_backend("svg")  # a notebook's stands for it
+    try:
+        plot_operators({"G_LM": torch.eye(4).expand(1, 2, 4, 4)}, tmp_path / "G.png")
+        assert (pyplot.get_backend(), pyplot.get_fignums()) == ("svg", [])
+    finally:
+        pyplot.switch_backend(before)
+    assert (tmp_path / "G.png").read_bytes().startswith(b"\x89PNG")

@@ -5,69 +5,45 @@ import os
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from pldr.files import whole_file
 
-
-def plot_invariance(rows: list[dict[str, Any]], usual: tuple[float, ...], bound: float, path: Path) -> None:
-    """Every run's loss over the variation of its G_LM, with a line at the bound of what counts as invariant."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(7, 5), layout="constrained")
-    colours = {"invariant": "tab:green", "varies": "tab:orange", "collapsed": "tab:red"}
-    for state, colour in colours.items():
-        picked = [row for row in rows if row["state"] == state]
-        axis.scatter(
-            [max(row["variation"]) for row in picked], [row["loss"] for row in picked], color=colour, label=state
-        )
-    names = ("rate", "warm-up", "R", "N", "F_A")
-    for row in rows:
-        if not row["diverged"]:
-            *settings, seed = row["condition"]
-            other = [
-                f"{name} {value:g}" for name, value, base in zip(names, settings, usual, strict=True) if value != base
-            ]
-            axis.annotate(", ".join(other) or f"seed {seed}", (max(row["variation"]), row["loss"]), fontsize=7, xytext=(4, 4),
-                          textcoords="offset points")  # fmt: skip
-    axis.axvline(bound, color="grey", linewidth=0.8)
-    axis.set(xscale="log", xlabel="variation of G_LM over held-out passages", ylabel="held-out loss, nats a token",
-             title="labels: what differs from " + ", ".join(f"{n} {v:g}" for n, v in zip(names, usual, strict=True)))  # fmt: skip
-    axis.legend()
-    axis.grid(alpha=0.3)
-    save_figure(figure, path)
+if TYPE_CHECKING:
+    import torch
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
-def plot_curves(logs: dict[str, list[list[dict[str, Any]]]], path: Path) -> None:
-    import matplotlib
+def _figure(size: tuple[float, float], rows: int = 1, columns: int = 1) -> tuple["Figure", Any]:
+    """A figure of `size` inches and its axes [rows, columns].
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    It is none of pyplot's, so that a notebook's own figures, and the backend that shows them, stay as they are.
+    """
+    from matplotlib.figure import Figure
 
-    figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
-    for kind, runs in logs.items():
-        for axis, key in zip(axes, ("loss", "eval_loss", "eval_accuracy"), strict=True):
-            curves = [{line["step"]: line[key] for line in log if key in line} for log in runs if log]  # none: diverged
-            steps = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
-            values = [[curve[step] for curve in curves] for step in steps]
-            means = [statistics.fmean(row) for row in values]
-            (line,) = axis.plot(steps, means, label=kind, linewidth=1.2)
-            low, high = ([bound(row) for row in values] for bound in (min, max))
-            axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
-    for axis, title in zip(axes, ("training loss", "validation loss", "validation accuracy"), strict=True):
-        axis.set(title=title, xlabel="step")
-        axis.grid(alpha=0.3)
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _save(figure: "Figure", path: str | os.PathLike[str]) -> None:
+    """As a PNG, whole or not at all."""
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=110, format="png")
+
+
+def _finish(axes: Iterable["Axes"], **labels: str) -> None:
+    for axis in axes:
+        axis.set(**labels)
         axis.legend()
-    save_figure(figure, path)
+        axis.grid(alpha=0.3)
+
+
+# --- operators ------------------------------------------------------------------------------------------------------
 
 
 def plot_operators(
-    rows: dict[str, torch.Tensor],
+    rows: dict[str, "torch.Tensor"],
     path: str | os.PathLike[str],
     *,
     layers: Iterable[int] | None = None,
@@ -83,44 +59,77 @@ def plot_operators(
         heads: most heads to show.
         title: above the picture.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     shape = next(iter(rows.values())).shape
     shown, heads = list(range(shape[0]) if layers is None else layers), min(heads, shape[1])
     count = len(shown) * len(rows)
-    figure, axes = pyplot.subplots(
-        count, heads, figsize=(2.0 * heads + 1.6, 2.0 * count + 0.6), squeeze=False, layout="constrained"
-    )
+    figure, axes = _figure((2.0 * heads + 1.6, 2.0 * count + 0.6), count, heads)
+    for head in range(heads):
+        axes[0, head].set_title(f"head {head}", fontsize=9)
     for place, layer in enumerate(shown):
         bound = max(float(value[layer, :heads].abs().max()) for value in rows.values())
-        for row, (label, value) in enumerate(rows.items()):
-            line = axes[place * len(rows) + row]
-            for head in range(heads):
-                image = line[head].imshow(
-                    value[layer, head].float().cpu(), cmap="RdBu_r", vmin=-bound, vmax=bound, interpolation="nearest"
-                )
-                line[head].set_xticks([])
-                line[head].set_yticks([])
-                if place == row == 0:
-                    line[head].set_title(f"head {head}", fontsize=9)
+        lines = axes[place * len(rows) : (place + 1) * len(rows)]
+        for line, (label, value) in zip(lines, rows.items(), strict=True):
+            for head, axis in enumerate(line):
+                picture = value[layer, head].float().cpu()
+                image = axis.imshow(picture, cmap="RdBu_r", vmin=-bound, vmax=bound, interpolation="nearest")
+                axis.set(xticks=[], yticks=[])
             line[0].set_ylabel(f"layer {layer}\n{label}", fontsize=9)
             figure.colorbar(image, ax=line[-1], fraction=0.05)
     figure.suptitle(title, fontsize=11)
-    save_figure(figure, path)
+    _save(figure, path)
 
 
-def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
-    """Write a PNG, whole or not at all, and let go of the figure."""
-    from matplotlib import pyplot
+# --- a training run -------------------------------------------------------------------------------------------------
 
-    try:
-        with whole_file(path) as partial:
-            figure.savefig(partial, dpi=110, format="png")
-    finally:
-        pyplot.close(figure)
+
+def plot_run(run: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
+    """The curves of a training run over steps: loss, accuracy, how far G_LM varies, what freezing costs, DAG losses.
+
+    Args:
+        run: output folder of `pldr train`, with its ``log.jsonl``.
+        path: PNG file to write.
+
+    Raises:
+        FileNotFoundError: the folder has no log.
+        ValueError: the log is damaged (line named) or empty.
+    """
+    file = Path(run) / "log.jsonl"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file; {run} is not the output of pldr train")
+    log = _read_log(file)
+    if not any(name in line for line in log for name in ("loss", "eval_loss")):
+        raise ValueError(f"{file}: holds no loss to plot")
+    probed = any("G_variation" in line for line in log)
+    count = 5 if probed else 2
+    figure, axes = _figure((4.5 * count, 4), 1, count)
+    for axis, name, unit in zip(axes[0], ("loss", "accuracy"), ("nats per token", "fraction of tokens"), strict=False):
+        for key, label in ((name, "training"), (f"eval_{name}", "validation")):
+            axis.plot(*_curve(log, key), label=label)
+        axis.set(title=name, ylabel=unit)
+    if probed:
+        _plot_operator_metrics(axes[0, 2:], log)
+    _finish(axes[0], xlabel="step")
+    _save(figure, path)
+
+
+def _plot_operator_metrics(axes: Any, log: list[dict[str, Any]]) -> None:
+    """Three axes of what `pldr.evaluation.modes.operator_metrics` found."""
+    steps, layers = _curve(log, "G_variation")
+    for layer, values in enumerate(zip(*layers, strict=True)):
+        axes[0].plot(steps, values, marker=".", label=f"layer {layer}")
+    axes[0].set(title="variation of G_LM over held-out passages", ylabel="relative RMSE", yscale="log")
+    steps, differences = _curve(log, "G_frozen_difference")
+    axes[1].plot(steps, [abs(value) for value in differences], marker=".", label="|frozen - learned|")
+    axes[1].set(title="loss with G_LM frozen", ylabel="nats per token", yscale="log")
+    for name in ("A_LM", "A_P", "G_LM"):
+        axes[2].plot(*_curve(log, f"dag_{name}"), marker=".", label=name)
+    axes[2].set(title="DAG loss", yscale="log")
+
+
+def _curve(log: list[dict[str, Any]], name: str) -> tuple[list[int], list[Any]]:
+    """Steps and values, of the lines that have one."""
+    lines = [line for line in log if name in line]
+    return [line["step"] for line in lines], [line[name] for line in lines]
 
 
 def _read_log(file: Path) -> list[dict[str, Any]]:
@@ -144,53 +153,54 @@ def _read_log(file: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def plot_run(run: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
-    """The curves of a training run over steps: loss, accuracy, how far G_LM varies, what freezing costs, DAG losses.
+# --- claims ---------------------------------------------------------------------------------------------------------
+
+
+def plot_invariance(rows: list[dict[str, Any]], usual: tuple[float, ...], bound: float, path: Path) -> None:
+    """Every run's loss over the variation of its G_LM, labelled with what differs from the usual settings.
 
     Args:
-        run: output folder of `pldr train`, with its ``log.jsonl``.
+        rows: of each run "condition" (learning rate, warm-up, R, N, F_A, seed) and "state"; unless "diverged", "loss" and
+            "variation", layer by layer.
+        usual: a condition without a seed.
+        bound: of the variation, for what counts as invariant: a line.
         path: PNG file to write.
-
-    Raises:
-        FileNotFoundError: the folder has no log.
-        ValueError: the log is damaged (line named) or empty.
     """
-    import matplotlib
+    figure, ((axis,),) = _figure((7, 5))
+    points = [(max(row["variation"]), row["loss"], row) for row in rows if not row["diverged"]]
+    for state, colour in {"invariant": "tab:green", "varies": "tab:orange", "collapsed": "tab:red"}.items():
+        picked = [(x, y) for x, y, row in points if row["state"] == state]
+        axis.scatter([x for x, _ in picked], [y for _, y in picked], color=colour, label=state)
+    names = ("rate", "warm-up", "R", "N", "F_A")
+    for x, y, row in points:
+        *settings, seed = row["condition"]
+        other = [f"{name} {value:g}" for name, value, base in zip(names, settings, usual, strict=True) if value != base]
+        label = ", ".join(other) or f"seed {seed}"
+        axis.annotate(label, (x, y), fontsize=7, xytext=(4, 4), textcoords="offset points")
+    axis.axvline(bound, color="grey", linewidth=0.8)
+    usually = ", ".join(f"{name} {value:g}" for name, value in zip(names, usual, strict=True))
+    axis.set(xscale="log", title=f"labels: what differs from {usually}")
+    _finish([axis], xlabel="variation of G_LM over held-out passages", ylabel="held-out loss, nats per token")
+    _save(figure, path)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    file = Path(run) / "log.jsonl"
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file; {run} is not the output of pldr train")
-    lines = _read_log(file)
+def plot_curves(logs: dict[str, list[list[dict[str, Any]]]], path: Path) -> None:
+    """Losses and accuracy over steps: of each variant the mean of its runs, and their range.
 
-    def curve(name: str) -> tuple[list[int], list[Any]]:
-        points = [(line["step"], line[name]) for line in lines if name in line]
-        return [step for step, _ in points], [value for _, value in points]
-
-    if not curve("loss")[0] and not curve("eval_loss")[0]:
-        raise ValueError(f"{file}: holds no loss to plot")
-    probed = bool(curve("G_variation")[0])
-    count = 5 if probed else 2
-    figure, axes = pyplot.subplots(1, count, figsize=(4.5 * count, 4), squeeze=False, layout="constrained")
-    for column, (name, unit) in enumerate((("loss", "nats a token"), ("accuracy", "fraction of tokens"))):
-        for key, label in ((name, "training"), (f"eval_{name}", "validation")):
-            axes[0, column].plot(*curve(key), label=label)
-        axes[0, column].set(title=name, ylabel=unit)
-    if probed:
-        steps, layers = curve("G_variation")
-        for layer, values in enumerate(zip(*layers, strict=True)):
-            axes[0, 2].plot(steps, values, marker=".", label=f"layer {layer}")
-        axes[0, 2].set(title="variation of G_LM over held-out passages", ylabel="relative RMSE", yscale="log")
-        steps, differences = curve("G_frozen_difference")
-        axes[0, 3].plot(steps, [abs(value) for value in differences], marker=".", label="|frozen - computed|")
-        axes[0, 3].set(title="loss with G_LM frozen", ylabel="nats a token", yscale="log")
-        for name in ("A_LM", "A_P", "G_LM"):
-            axes[0, 4].plot(*curve(f"dag_{name}"), marker=".", label=name)
-        axes[0, 4].set(title="DAG loss", yscale="log")
-    for axis in axes[0]:
-        axis.set_xlabel("step")
-        axis.legend()
-        axis.grid(alpha=0.3)
-    save_figure(figure, path)
+    Args:
+        logs: by variant the lines of each run's log; a run without any is left out.
+        path: PNG file to write.
+    """
+    figure, axes = _figure((15, 4.5), 1, 3)
+    titles = {"loss": "training loss", "eval_loss": "validation loss", "eval_accuracy": "validation accuracy"}
+    for axis, (key, title) in zip(axes[0], titles.items(), strict=True):
+        for kind, runs in logs.items():
+            curves = [dict(zip(*_curve(log, key), strict=True)) for log in runs if log]
+            steps = sorted(set.intersection(*map(set, curves))) if curves else []
+            values = [[curve[step] for curve in curves] for step in steps]
+            (line,) = axis.plot(steps, [statistics.fmean(row) for row in values], label=kind, linewidth=1.2)
+            low, high = ([bound(row) for row in values] for bound in (min, max))
+            axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+        axis.set_title(title)
+    _finish(axes[0], xlabel="step")
+    _save(figure, path)
