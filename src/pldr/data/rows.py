@@ -14,40 +14,21 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from transformers import PreTrainedTokenizerFast
 
-from pldr.data.sources import (
-    HUB,
-    PYDOC_TOPICS,
-    BadRows,
-    Piece,
-    Share,
-    Source,
-    _documents,
-    load_hub,
-    read_documents,
-    read_pieces,
-    source_files,
-)
-from pldr.files import whole_folder
+from pldr.data.sources import BadRows, Piece, Share, Source, documents_of, read_pieces, source_state
+from pldr.files import read_json, whole_folder, write_json
 from pldr.recipe import DataRecipe
 
+# Published data preparation: as many documents are laid out together where rows are padded or cut short.
+GROUP_DOCUMENTS = 3200
 # Tokenised at a time: what keeps every core busy and memory small.
 _BATCH_CHARACTERS = 1 << 20
-
-
 # Held at most to mix a stream, whatever data.shuffle_buffer says.
 _BUFFER_CHARACTERS = 1 << 26
 
 
-# Published data preparation: as many documents are laid out together where rows are padded or cut short.
-GROUP_DOCUMENTS = 3200
-
-
-def _characters(document: list[Piece]) -> int:
-    return sum(len(piece.text) for piece in document)
-
-
-def tokenize(pieces: Iterable[Piece], tokenizer: Any) -> Iterator[tuple[np.ndarray, bool]]:
+def tokenize(pieces: Iterable[Piece], tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[np.ndarray, bool]]:
     """Token ids of each piece, [END] after each document, and whether the document ends there.
 
     A batch of pieces is tokenised at once, on all cores.
@@ -106,7 +87,9 @@ def rows_of(tokens: Iterable[tuple[np.ndarray, bool]], length: int, layout: str)
         yield np.concatenate(held)
 
 
-def read_passages(source: Source, tokenizer: Any, length: int, count: int, *, streaming: bool = False) -> torch.Tensor:
+def read_passages(
+    source: Source, tokenizer: PreTrainedTokenizerFast, length: int, count: int, *, streaming: bool = False
+) -> torch.Tensor:
     """The first full rows of a source, packed: [count or less, length], int64.
 
     Raises:
@@ -137,7 +120,7 @@ class TokenRows(Dataset[dict[str, Any]]):
         """
         folder = Path(folder)
         self._folder = folder
-        self.facts: dict[str, Any] = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+        self.facts: dict[str, Any] = read_json(folder / "facts.json")
         self.length: int = self.facts["sequence_length"]
         self._ids = np.memmap(folder / "tokens.bin", np.dtype(self.facts["dtype"]), mode="r")
         # Where each row that is not full ends; all others follow from the length.
@@ -188,7 +171,9 @@ class TokenRows(Dataset[dict[str, Any]]):
         return torch.stack(rows) if rows else torch.empty(0, self.length, dtype=torch.int64)
 
 
-def write_rows(pieces: Iterable[Piece], tokenizer: Any, length: int, folder: Path, layout: str = "packed") -> TokenRows:
+def write_rows(
+    pieces: Iterable[Piece], tokenizer: PreTrainedTokenizerFast, length: int, folder: Path, layout: str = "packed"
+) -> TokenRows:
     """Tokenise into a folder that exists, and open it.
 
     Raises:
@@ -215,12 +200,16 @@ def write_rows(pieces: Iterable[Piece], tokenizer: Any, length: int, folder: Pat
             facts["rows"] += 1
     if facts["rows"] == 0:
         raise ValueError(f"data: {facts['tokens']} tokens are less than one sequence of {length}")
-    (folder / "facts.json").write_text(json.dumps(facts) + "\n", encoding="utf-8")
+    write_json(folder / "facts.json", facts)
     return TokenRows(folder)
 
 
 def cached_rows(
-    source: Source, tokenizer: Any, recipe: DataRecipe, *, report: Callable[[str], None] = lambda line: None
+    source: Source,
+    tokenizer: PreTrainedTokenizerFast,
+    recipe: DataRecipe,
+    *,
+    report: Callable[[str], None] = lambda line: None,
 ) -> TokenRows:
     """The rows of a source, tokenised once and kept in a folder named by everything that they depend on.
 
@@ -240,8 +229,7 @@ def cached_rows(
         with whole_folder(folder, overwrite=True) as partial:
             pieces = read_pieces(source, bad, streaming=recipe.streaming)
             rows = write_rows(pieces, tokenizer, recipe.sequence_length, partial, recipe.layout)
-            rows.facts["bad_rows"] = bad.summary()
-            (partial / "facts.json").write_text(json.dumps(rows.facts) + "\n", encoding="utf-8")
+            write_json(partial / "facts.json", rows.facts | {"bad_rows": bad.summary()})
     rows = TokenRows(folder)
     if summary := rows.facts["bad_rows"]:
         report(f"data: {summary}")
@@ -254,21 +242,10 @@ def cache_folder(cache: str | None = None) -> Path:
     return Path(chosen) / "tokens"
 
 
-def _fingerprint(source: Source, tokenizer: Any, recipe: DataRecipe) -> str:
+def _fingerprint(source: Source, tokenizer: PreTrainedTokenizerFast, recipe: DataRecipe) -> str:
     digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode("utf-8"))
-    facts: list[Any] = [source.text_column, source.split, source.interval, recipe.sequence_length, recipe.layout,
-                        recipe.strict, tokenizer.eos_token_id, GROUP_DOCUMENTS]  # fmt: skip
-    for name in source.names:
-        if name.startswith(HUB):
-            # What is streamed is not looked at before it is read.
-            rows = None if recipe.streaming else load_hub(name.removeprefix(HUB), source, streaming=False)
-            facts.append([name, getattr(rows, "_fingerprint", "")])
-        elif name.startswith(PYDOC_TOPICS):
-            facts.append([name, hashlib.sha256("".join(read_documents([name])).encode()).hexdigest()])
-        else:
-            for file in source_files(name):
-                status = file.stat()
-                facts.append([str(file.resolve()), status.st_size, status.st_mtime_ns])
+    facts = [source.text_column, source.split, source.interval, recipe.sequence_length, recipe.layout, recipe.strict,
+             tokenizer.eos_token_id, GROUP_DOCUMENTS, *source_state(source, recipe.streaming)]  # fmt: skip
     digest.update(json.dumps(facts).encode("utf-8"))
     return digest.hexdigest()[:32]
 
@@ -283,7 +260,14 @@ class TokenStream(IterableDataset[dict[str, Any]]):
     """
 
     def __init__(
-        self, source: Source, tokenizer: Any, recipe: DataRecipe, *, seed: int, rank: int = 0, world_size: int = 1
+        self,
+        source: Source,
+        tokenizer: PreTrainedTokenizerFast,
+        recipe: DataRecipe,
+        *,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         self.source = source
         self.tokenizer = tokenizer
@@ -305,7 +289,7 @@ class TokenStream(IterableDataset[dict[str, Any]]):
     def _pieces(self, share: Share) -> Iterator[Piece]:
         for number in itertools.count():
             bad = BadRows(self.recipe.strict, notify=_warn if number == 0 else None)
-            documents = _documents(read_pieces(self.source, bad, streaming=True, share=share))
+            documents = documents_of(read_pieces(self.source, bad, streaming=True, share=share))
             empty = True
             generator = random.Random(f"{self.seed}:{number}:{share.number}")
             for document in shuffled(documents, self.recipe.shuffle_buffer, generator, _characters):
@@ -316,6 +300,10 @@ class TokenStream(IterableDataset[dict[str, Any]]):
                     f"data: no document for consumer {share.number + 1} of {share.consumers}; use fewer processes "
                     "or data.workers"
                 )
+
+
+def _characters(document: list[Piece]) -> int:
+    return sum(len(piece.text) for piece in document)
 
 
 def _warn(line: str) -> None:

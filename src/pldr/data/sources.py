@@ -1,25 +1,40 @@
-"""Text to training sequences: documents, their tokens in a memory-mapped cache, or a stream of both."""
+"""Documents from local files, hub data sets and Python's own language reference.
+
+They are read in pieces, so that memory does not grow with a document, and bad rows are counted or refused.
+"""
 
 import codecs
 import contextlib
 import glob
+import gzip
+import hashlib
 import json
+import lzma
 import re
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pldr.files import one_line
 from pldr.tokenizer import check_text
 
-PYDOC_TOPICS = "pydoc-topics:"
-HUB = "hub:"
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+# What the names of sources that are no files begin with.
+HUB, PYDOC_TOPICS = "hub:", "pydoc-topics:"
 # Every eighth topic of Python's language reference is held out for validation.
 _HELD_OUT = 8
 # A long text file is read and tokenised in pieces of about this many bytes, cut between lines.
 _PIECE_BYTES = 1 << 20
-_COMPRESSION = {".gz": "gzip", ".xz": "xz", ".zst": "zstd"}
+# By the ending of a file's name; .zst is pyarrow's.
+_OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
+_COMPRESSED = (*_OPENERS, ".zst")
+# What a damaged file raises while it is decompressed.
+_DAMAGED = (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error)
 
 
 class Piece(NamedTuple):
@@ -74,21 +89,6 @@ class BadRows:
         )
 
 
-def read_documents(sources: Iterable[str], text_column: str = "text", *, strict: bool = True) -> Iterator[str]:
-    """The documents of local files, of a hub data set, or of Python's own language reference.
-
-    Args:
-        sources: see `pldr.recipe.DataRecipe`.
-        text_column: of JSON lines, Parquet files and hub data sets.
-        strict: refuse bad rows rather than skip them.
-
-    Raises:
-        FileNotFoundError, ValueError: see `read_pieces`.
-    """
-    for pieces in _documents(read_pieces(Source(list(sources), text_column), BadRows(strict))):
-        yield "".join(piece.text for piece in pieces)
-
-
 @dataclass(frozen=True)
 class Source:
     """Where documents come from.
@@ -123,6 +123,31 @@ class Share(NamedTuple):
         return self.world_size * self.workers
 
 
+def read_documents(sources: Iterable[str], text_column: str = "text", *, strict: bool = True) -> Iterator[str]:
+    """The documents of local files, of a hub data set, or of Python's own language reference.
+
+    Args:
+        sources: see `pldr.recipe.DataRecipe`.
+        text_column: of JSON lines, Parquet files and hub data sets.
+        strict: refuse bad rows rather than skip them.
+
+    Raises:
+        FileNotFoundError, ValueError: see `read_pieces`.
+    """
+    for pieces in documents_of(read_pieces(Source(list(sources), text_column), BadRows(strict))):
+        yield "".join(piece.text for piece in pieces)
+
+
+def documents_of(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """The pieces of each document."""
+    document: list[Piece] = []
+    for piece in pieces:
+        document.append(piece)
+        if piece.ends:
+            yield document
+            document = []
+
+
 def read_pieces(
     source: Source, bad: BadRows, *, streaming: bool = False, share: Share | None = None
 ) -> Iterator[Piece]:
@@ -138,29 +163,24 @@ def read_pieces(
         FileNotFoundError: a name matches no file.
         ValueError: a damaged file; an unknown part, split or column; with `bad.strict`, a bad row.
     """
+    share = share or Share()
+    with_hub = any(name.startswith(HUB) for name in source.names)
+    if source.interval and share.consumers > 1 and len(source.names) > 1 and with_hub:
+        raise ValueError("data: an interval over several sources, one of the hub, can not be shared among processes")
     count = sum(_count(name, source, streaming) for name in source.names) if "%" in source.interval else None
     start, stop = parse_interval(source.interval, count)
-    share = share or Share()
     index = 0
-    if (
-        source.interval
-        and share.consumers > 1
-        and len(source.names) > 1
-        and any(n.startswith(HUB) for n in source.names)
-    ):
-        raise ValueError("data: an interval over several sources, one of the hub, can not be shared among processes")
     for name in source.names:
         own = 0  # rows of this name; those of a hub data set are shared out before they come here
         if name.startswith(HUB):
-            rows = load_hub(name.removeprefix(HUB), source, streaming)
+            rows = _load_hub(name, source, streaming)
             if source.interval and len(source.names) == 1:
                 # Without reading what comes before.
                 rows = rows.skip(start)
                 if stop != float("inf"):
                     rows = rows.take(int(stop) - start)
                 start, stop = 0, float("inf")
-            pieces = _read_hub(name, rows, source.text_column, bad, share)
-            mine = Share()
+            pieces, mine = _read_hub(name, rows, source.text_column, bad, share), Share()
         else:
             pieces, mine = _read(name, source.text_column, bad), share
         for piece in pieces:
@@ -170,22 +190,6 @@ def read_pieces(
             own += piece.ends
             if index >= stop:
                 return
-
-
-def _count(name: str, source: Source, streaming: bool) -> int:
-    """
-    Raises:
-        ValueError: a streamed hub data set that does not tell how many rows it has.
-    """
-    if not name.startswith(HUB):
-        return sum(piece.ends for piece in _read(name, source.text_column, BadRows()))
-    rows = load_hub(name.removeprefix(HUB), source, streaming)
-    if not streaming:
-        return len(rows)
-    splits = rows.info.splits or {}
-    if source.split not in splits or not splits[source.split].num_examples:
-        raise ValueError(f"data: {name}: does not tell its number of rows; give the interval by index, not percent")
-    return splits[source.split].num_examples
 
 
 def parse_interval(interval: str, count: int | None) -> tuple[int, float]:
@@ -215,7 +219,62 @@ def parse_interval(interval: str, count: int | None) -> tuple[int, float]:
     return int(start), stop
 
 
-def source_files(name: str) -> list[Path]:
+def source_state(source: Source, streaming: bool) -> list[list[Any]]:
+    """What shows that a source's documents have changed, name by name: sizes and times of files, hashes of the rest.
+
+    Raises:
+        FileNotFoundError, ValueError: see `read_pieces`.
+    """
+    state: list[list[Any]] = []
+    for name in source.names:
+        if name.startswith(HUB):
+            # What is streamed is not looked at before it is read.
+            rows = None if streaming else _load_hub(name, source, streaming=False)
+            state.append([name, getattr(rows, "_fingerprint", "")])
+        elif name.startswith(PYDOC_TOPICS):
+            state.append([name, hashlib.sha256("".join(read_documents([name])).encode()).hexdigest()])
+        else:
+            for file in _files(name):
+                status = file.stat()
+                state.append([str(file.resolve()), status.st_size, status.st_mtime_ns])
+    return state
+
+
+def _count(name: str, source: Source, streaming: bool) -> int:
+    """How many documents a name has, bad rows with them.
+
+    Raises:
+        ValueError: a streamed hub data set that does not tell how many rows it has.
+    """
+    if not name.startswith(HUB):
+        return sum(piece.ends for piece in _read(name, source.text_column, BadRows()))
+    rows = _load_hub(name, source, streaming)
+    if not streaming:
+        return len(rows)
+    splits = rows.info.splits or {}
+    if source.split not in splits or not splits[source.split].num_examples:
+        raise ValueError(f"data: {name}: does not tell its number of rows; give the interval by index, not percent")
+    return splits[source.split].num_examples
+
+
+# --- local files ----------------------------------------------------------------------------------------------------
+
+
+def _read(name: str, column: str, bad: BadRows) -> Iterator[Piece]:
+    """The pieces of local files or of pydoc-topics; one empty piece for each bad row."""
+    if name.startswith(PYDOC_TOPICS):
+        yield from _pydoc_topics(name.removeprefix(PYDOC_TOPICS))
+        return
+    for file in _files(name):
+        kind = file.with_suffix("").suffix if file.suffix in _COMPRESSED else file.suffix
+        read = {".jsonl": _read_json_lines, ".parquet": _read_parquet}.get(kind, _read_text)
+        try:
+            yield from read(file, column, bad)
+        except _DAMAGED as error:
+            raise ValueError(f"data: {file}: damaged file ({error})") from None
+
+
+def _files(name: str) -> list[Path]:
     """The files that a name or glob pattern matches, sorted.
 
     Raises:
@@ -227,59 +286,8 @@ def source_files(name: str) -> list[Path]:
     return files
 
 
-def _read(name: str, column: str, bad: BadRows) -> Iterator[Piece]:
-    """The pieces of local files or of pydoc-topics; one empty piece for each bad row."""
-    if name.startswith(PYDOC_TOPICS):
-        yield from _pydoc_topics(name.removeprefix(PYDOC_TOPICS))
-        return
-    for file in source_files(name):
-        kind = file.with_suffix("").suffix if file.suffix in _COMPRESSION else file.suffix
-        read = {".jsonl": _read_json_lines, ".parquet": _read_parquet}.get(kind, _read_text)
-        try:
-            yield from read(file, column, bad)
-        except _damaged() as error:
-            raise ValueError(f"data: {file}: damaged file ({error})") from None
-
-
-def _damaged() -> tuple[type[Exception], ...]:
-    import gzip
-    import lzma
-    import zlib
-
-    return EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error
-
-
-@contextlib.contextmanager
-def _open(file: Path) -> Iterator[Any]:
-    compression = _COMPRESSION.get(file.suffix)
-    if compression == "zstd":
-        import pyarrow
-
-        with pyarrow.input_stream(str(file), compression="zstd") as stream:
-            try:
-                yield _lines_of(stream)
-            except OSError as error:
-                raise EOFError(str(error)) from None
-        return
-    import gzip
-    import lzma
-
-    openers: dict[str | None, Callable[..., Any]] = {"gzip": gzip.open, "xz": lzma.open, None: open}
-    with openers[compression](file, "rb") as stream:
-        yield stream
-
-
-def _lines_of(stream: Any) -> Iterator[bytes]:
-    """Lines of a stream that can only be read."""
-    rest = b""
-    while block := stream.read(_PIECE_BYTES):
-        *lines, rest = (rest + block).split(b"\n")
-        yield from (line + b"\n" for line in lines)
-    if rest:
-        yield rest
-
-
 def _read_text(file: Path, column: str, bad: BadRows) -> Iterator[Piece]:
+    """One document, in pieces."""
     # A document is used whole or not at all, so that its bytes are checked before the first piece is handed out.
     empty, decoder = True, codecs.getincrementaldecoder("utf-8")()
     try:
@@ -305,6 +313,7 @@ def _read_text(file: Path, column: str, bad: BadRows) -> Iterator[Piece]:
 
 
 def _grouped_lines(lines: Iterable[bytes]) -> Iterator[str]:
+    """Lines put together to texts of about `_PIECE_BYTES`."""
     group: list[bytes] = []
     size = 0
     for line in lines:
@@ -348,10 +357,73 @@ def _read_parquet(file: Path, column: str, bad: BadRows) -> Iterator[Piece]:
                 number += 1
                 yield _checked(value, f"{file}: row {number}", column, bad)
     except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"data: {file}: damaged Parquet file ({' '.join(str(error).split())})") from None
+        raise ValueError(f"data: {file}: damaged Parquet file ({one_line(error)})") from None
 
 
-def _read_hub(name: str, rows: Any, column: str, bad: BadRows, share: Share) -> Iterator[Piece]:
+def _checked(text: Any, place: str, column: str, bad: BadRows) -> Piece:
+    """What one row's column holds, as a document, where it is a text."""
+    if not isinstance(text, str):
+        return bad.add(place, f"{column!r} is not a text")
+    if not text.strip():
+        return bad.add(place, "empty")
+    try:
+        return Piece(check_text(text, place), True)
+    except ValueError:
+        return bad.add(place, "not valid UTF-8")
+
+
+@contextlib.contextmanager
+def _open(file: Path) -> Iterator[Iterable[bytes]]:
+    """The lines of a file, decompressed."""
+    if file.suffix != ".zst":
+        with _OPENERS.get(file.suffix, open)(file, "rb") as stream:
+            yield stream
+        return
+    import pyarrow
+
+    with pyarrow.input_stream(str(file), compression="zstd") as stream:
+        try:
+            yield _lines_of(stream)
+        except OSError as error:
+            raise EOFError(str(error)) from None
+
+
+def _lines_of(stream: Any) -> Iterator[bytes]:
+    """Lines of a stream that can only be read."""
+    rest = b""
+    while block := stream.read(_PIECE_BYTES):
+        *lines, rest = (rest + block).split(b"\n")
+        yield from (line + b"\n" for line in lines)
+    if rest:
+        yield rest
+
+
+# --- hub data sets and the language reference -----------------------------------------------------------------------
+
+
+def _load_hub(name: str, source: Source, streaming: bool) -> "Dataset | IterableDataset":
+    """A hub data set, "hub:owner/name" or "hub:owner/name:configuration", or a local folder of one, through `datasets`.
+
+    Raises:
+        ValueError: no such data set, split or column.
+    """
+    import datasets
+
+    path, _, configuration = name.removeprefix(HUB).partition(":")
+    datasets.disable_progress_bars()
+    try:
+        rows = datasets.load_dataset(path, configuration or None, split=source.split, streaming=streaming)
+    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"data: {name}: split {source.split!r}: {one_line(error)}") from None
+    if rows.column_names is not None and source.text_column not in rows.column_names:
+        raise ValueError(
+            f"data: {name}: no column {source.text_column!r} (data.text_column); it has {', '.join(rows.column_names)}"
+        )
+    return rows
+
+
+def _read_hub(name: str, rows: "Dataset | IterableDataset", column: str, bad: BadRows, share: Share) -> Iterator[Piece]:
+    """The pieces of this consumer's rows."""
     from datasets.distributed import split_dataset_by_node
 
     if share.world_size > 1:
@@ -366,40 +438,8 @@ def _read_hub(name: str, rows: Any, column: str, bad: BadRows, share: Share) -> 
         yield _checked(row.get(column), f"{name}: row {number}", column, bad)
 
 
-def load_hub(name: str, source: Source, streaming: bool) -> Any:
-    """A hub data set, "owner/name" or "owner/name:configuration", or a local folder of one, through `datasets`.
-
-    Raises:
-        ValueError: no such data set, split or column.
-    """
-    import datasets
-
-    path, _, configuration = name.partition(":")
-    datasets.disable_progress_bars()
-    try:
-        rows = datasets.load_dataset(path, configuration or None, split=source.split, streaming=streaming)
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"data: {HUB}{name}: split {source.split!r}: {' '.join(str(error).split())}") from None
-    if rows.column_names is not None and source.text_column not in rows.column_names:
-        raise ValueError(
-            f"data: {HUB}{name}: no column {source.text_column!r} (data.text_column); it has "
-            f"{', '.join(rows.column_names)}"
-        )
-    return rows
-
-
-def _checked(text: Any, place: str, column: str, bad: BadRows) -> Piece:
-    if not isinstance(text, str):
-        return bad.add(place, f"{column!r} is not a text")
-    if not text.strip():
-        return bad.add(place, "empty")
-    try:
-        return Piece(check_text(text, place), True)
-    except ValueError:
-        return bad.add(place, "not valid UTF-8")
-
-
 def _pydoc_topics(part: str) -> Iterator[Piece]:
+    """The train or the validation part of Python's language reference, one document a topic."""
     from pydoc_data.topics import topics
 
     if part not in ("train", "validation"):
@@ -407,12 +447,3 @@ def _pydoc_topics(part: str) -> Iterator[Piece]:
     for index, name in enumerate(sorted(topics)):
         if (index % _HELD_OUT == _HELD_OUT - 1) == (part == "validation"):
             yield Piece(topics[name], True)
-
-
-def _documents(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    document: list[Piece] = []
-    for piece in pieces:
-        document.append(piece)
-        if piece.ends:
-            yield document
-            document = []
