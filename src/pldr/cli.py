@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
+from typer import Argument, Option
 
 from pldr.files import one_line
 from pldr.training import TrainingInterrupted
@@ -23,23 +24,19 @@ app = typer.Typer(
 tokenizer_app = typer.Typer(no_args_is_help=True, help="Tokenizers.")
 app.add_typer(tokenizer_app, name="tokenizer")
 
-Model = Annotated[Path, typer.Argument(help="Model folder (this library's, hub or reference layout) or .pth file.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output folder that is not empty.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
-Tokenizer = Annotated[
-    Path | None, typer.Option(help="Tokenizer folder or SentencePiece file, if not in the model folder.")
-]
-Rope = Annotated[
-    str | None, typer.Option("--rope", help="RoPE of a reference checkpoint: adjacent (v51, default) or halves (v52).")
-]
+Model = Annotated[Path, Argument(help="Model folder (this library's, hub or reference layout) or .pth file.")]
+Overwrite = Annotated[bool, Option("--overwrite", help="Replace an output folder that is not empty.")]
+AsJson = Annotated[bool, Option("--json", help="Print one JSON object on standard output.")]
+Tokenizer = Annotated[Path | None, Option(help="Tokenizer folder or SentencePiece file, if not beside the model.")]
+Rope = Annotated[str | None, Option(help="RoPE of a reference checkpoint: adjacent (v51, default) or halves (v52).")]
 OperatorFile = Annotated[
-    Path | None, typer.Option("--g-lm", help="File with a predefined G_LM (.safetensors, or a pickle of tensors).")
+    Path | None, Option(help="File with a predefined G_LM (.safetensors, or a pickle of tensors).")
 ]
-TextColumn = Annotated[str, typer.Option(help="Of JSON lines, Parquet files and hub data sets.")]
-Length = Annotated[int | None, typer.Option(help="Tokens of a passage; 512, or the context if that is less.")]
-Device = Annotated[str, typer.Option(help="Where to run, for example cpu or cuda.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16, or auto: as it is stored.")]
-Strict = Annotated[bool, typer.Option("--strict", help="Refuse bad rows of the data, rather than skip them.")]
+TextColumn = Annotated[str, Option(help="Of JSON lines, Parquet files and hub data sets.")]
+Length = Annotated[int | None, Option(help="Tokens of a passage; 512, or the context if that is less.")]
+Device = Annotated[str, Option(help="Where to run, for example cpu or cuda.")]
+Dtype = Annotated[str, Option(help="float32, bfloat16, or auto: as it is stored.")]
+Strict = Annotated[bool, Option("--strict", help="Refuse bad rows of the data, rather than skip them.")]
 
 
 def _verb(example: str, name: str | None = None, group: typer.Typer = app) -> Callable[[Any], Any]:
@@ -49,7 +46,7 @@ def _verb(example: str, name: str | None = None, group: typer.Typer = app) -> Ca
 
 @app.callback(invoke_without_command=True)
 def _version(
-    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
+    version: Annotated[bool, Option("--version", help="Show the version and exit.", is_eager=True)] = False,
 ) -> None:
     if version:
         from pldr import __version__
@@ -60,23 +57,16 @@ def _version(
 
 @_verb('generate "Once upon a time there was" --stream --temperature 0.8')
 def generate(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="Model folder or .pth file; or, with no prompt, the text for the model that ships with pldr."
-        ),
-    ],
-    prompt: Annotated[str | None, typer.Argument(help="Text to continue; - reads it from standard input.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Most tokens to add; 64 by default.")] = None,
-    cache: Annotated[str, typer.Option(help="What to keep between tokens: kv+g, kv, g or none.")] = "kv+g",
-    temperature: Annotated[
-        float | None, typer.Option(help="Sampling temperature; greedy if no sampling is set.")
-    ] = None,
-    top_k: Annotated[int | None, typer.Option(help="Sample among the k most probable tokens; 0 means all.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Sample among tokens of this total probability.")] = None,
-    beams: Annotated[int, typer.Option(help="Beam-search width.")] = 1,
-    seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
-    stream: Annotated[bool, typer.Option("--stream", help="Print the text as it is generated.")] = False,
+    model: Annotated[str, Argument(help="Model folder or .pth file; with no prompt, the text for our own model.")],
+    prompt: Annotated[str | None, Argument(help="Text to continue; - reads it from standard input.")] = None,
+    max_new_tokens: Annotated[int | None, Option(help="Most tokens to add; 64 by default.")] = None,
+    cache: Annotated[str, Option(help="What to keep between tokens: kv+g, kv, g or none.")] = "kv+g",
+    temperature: Annotated[float | None, Option(help="Sampling temperature; greedy if none is set.")] = None,
+    top_k: Annotated[int | None, Option(help="Sample among the k most probable tokens; 0 means all.")] = None,
+    top_p: Annotated[float | None, Option(help="Sample among tokens of this total probability.")] = None,
+    beams: Annotated[int, Option(help="Beam-search width.")] = 1,
+    seed: Annotated[int | None, Option(help="Seed of the sampling.")] = None,
+    stream: Annotated[bool, Option("--stream", help="Print the text as it is generated.")] = False,
     as_json: AsJson = False,
     tokenizer: Tokenizer = None,
     rope: Rope = None,
@@ -121,11 +111,11 @@ def _model_and_prompt(model: str, prompt: str | None) -> tuple[Path, str]:
 
 @_verb("train laptop 'data.train=[my-book.txt]' optimization.steps=200")
 def train(
-    recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of one that ships with pldr.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value pairs, e.g. optimization.steps=100.")] = None,
+    recipe: Annotated[str, Argument(help="Recipe file, or the name of one that ships with pldr.")],
+    overrides: Annotated[list[str] | None, Argument(help="key=value pairs, e.g. optimization.steps=100.")] = None,
     overwrite: Overwrite = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the output.")] = False,
-    resume_from: Annotated[Path | None, typer.Option(help="Go on from this checkpoint.")] = None,
+    resume: Annotated[bool, Option("--resume", help="Go on from the newest checkpoint in the output.")] = False,
+    resume_from: Annotated[Path | None, Option(help="Go on from this checkpoint.")] = None,
     strict: Strict = False,
     as_json: AsJson = False,
 ) -> None:
@@ -154,13 +144,13 @@ def train(
 
 @_verb("tokenizer train my-book.txt --output my-tokenizer --vocab-size 2000", "train", tokenizer_app)
 def train_tokenizer(
-    sources: Annotated[list[str], typer.Argument(help="Text, .jsonl and .parquet files or patterns, hub:NAME.")],
-    output: Annotated[Path, typer.Option(help="Folder to write.")],
-    vocab_size: Annotated[int, typer.Option(help="Number of pieces.")] = 32000,
-    model: Annotated[str, typer.Option(help="unigram (as published) or bpe.")] = "unigram",
+    sources: Annotated[list[str], Argument(help="Text, .jsonl and .parquet files or patterns, hub:NAME.")],
+    output: Annotated[Path, Option(help="Folder to write.")],
+    vocab_size: Annotated[int, Option(help="Number of pieces.")] = 32000,
+    model: Annotated[str, Option(help="unigram (as published) or bpe.")] = "unigram",
     text_column: TextColumn = "text",
-    split: Annotated[str, typer.Option(help="Of hub data sets.")] = "train",
-    interval: Annotated[str, typer.Option(help="Which documents: start:stop, by index or percent.")] = "",
+    split: Annotated[str, Option(help="Of hub data sets.")] = "train",
+    interval: Annotated[str, Option(help="Which documents: start:stop, by index or percent.")] = "",
     strict: Strict = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -179,8 +169,8 @@ def train_tokenizer(
 
 @_verb("merge runs/big/checkpoint-1000 runs/big-merged")
 def merge(
-    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder of a training run, sharded or not.")],
-    destination: Annotated[Path, typer.Argument(help="Model folder to write.")],
+    checkpoint: Annotated[Path, Argument(help="Checkpoint folder of a training run, sharded or not.")],
+    destination: Annotated[Path, Argument(help="Model folder to write.")],
     overwrite: Overwrite = False,
 ) -> None:
     """Make a model folder of a training checkpoint."""
@@ -194,8 +184,8 @@ def merge(
 @_verb("convert runs/laptop runs/hub --to hub")
 def convert(
     source: Model,
-    destination: Annotated[Path, typer.Argument(help="Folder to write.")],
-    to: Annotated[str, typer.Option(help="Layout to write: pldr, hub or reference.")] = "pldr",
+    destination: Annotated[Path, Argument(help="Folder to write.")],
+    to: Annotated[str, Option(help="Layout to write: pldr, hub or reference.")] = "pldr",
     rope: Rope = None,
     g_lm: OperatorFile = None,
     tokenizer: Tokenizer = None,
@@ -214,11 +204,11 @@ def convert(
 @_verb('freeze runs/laptop runs/constant --prompt "Any text will do."')
 def freeze(
     model: Model,
-    destination: Annotated[Path, typer.Argument(help="Folder to write.")],
-    prompt: Annotated[list[str] | None, typer.Option(help="Text to compute G_LM from; may be repeated.")] = None,
-    prompts_file: Annotated[Path | None, typer.Option(help="File of such texts, one a line.")] = None,
+    destination: Annotated[Path, Argument(help="Folder to write.")],
+    prompt: Annotated[list[str] | None, Option(help="Text to compute G_LM from; may be repeated.")] = None,
+    prompts_file: Annotated[Path | None, Option(help="File of such texts, one a line.")] = None,
     g_lm: OperatorFile = None,
-    trainable: Annotated[bool, typer.Option("--trainable", help="Make G_LM a parameter, to train on with.")] = False,
+    trainable: Annotated[bool, Option("--trainable", help="Make G_LM a parameter, to train on with.")] = False,
     tokenizer: Tokenizer = None,
     rope: Rope = None,
     overwrite: Overwrite = False,
@@ -253,19 +243,18 @@ def info(model: Model, rope: Rope = None, g_lm: OperatorFile = None, as_json: As
 
 @_verb("inspect runs/laptop my-other-book.txt --html report.html")
 def inspect(
-    model: Annotated[Path, typer.Argument(help="Model folder or .pth file, or a G_LM (.safetensors, .pkl).")],
+    model: Annotated[Path, Argument(help="Model folder or .pth file, or a G_LM (.safetensors, .pkl).")],
     data: Annotated[
-        list[str] | None,
-        typer.Argument(help="Text: .txt, .jsonl, .parquet files or patterns, hub:NAME; else what ships with pldr."),
+        list[str] | None, Argument(help="Text files or patterns, hub:NAME; else what ships with pldr.")
     ] = None,
-    passages: Annotated[int | None, typer.Option(help="Passages to look at; 32, or as many as there are.")] = None,
+    passages: Annotated[int | None, Option(help="Passages to look at; 32, or as many as there are.")] = None,
     length: Length = None,
     text_column: TextColumn = "text",
     tokenizer: Tokenizer = None,
     rope: Rope = None,
     g_lm: OperatorFile = None,
     as_json: AsJson = False,
-    html: Annotated[Path | None, typer.Option(help="Also write a report with pictures, one HTML file.")] = None,
+    html: Annotated[Path | None, Option(help="Also write a report with pictures, one HTML file.")] = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
 ) -> None:
@@ -285,20 +274,14 @@ def inspect(
 @_verb("certify runs/laptop my-other-book.txt --output runs/certified")
 def certify(
     model: Model,
-    data: Annotated[
-        list[str], typer.Argument(help="Held-out text: .txt, .jsonl, .parquet files or patterns, hub:NAME.")
-    ],
-    output: Annotated[
-        Path | None, typer.Option(help="Folder for the frozen model and its certificate, written if certified.")
-    ] = None,
-    frozen: Annotated[
-        Path | None, typer.Option(help="A frozen form of the model to certify, rather than make one.")
-    ] = None,
-    passages: Annotated[int, typer.Option(help="Passages to compare on.")] = 32,
-    calibration: Annotated[int, typer.Option(help="Further passages, that G_LM is frozen from.")] = 4,
+    data: Annotated[list[str], Argument(help="Held-out text: .txt, .jsonl, .parquet files, patterns, hub:NAME.")],
+    output: Annotated[Path | None, Option(help="Folder for frozen model and certificate, if certified.")] = None,
+    frozen: Annotated[Path | None, Option(help="A frozen form to certify, rather than make one.")] = None,
+    passages: Annotated[int, Option(help="Passages to compare on.")] = 32,
+    calibration: Annotated[int, Option(help="Further passages, that G_LM is frozen from.")] = 4,
     length: Length = None,
-    loss: Annotated[float, typer.Option(help="Bound on the difference of mean loss, nats per token.")] = 1e-5,
-    agreement: Annotated[float, typer.Option(help="Least fraction of the same greedy tokens.")] = 0.999,
+    loss: Annotated[float, Option(help="Bound on the difference of mean loss, nats per token.")] = 1e-5,
+    agreement: Annotated[float, Option(help="Least fraction of the same greedy tokens.")] = 0.999,
     text_column: TextColumn = "text",
     tokenizer: Tokenizer = None,
     rope: Rope = None,
@@ -322,19 +305,15 @@ def certify(
 
 @_verb("reproduce caching")
 def reproduce(
-    claim: Annotated[str, typer.Argument(help="caching, invariance, ablation, transfer, handoff, or all.")],
-    size: Annotated[str, typer.Option(help="tiny (minutes on a CPU), small (minutes on a GPU) or paper.")] = "tiny",
-    output: Annotated[Path, typer.Option(help="Folder for pages, pictures, numbers and trained runs.")] = Path(
-        "reproduced"
-    ),
-    train_data: Annotated[list[str] | None, typer.Option("--train", help="Training text; may be repeated.")] = None,
-    validation: Annotated[list[str] | None, typer.Option(help="Held-out text; may be repeated.")] = None,
+    claim: Annotated[str, Argument(help="caching, invariance, ablation, transfer, handoff, or all.")],
+    size: Annotated[str, Option(help="tiny (minutes on a CPU), small (minutes on a GPU) or paper.")] = "tiny",
+    output: Annotated[Path, Option(help="Folder for pages, pictures, numbers and trained runs.")] = Path("reproduced"),
+    train_data: Annotated[list[str] | None, Option("--train", help="Training text; may be repeated.")] = None,
+    validation: Annotated[list[str] | None, Option(help="Held-out text; may be repeated.")] = None,
     tokenizer: Tokenizer = None,
-    model: Annotated[
-        Path | None, typer.Option(help="Model for caching and transfer, in place of the one here.")
-    ] = None,
-    parallel: Annotated[int, typer.Option(help="Runs at once.")] = 1,
-    device: Annotated[str, typer.Option(help="Where models are measured.")] = "cpu",
+    model: Annotated[Path | None, Option(help="Of caching and transfer; else the one here.")] = None,
+    parallel: Annotated[int, Option(help="Runs at once.")] = 1,
+    device: Annotated[str, Option(help="Where models are measured.")] = "cpu",
 ) -> None:
     """Reproduce a claim of the paper: train what it needs, measure, write tables and pictures. Finished runs are kept."""
     _quiet()
@@ -351,32 +330,23 @@ def reproduce(
 @_verb("eval runs/laptop --tasks piqa --compare", "eval")
 def evaluate(
     model: Model,
-    files: Annotated[list[Path] | None, typer.Argument(help="Text files, with --perplexity.")] = None,
-    tasks: Annotated[
-        list[str] | None,
-        typer.Option("--tasks", help="Tasks of lm-evaluation-harness, comma-separated; may be repeated."),
-    ] = None,
-    suite: Annotated[
-        str | None, typer.Option(help="paper: the eight benchmarks of the paper, and their average.")
-    ] = None,
-    perplexity: Annotated[bool, typer.Option("--perplexity", help="Measure perplexity on the files.")] = False,
-    operator: Annotated[str, typer.Option(help="Where G_LM comes from: frozen, cached or learned.")] = "frozen",
-    compare: Annotated[bool, typer.Option("--compare", help="Run all three, and compare every answer.")] = False,
-    data_dir: Annotated[
-        Path | None, typer.Option(help="Folder with the benchmarks' published files, in place of the hub.")
-    ] = None,
-    limit: Annotated[float | None, typer.Option(help="Questions of each task; below 1, their share.")] = None,
-    num_fewshot: Annotated[int | None, typer.Option(help="Examples before each question.")] = None,
-    batch_size: Annotated[str, typer.Option(help="Sequences of a batch, or auto.")] = "auto",
-    window: Annotated[
-        int | None, typer.Option(help="Tokens of the perplexity's window; the context by default.")
-    ] = None,
-    stride: Annotated[int | None, typer.Option(help="Tokens by which it moves; half the window by default.")] = None,
+    files: Annotated[list[Path] | None, Argument(help="Text files, with --perplexity.")] = None,
+    tasks: Annotated[list[str] | None, Option(help="Tasks of lm-evaluation-harness, comma-separated.")] = None,
+    suite: Annotated[str | None, Option(help="paper: its eight benchmarks, and their average.")] = None,
+    perplexity: Annotated[bool, Option("--perplexity", help="Measure perplexity on the files.")] = False,
+    operator: Annotated[str, Option(help="Where G_LM comes from: frozen, cached or learned.")] = "frozen",
+    compare: Annotated[bool, Option("--compare", help="Run all three, and compare every answer.")] = False,
+    data_dir: Annotated[Path | None, Option(help="Benchmarks' published files, in place of the hub.")] = None,
+    limit: Annotated[float | None, Option(help="Questions of each task; below 1, their share.")] = None,
+    num_fewshot: Annotated[int | None, Option(help="Examples before each question.")] = None,
+    batch_size: Annotated[str, Option(help="Sequences of a batch, or auto.")] = "auto",
+    window: Annotated[int | None, Option(help="Tokens of the perplexity's window; else the context.")] = None,
+    stride: Annotated[int | None, Option(help="Tokens by which it moves; else half of it.")] = None,
     calibration: Annotated[
-        list[str] | None, typer.Option(help="Text that G_LM is frozen from; else what ships with pldr.")
+        list[str] | None, Option(help="Text to freeze G_LM from; else what ships with pldr.")
     ] = None,
-    text_column: Annotated[str, typer.Option(help="Of that text, if it has columns.")] = "text",
-    threshold: Annotated[float, typer.Option(help="Nats by which modes may differ without a warning.")] = 0.01,
+    text_column: Annotated[str, Option(help="Of that text, if it has columns.")] = "text",
+    threshold: Annotated[float, Option(help="Nats by which modes may differ without a warning.")] = 0.01,
     tokenizer: Tokenizer = None,
     rope: Rope = None,
     g_lm: OperatorFile = None,
@@ -403,8 +373,8 @@ def evaluate(
 
 @_verb("plot runs/laptop")
 def plot(
-    run: Annotated[Path, typer.Argument(help="Output folder of pldr train.")],
-    output: Annotated[Path | None, typer.Option(help="PNG file; curves.png in the folder by default.")] = None,
+    run: Annotated[Path, Argument(help="Output folder of pldr train.")],
+    output: Annotated[Path | None, Option(help="PNG file; curves.png in the folder by default.")] = None,
 ) -> None:
     """Draw the curves of a training run."""
     from pldr.files import require
@@ -419,11 +389,9 @@ def plot(
 
 @_verb("demo")
 def demo(
-    output: Annotated[Path, typer.Option(help="Folder for the model, the picture and the table.")] = Path(
-        "demo-output"
-    ),
-    train: Annotated[bool, typer.Option("--train", help="Also train a small model here, and compare it too.")] = False,
-    recipe: Annotated[str, typer.Option(help="What --train trains.")] = "demo-cpu",
+    output: Annotated[Path, Option(help="Folder for the model, the picture and the table.")] = Path("demo-output"),
+    train: Annotated[bool, Option("--train", help="Also train a small model here, and compare it too.")] = False,
+    recipe: Annotated[str, Option(help="What --train trains.")] = "demo-cpu",
     as_json: AsJson = False,
 ) -> None:
     """Cache and freeze the operator of the model that ships with pldr, and compare; with --train, of a new one too."""

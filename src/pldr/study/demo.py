@@ -140,16 +140,7 @@ def measure(
     return {
         # G_LM is cached from the first half of each passage; losses are taken over the second, in every mode alike.
         "losses": {mode: modes.loss(mode, passages, passages.shape[1] // 2) for mode in MODES},
-        "operator": [
-            {
-                "layer": layer,
-                "variation": float(variation(G_LM)[layer]),
-                "untrained_variation": float(variation(untrained)[layer]),
-                "log10_determinant": float(log_determinant(G_LM[layer])[1].mean()),
-                "rank": float(numerical_rank(G_LM[layer]).double().mean()),
-            }
-            for layer in range(len(G_LM))
-        ],
+        "operator": _operator_rows(G_LM, untrained),
         "head_dim": model.config.head_dim,
         "prompt": prompt,
         "generation": [
@@ -164,3 +155,18 @@ def measure(
             for row in texts
         ],
     }
+
+
+def _operator_rows(G_LM: torch.Tensor, untrained: torch.Tensor) -> list[dict[str, Any]]:
+    """Of each layer, from G_LM [L, B, H, D, D] after and before training."""
+    varies, varied = variation(G_LM).tolist(), variation(untrained).tolist()
+    return [
+        {
+            "layer": layer,
+            "variation": varies[layer],
+            "untrained_variation": varied[layer],
+            "log10_determinant": float(log_determinant(X)[1].mean()),
+            "rank": float(numerical_rank(X).double().mean()),
+        }
+        for layer, X in enumerate(G_LM)
+    ]
