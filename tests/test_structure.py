@@ -80,6 +80,44 @@ def test_imports_go_in_no_circle():
         visit(module, ())
 
 
+# Functions that may be longer than others, with the reason in CONTRIBUTING.md.
+LONG_FUNCTIONS = {"evaluation/evaluate.py:evaluate", "study/certify.py:certify"}
+
+
+def functions():
+    for path in sorted(SOURCE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                yield f"{path.relative_to(SOURCE)}:{node.name}", node
+
+
+def test_functions_and_modules_stay_small():
+    long = {name for name, node in functions() if node.end_lineno - node.lineno + 1 > 60}
+    assert long == LONG_FUNCTIONS
+    for path in SOURCE.rglob("*.py"):
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 600, path
+
+
+def test_a_verb_parses_calls_one_function_and_prints():
+    """At most 25 lines behind its help; and the help ends with an example that parses."""
+    verbs = {node.name: node for name, node in functions() if name.startswith("cli.py:") and node.decorator_list}
+    commands = {}
+    root = typer.main.get_command(app)
+    for name, command in root.commands.items():
+        commands |= {name: command} if not hasattr(command, "commands") else {
+            f"{name} {sub}": command.commands[sub] for sub in command.commands
+        }  # fmt: skip
+    assert len(commands) == len(verbs) - 2 >= 13  # without --version and the context manager
+    for node in verbs.values():
+        first, last = node.body[1 if ast.get_docstring(node) else 0], node.body[-1]
+        assert last.end_lineno - first.lineno + 1 <= 25, node.name
+    for name, command in commands.items():
+        example = command.epilog.removeprefix("Example: [bold]pldr ").removesuffix("[/bold]")
+        assert example.startswith(name), command.epilog
+        arguments = shlex.split(example.removeprefix(name))
+        assert command.make_context(name, arguments) is not None
+
+
 def test_the_model_knows_nothing_of_training_or_text():
     code = (
         "import sys, pldr.modeling_pldr; print(sorted({'datasets', 'sentencepiece', 'matplotlib'} & set(sys.modules)))"
