@@ -1,14 +1,19 @@
 """Writing results so that a folder or file is there whole or not at all."""
 
+import glob
 import hashlib
 import json
 import math
 import os
+import platform
+import re
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -44,37 +49,88 @@ def _nearest_folder(path: Path) -> Path:
 def whole_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder near `path` that takes its place when the block ends well, and vanishes when it does not.
 
+    A link to a folder stays a link: what it points to is replaced. What a killed process left of an earlier attempt is
+    removed first, and what it had set aside brought back.
+
     Raises:
-        FileExistsError, OSError: see `check_output`.
+        FileExistsError: see `check_output`; or something has come to the place meanwhile: the message says where the
+            result is then.
+        OSError: see `check_output`.
     """
-    path = check_output(path, overwrite=overwrite)
+    path = _behind_links(check_output(path, overwrite=overwrite))
+    sweep(path)
     # Beside its place or, where that is still to be made, above it: on the same disk, and nothing else is left behind.
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=_nearest_folder(path)))
+    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-{process_mark()}-", dir=_nearest_folder(path)))
     try:
         yield partial
-        os.chmod(partial, 0o777 & ~_umask())
+        _settle(partial)
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
-            os.replace(path, old / path.name)
-            try:
-                os.replace(partial, path)
-            except OSError:
-                os.replace(old / path.name, path)
-                raise
-            finally:
-                shutil.rmtree(old, ignore_errors=True)
+        if path.exists() and overwrite:
+            _exchange(partial, path)
         else:
-            os.replace(partial, path)
+            _put(partial, path)
+        sync(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def _exchange(partial: Path, path: Path) -> None:
+    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-{process_mark()}-", dir=path.parent))
+    os.replace(path, old / path.name)
+    try:
+        os.replace(partial, path)
+    except OSError:
+        os.replace(old / path.name, path)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _put(partial: Path, path: Path) -> None:
+    """Move a folder to a place that is free or empty.
+
+    Raises:
+        FileExistsError: it no longer is; the folder is then beside it.
+    """
+    try:
+        os.rename(partial, path)
+    except OSError:
+        if not path.exists():
+            raise
+        beside = next(name for n in count(1) if not (name := path.with_name(f"{path.name}-{n}")).exists())
+        os.rename(partial, beside)
+        raise FileExistsError(f"{path}: something has come there meanwhile; the result is in {beside}") from None
+
+
+def _settle(folder: Path) -> None:
+    """Ordinary permissions, where temporary files have private ones, and everything on the disk."""
+    umask = _umask()
+    for place in (*folder.rglob("*"), folder):
+        if not place.is_symlink():
+            os.chmod(place, (0o777 if place.is_dir() else 0o666) & ~umask)
+            sync(place)
+
+
 def _umask() -> int:
-    """The process's umask, which can only be read by setting it; mkdtemp makes folders private."""
+    """The process's umask, which can only be read by setting it."""
     value = os.umask(0)
     os.umask(value)
     return value
+
+
+def sync(place: Path) -> None:
+    """Make sure that a file, or the names in a folder, survive a loss of power."""
+    if os.name == "nt" and place.is_dir():  # where folders can not be opened
+        return
+    handle = os.open(place, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _behind_links(path: Path) -> Path:
+    return path.resolve() if path.is_symlink() else path
 
 
 @contextmanager
@@ -84,14 +140,60 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         OSError: it can not be written.
     """
-    path = Path(path)
+    path = _behind_links(Path(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+    sweep(path)
+    partial = path.with_name(f".{path.name}.partial-{process_mark()}-{threading.get_ident()}")
     try:
         yield partial
+        sync(partial)
         os.replace(partial, path)
+        sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+# --- processes that were killed -------------------------------------------------------------------------------------
+
+
+def process_mark() -> str:
+    """What tells this process from others, also of other machines that share the disk: "host-pid"."""
+    return f"{_host()}-{os.getpid()}"
+
+
+def is_running(mark: str) -> bool:
+    """Whether the process of a `process_mark` runs; of another machine's, which can not be asked, True."""
+    host, _, number = mark.rpartition("-")
+    if host != _host():
+        return True
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
+
+
+def _host() -> str:
+    return re.sub(r"\W", "_", platform.node()) or "here"
+
+
+def sweep(path: Path) -> None:
+    """Remove what killed processes left of attempts at a file or folder; what they had set aside comes back if it is gone."""
+    for left in _nearest_folder(path).glob(f".{glob.escape(path.name)}.*-*"):
+        found = re.fullmatch(rf"\.{re.escape(path.name)}\.(partial|old)-(.+-\d+)-\w+", left.name)
+        if found is None or is_running(found[2]):
+            continue
+        if found[1] == "old" and (left / path.name).exists() and not path.exists():
+            os.replace(left / path.name, path)
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
+# --- text -----------------------------------------------------------------------------------------------------------
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -1,0 +1,124 @@
+"""Folders and files that are there whole or not at all, whatever happens meanwhile."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from pldr.files import check_output, is_running, process_mark, whole_file, whole_folder, write_text
+
+
+def dead_mark():
+    """Of a process that has ended."""
+    done = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True
+    )
+    return process_mark().rpartition("-")[0] + "-" + done.stdout.strip()
+
+
+def put(target, name, then=lambda: None, **options):
+    """A folder with one empty file; `then` is what happens before it is done."""
+    with whole_folder(target, **options) as folder:
+        (folder / name).touch()
+        then()
+
+
+def fail():
+    raise ZeroDivisionError
+
+
+class TestFolder:
+    def test_it_appears_whole_with_ordinary_permissions(self, tmp_path):
+        with whole_folder(tmp_path / "a" / "b") as folder:
+            (folder / "sub").mkdir()
+            private = folder / "sub" / "file"
+            private.touch(mode=0o600)
+            assert not (tmp_path / "a").exists()
+        umask = os.umask(0)
+        os.umask(umask)
+        assert (tmp_path / "a/b/sub/file").stat().st_mode & 0o777 == 0o666 & ~umask
+        assert (tmp_path / "a/b/sub").stat().st_mode & 0o777 == 0o777 & ~umask
+        assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+    def test_what_comes_meanwhile_is_not_removed(self, tmp_path):
+        target = tmp_path / "out"
+        (tmp_path / "out-1").mkdir()
+
+        def come():
+            target.mkdir()
+            (target / "theirs").touch()
+
+        with pytest.raises(FileExistsError, match=r"come there meanwhile; the result is in .*out-2"):
+            put(target, "new", come)
+        assert [path.name for path in target.iterdir()] == ["theirs"]
+        assert [path.name for path in (tmp_path / "out-2").iterdir()] == ["new"]
+
+    def test_a_link_stays_a_link(self, tmp_path):
+        (tmp_path / "disk").mkdir()
+        (tmp_path / "disk" / "old").touch()
+        (tmp_path / "link").symlink_to("disk")
+        put(tmp_path / "link", "new", overwrite=True)
+        assert (tmp_path / "link").is_symlink()
+        assert [path.name for path in (tmp_path / "disk").iterdir()] == ["new"]
+
+    def test_an_error_leaves_everything_as_it_was(self, tmp_path):
+        target = tmp_path / "out"
+        put(target, "old")
+        with pytest.raises(ZeroDivisionError):
+            put(target, "new", fail, overwrite=True)
+        assert [path.name for path in tmp_path.rglob("*")] == ["out", "old"]
+
+    def test_what_killed_processes_left_goes_and_what_they_set_aside_comes_back(self, tmp_path):
+        dead, target = dead_mark(), tmp_path / "out"
+        (tmp_path / f".out.partial-{dead}-abc").mkdir()
+        (tmp_path / f".out.old-{dead}-abc" / "out").mkdir(parents=True)
+        (tmp_path / f".out.old-{dead}-abc" / "out" / "weights").touch()
+        alive = tmp_path / f".out.partial-{process_mark()}-abc"
+        other = tmp_path / f".outer.partial-{dead}-abc"
+        elsewhere = tmp_path / ".out.partial-anotherhost-1-abc"
+        for folder in (alive, other, elsewhere):
+            folder.mkdir()
+        with pytest.raises(ZeroDivisionError):
+            put(target, "new", fail, overwrite=True)
+        assert (target / "weights").exists()
+        assert {path.name for path in tmp_path.iterdir()} == {"out", alive.name, other.name, elsewhere.name}
+        assert is_running(process_mark())
+        assert not is_running(dead)
+
+    def test_outputs_that_can_not_be(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "full").mkdir()
+        (tmp_path / "full" / "x").touch()
+        (tmp_path / "file").touch()
+        for place, message in ((".", "current folder"), ("file", "is a file"), ("full", "is not empty")):
+            with pytest.raises(FileExistsError, match=message):
+                check_output(place)
+
+
+class TestFile:
+    def test_whole_or_as_it_was(self, tmp_path):
+        file = tmp_path / "file.txt"
+        write_text(file, "old")
+
+        def half():
+            with whole_file(file) as partial:
+                partial.write_text("half")
+                fail()
+
+        with pytest.raises(ZeroDivisionError):
+            half()
+        assert file.read_text() == "old"
+        assert [path.name for path in tmp_path.iterdir()] == ["file.txt"]
+
+    def test_a_link_stays_a_link(self, tmp_path):
+        write_text(tmp_path / "file", "old")
+        (tmp_path / "link").symlink_to("file")
+        write_text(tmp_path / "link", "new")
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "file").read_text() == "new"
+
+    def test_what_killed_processes_left_goes(self, tmp_path):
+        (tmp_path / f".file.partial-{dead_mark()}-1").touch()
+        write_text(tmp_path / "file", "text")
+        assert [path.name for path in tmp_path.iterdir()] == ["file"]
