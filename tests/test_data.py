@@ -361,37 +361,31 @@ def test_rows_of_keeps_everything():
     assert np.concatenate(list(rows_of(iter(parts), 7, "packed"))).tolist() == list(range(50))
 
 
-class BytesTokenizer:
-    """A token a byte, at once: what is left of the memory and time of tokenising is the library's own."""
-
-    eos_token_id = 3
-
-    def __len__(self):
-        return 256
-
-    def __call__(self, texts, **options):
-        return {"input_ids": [list(text.encode()) for text in texts]}
-
-    @property
-    def backend_tokenizer(self):
-        from tokenizers import Tokenizer, models
-
-        return Tokenizer(models.BPE())
-
-
 def peak_memory(tmp_path, tokenizer, *megabytes):
     """MB that a process has held at most after it has tokenised and read data of each size, one after the other.
 
     Pages of mapped files are not counted: they are the system's to drop.
     """
-    code = """
+    code = '''
         import sys, threading, time
         from pathlib import Path
+        from tokenizers import Tokenizer, models
         from pldr import load_tokenizer
         from pldr.data.sources import Source
         from pldr.data.rows import cached_rows
         from pldr.recipe import DataRecipe
-        from test_data import BytesTokenizer
+
+        class BytesTokenizer:
+            """A token a byte, at once: what is left of memory and time is the library's own."""
+
+            eos_token_id = 3
+            backend_tokenizer = Tokenizer(models.BPE())
+
+            def __len__(self):
+                return 256
+
+            def __call__(self, texts, **options):
+                return {"input_ids": [list(text.encode()) for text in texts]}
 
         peak = 0
 
@@ -408,7 +402,7 @@ def peak_memory(tmp_path, tokenizer, *megabytes):
             rows = cached_rows(Source([file]), tokenizer, DataRecipe([file], sequence_length=128, cache=sys.argv[2]))
             sum(int(row["input_ids"][0]) for row in rows)
             print(peak / 1024)
-    """
+    '''
     if not os.path.exists("/proc/self/status"):
         pytest.skip("measured where the system tells anonymous memory (Linux)")
     line = json_lines(["the cat sat on a mat and saw that dog " * 100])
@@ -417,11 +411,8 @@ def peak_memory(tmp_path, tokenizer, *megabytes):
         files.append(tmp_path / f"{size}.jsonl")
         files[-1].write_bytes(line * (size * 2**20 // len(line)))
     command = [sys.executable, "-c", textwrap.dedent(code), tokenizer, tmp_path / "cache", *files]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([*sys.path, os.path.dirname(__file__)]),
-        # Each thread's heap would count when it is first used.
-        "RAYON_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1",
-    }  # fmt: skip
+    # Each thread's heap would count when it is first used.
+    environment = os.environ | {"RAYON_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
     run = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     return [float(peak) for peak in run.stdout.split()]
 

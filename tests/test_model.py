@@ -214,6 +214,9 @@ def test_padding_mask_only_for_learned_operators(small_config, ids):
     mask[0, :3] = 0
     learned = create_masks(small_config(_attn_implementation="sdpa"), embeds, mask, None, None)
     assert torch.equal(learned["padding"], mask)
+    constant = create_masks(small_config(operator="constant", _attn_implementation="sdpa"), embeds, mask, None, None)
+    assert constant["padding"] is None
+    assert torch.equal(constant["attention"], learned["attention"])
 
 
 def test_context_length_is_enforced(small_model):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import register_parametrization
 
 from helpers import assert_close
 from pldr.ops import aligned, reference
@@ -22,6 +23,7 @@ def problem(rows, width, vocabulary, device="cpu", dtype=torch.float32):
     weight = torch.randn(vocabulary, width, generator=generator) / width**0.5
     bias = torch.randn(vocabulary, generator=generator)
     targets = torch.randint(vocabulary, (rows,), generator=generator)
+    targets[::2] = (hidden @ weight.T + bias).argmax(1)[::2]  # right guesses
     if rows > 2:
         targets[1::3] = reference.IGNORED_TARGET
     return hidden.to(device, dtype), weight.to(device), bias.to(device), targets.to(device)
@@ -56,18 +58,88 @@ def _with_head(model, weight):
     return lambda *args, **kwargs: torch.func.functional_call(model, {"lm_head.weight": weight}, args, kwargs)
 
 
-@pytest.mark.parametrize("width", [170, 85, 64])
-def test_aligned_gated_linear_unit(width):
-    z = torch.randn(3, 7, 16)
-    layers = [torch.nn.Linear(16, width), torch.nn.Linear(16, width), torch.nn.Linear(width, 16)]
-    pairs = [(layer.weight, layer.bias) for layer in layers]
-    expected = layers[2](F.silu(layers[0](z)) * layers[1](z))
-    assert_close(aligned.gated_linear_unit(z, *pairs), expected, max_error=1e-6)
-    parameters = [tensor for pair in pairs for tensor in pair]
-    one = torch.autograd.grad(expected.square().sum(), parameters)
-    other = torch.autograd.grad(aligned.gated_linear_unit(z, *pairs).square().sum(), parameters)
-    for mine, theirs in zip(other, one, strict=True):
-        assert_close(mine, theirs, rms_ratio=1e-6)
+def linears(width, inner, dtype=torch.float32):
+    torch.manual_seed(inner)
+    return [torch.nn.Linear(*size, dtype=dtype) for size in ((width, inner), (width, inner), (inner, width))]
+
+
+# The published inner widths are 170 and 2389: 149 leaves the same remainders as the latter, by 8 and by 64.
+@pytest.mark.parametrize("inner", [170, 149, 65, 64, 63, 1])
+def test_padded_gated_linear_unit(inner):
+    """Its result and every gradient, in float64, where sums of up to 170 terms in another order differ by some 1e-15."""
+    layers = linears(16, inner, torch.float64)
+    z = torch.randn(3, 7, 16, dtype=torch.float64, requires_grad=True)
+    outputs = [unit(z, *layers) for unit in (aligned.padded_gated_linear_unit, reference.gated_linear_unit)]
+    assert_close(*outputs, rms_ratio=1e-13)
+    leaves = [z, *(parameter for layer in layers for parameter in layer.parameters())]
+    padded, plain = (torch.autograd.grad(output.square().sum(), leaves) for output in outputs)
+    for one, other in zip(padded, plain, strict=True):
+        assert_close(one, other, rms_ratio=1e-13)
+
+
+def test_gated_linear_unit_on_the_cpu_is_the_reference():
+    layers, z = linears(16, 21), torch.randn(2000, 16)
+    assert torch.equal(aligned.gated_linear_unit(z, *layers), reference.gated_linear_unit(z, *layers))
+
+
+class Adapted(torch.nn.Linear):
+    """As adapters are: a layer of a class of its own, which adds something to what its weight gives."""
+
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+class Quantised(torch.Tensor):
+    """As quantised weights are: another kind of tensor in an ordinary layer."""
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def replace_forward(layer):
+    layer.forward = lambda x: torch.nn.Linear.forward(layer, x) + 1
+
+
+NOT_PLAIN = {
+    "forward hook": lambda layer: layer.register_forward_hook(lambda module, inputs, output: output + 1),
+    "forward pre-hook": lambda layer: layer.register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1,)),
+    "backward hook": lambda layer: layer.register_full_backward_hook(lambda *arguments: None),
+    "backward pre-hook": lambda layer: layer.register_full_backward_pre_hook(lambda *arguments: None),
+    "subclass": lambda layer: setattr(layer, "__class__", Adapted),
+    "parametrisation": lambda layer: register_parametrization(layer, "weight", Doubled()),
+    "quantised weight": lambda layer: setattr(
+        layer, "weight", torch.nn.Parameter(layer.weight.detach().as_subclass(Quantised))
+    ),
+    "integer weight": lambda layer: setattr(
+        layer, "weight", torch.nn.Parameter(layer.weight.detach().to(torch.int8), requires_grad=False)
+    ),
+    "no bias": lambda layer: setattr(layer, "bias", None),
+    "another forward": replace_forward,
+}
+
+
+@pytest.mark.parametrize("kind", NOT_PLAIN)
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_layers_that_are_more_than_their_weights_are_called(kind, which, monkeypatch):
+    """The padded form reads weights past the layers; where that would skip something, they are called as they are."""
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    padded = []
+    monkeypatch.setattr(aligned, "padded_gated_linear_unit", lambda z, *layers: padded.append(z))
+    monkeypatch.setattr(reference, "gated_linear_unit", lambda z, *layers: z)
+    z = torch.randn(600, 16).as_subclass(OnGpu)
+    layers = linears(16, 21)
+    assert all(map(aligned.is_plain, layers))
+    aligned.gated_linear_unit(z, *layers)
+    assert len(padded) == 1
+    NOT_PLAIN[kind](layers[which])
+    assert not aligned.is_plain(layers[which])
+    assert aligned.gated_linear_unit(z, *layers) is z
+    assert len(padded) == 1
 
 
 @pytest.mark.gpu
@@ -81,7 +153,9 @@ def test_cross_entropy_kernel(rows, vocabulary, dtype, monkeypatch):
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         hidden, weight, bias, targets = problem(rows, 48, vocabulary, "cuda", dtype)
+        _, correct = linear_cross_entropy(hidden, weight, bias, targets)
         loss, grads = gradients(lambda *t: linear_cross_entropy(*t, targets)[0], hidden, weight, bias)
+        _, guessed = reference.linear_cross_entropy(hidden, weight.to(dtype), bias.to(dtype), targets)
         rounded = [tensor.to(dtype).double() for tensor in (hidden, weight, bias)]
         expected, wanted = gradients(lambda *t: reference.linear_cross_entropy(*t, targets)[0], *rounded)
     finally:
@@ -89,6 +163,8 @@ def test_cross_entropy_kernel(rows, vocabulary, dtype, monkeypatch):
     # fp32 sums thousands of terms; bf16 rounds each logit and each gradient to 8 bits.
     ratio = 1e-5 if dtype == torch.float32 else 1e-2
     assert_close(loss.double(), expected.double(), rms_ratio=ratio, name="loss")
+    assert rows // 3 <= guessed
+    assert_close(correct, guessed, max_error=0, name="right guesses")
     for grad, want, name in zip(grads, wanted, ("hidden", "weight", "bias"), strict=True):
         assert_close(grad.double(), want.double(), rms_ratio=ratio, name=name)
 
@@ -123,3 +199,15 @@ def test_model_on_the_gpu_is_the_model_on_the_cpu(small_model, operator):
     for name, parameter in model.named_parameters():
         if name in wanted:
             assert_close(parameter.grad.cpu(), wanted[name], rms_ratio=1e-3, name=name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [None, "forward hook", "subclass", "parametrisation", "another forward"])
+def test_gated_linear_unit_on_the_gpu_is_the_reference(kind):
+    layers = [layer.cuda() for layer in linears(64, 170)]
+    if kind is not None:
+        NOT_PLAIN[kind](layers[1])
+    torch.backends.cuda.matmul.allow_tf32 = False
+    z = torch.randn(1000, 64, device="cuda")
+    # Sums of up to 170 terms in fp32, in another order.
+    assert_close(aligned.gated_linear_unit(z, *layers), reference.gated_linear_unit(z, *layers), rms_ratio=1e-5)

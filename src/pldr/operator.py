@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from pldr.cache import OperatorState
 from pldr.configuration_pldr import PldrConfig
-from pldr.ops import aligned, reference
+from pldr.ops import reference
+from pldr.ops.aligned import gated_linear_unit
 
 
 class DeductiveOutputs(NamedTuple):
@@ -47,10 +47,7 @@ class GatedLinearUnit(nn.Module):
         self.down_proj = nn.Linear(inner_width, width)
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
-        if aligned.worthwhile(z, self.gate_proj.out_features):
-            gate, up, down = ((p.weight, p.bias) for p in (self.gate_proj, self.up_proj, self.down_proj))
-            return aligned.gated_linear_unit(z, gate, up, down)
-        return self.down_proj(F.silu(self.gate_proj(z)) * self.up_proj(z))
+        return gated_linear_unit(z, self.gate_proj, self.up_proj, self.down_proj)
 
 
 class ResidualUnit(nn.Module):

@@ -1,9 +1,10 @@
-"""Power law graph attention in plain PyTorch: the oracle for every kernel, and the path on CPU.
+"""The model's arithmetic in plain PyTorch: the oracle for every kernel, and the path on CPU.
 
-Shapes: B batch, H heads, T tokens, D head dimension. Equations as in arXiv 2502.13502.
+Shapes: B batch, H heads, T tokens, D head dimension, M model width, V vocabulary. Equations as in arXiv 2502.13502.
 """
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 # Keeps A_LM strictly positive, so that its elementwise power is defined for any real exponent.
@@ -71,6 +72,20 @@ def power_law(
     A_P = A_LM.pow(exponent.float())
     G_LM = energy_weight @ A_P.to(energy_weight.dtype) + energy_bias
     return A_LM, A_P, G_LM
+
+
+def gated_linear_unit(z: torch.Tensor, gate: nn.Module, up: nn.Module, down: nn.Module) -> torch.Tensor:
+    """(silu(z W1 + b1) ∘ (z W2 + b2)) W3 + b3.
+
+    Args:
+        z: [..., M].
+        gate, up: W1, b1 and W2, b2 as layers, M to F features; linear, or whatever was put in their place.
+        down: W3, b3, F to M features.
+
+    Returns:
+        [..., M].
+    """
+    return down(F.silu(gate(z)) * up(z))
 
 
 # Targets with this value count nothing, as in torch and transformers.
