@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 from functools import partial
@@ -5,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from helpers import TINY
@@ -22,7 +24,8 @@ from pldr.training.callbacks import ProgressBar
 from pldr.training.run import build_model, train
 from pldr.training.trainer import PldrTrainer, training_arguments
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("[!_]*.yaml"))
+BASES = sorted(RECIPES[0].parent.glob("_*.yaml"))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -51,12 +54,57 @@ def test_every_published_model_has_a_recipe():
 
 def test_recipes_are_found_by_name():
     assert find_recipe("demo-cpu").samefile(find_recipe("recipes/demo-cpu.yaml"))
-    with pytest.raises(FileNotFoundError, match=r"no recipe of that name; there are .*demo-cpu"):
+    with pytest.raises(FileNotFoundError, match=r"no recipe of that name; there are demo-cpu, laptop, "):
         find_recipe("demo-gpu")
     # A place that does not exist is not a name.
     for place in ("/nowhere/demo-cpu.yaml", "demo-cpu.txt"):
         with pytest.raises(FileNotFoundError):
             find_recipe(place)
+
+
+class TestBases:
+    """`base: NAME` in a recipe."""
+
+    def test_sections_are_merged_and_lists_replaced(self, tmp_path):
+        (tmp_path / "below.yaml").write_text(
+            "seed: 5\ndata: {train: [a, b], text_column: story}\nmodel: {config: {hidden_size: 64}}\n"
+        )
+        (tmp_path / "between.yaml").write_text("base: below\ndata: {train: [c]}\n")
+        (tmp_path / "recipe.yaml").write_text(
+            "base: between.yaml\noutput: out\nmodel: {config: {num_attention_heads: 2}}\n"
+        )
+        recipe = load_recipe(tmp_path / "recipe.yaml", ["data.text_column=text"])
+        assert (recipe.output, recipe.seed, recipe.data.train, recipe.data.text_column) == ("out", 5, ["c"], "text")
+        assert recipe.model.config == {"hidden_size": 64, "num_attention_heads": 2}
+
+    def test_a_recipe_by_name_is_a_base_too(self, tmp_path):
+        (tmp_path / "mine.yaml").write_text("base: demo-cpu\noutput: mine\n")
+        assert load_recipe(tmp_path / "mine.yaml") == dataclasses.replace(load_recipe("demo-cpu"), output="mine")
+
+    @pytest.mark.parametrize(
+        ("base", "message"),
+        [
+            ("nothing", "mine.yaml: base: no file .*nothing.yaml; .*no recipe of that name"),
+            ("[a]", r"mine.yaml: base must be the name of a recipe, got \['a'\]"),
+            ("mine", "mine.yaml: base: mine leads back to .*mine.yaml"),
+            ("other", "other.yaml: base: mine leads back to .*mine.yaml"),
+            ("broken", "broken.yaml: not valid YAML"),
+        ],
+    )
+    def test_errors_name_the_file_in_one_line(self, tmp_path, base, message):
+        (tmp_path / "mine.yaml").write_text(f"base: {base}\noutput: x\n")
+        (tmp_path / "other.yaml").write_text("base: mine\n")
+        (tmp_path / "broken.yaml").write_text("output: [\n")
+        with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+            load_recipe(tmp_path / "mine.yaml")
+        assert "\n" not in str(error.value)
+
+    def test_those_that_ship_with_pldr_are_no_recipes(self):
+        """They are named by others, are not listed, and do not train."""
+        assert {yaml.safe_load(path.read_text()).get("base") for path in RECIPES} - {None} == {p.stem for p in BASES}
+        for base in BASES:
+            with pytest.raises(ValueError, match="missing key"):
+                load_recipe(base)
 
 
 def test_the_wheel_brings_the_recipes(tmp_path):
@@ -69,7 +117,7 @@ def test_the_wheel_brings_the_recipes(tmp_path):
     subprocess.run(command, cwd=Path(__file__).parents[1], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert {f"pldr/recipes/{path.name}" for path in RECIPES} <= set(names)
+    assert {f"pldr/recipes/{path.name}" for path in [*RECIPES, *BASES]} <= set(names)
     assert "pldr/py.typed" in names
     assert {f"pldr/models/stories-10m/{file.name}" for file in STORIES.iterdir()} <= set(names)
 
@@ -85,11 +133,30 @@ def test_the_wheel_brings_the_recipes(tmp_path):
         ("output: x\ndata: {train: [1]}", r"data.train\[0\]: must be of type str"),
         ("output: x\ndata: [a]", "data: must be a section"),
         ("output: x\ndata: {train: [a]}\noptimization: {learning_rate: fast}", "learning_rate: must be a number"),
-        ("output: x\ndata: {train: [a]}\noptimization: {steps: 0}", "optimization.steps is too small"),
-        ("output: x\ndata: {train: [a]}\noptimization: {clip_norm: 1.0}", "not both to a bound"),
-        ("output: x\ndata: {train: [a]}\noptimization: {warmup_steps: 10, steps: 5}", "warmup_steps must be between"),
+        ("output: x\ndata: {train: [a]}\noptimization: {steps: 0}", "optimization.steps must be at least 1, got 0"),
+        ("output: x\ndata: {train: [a]}\nlog_steps: 0", "recipe: log_steps must be at least 1, got 0"),
+        ("output: x\ndata: {train: [a], sequence_length: 1}", "data.sequence_length must be at least 2, got 1"),
+        ("output: x\ndata: {train: [a], layout: flat}", "data.layout must be packed, padded or unpadded, got 'flat'"),
+        (
+            "output: x\ndata: {train: [a]}\nreport_to: [paper]",
+            r"report_to must be any of tensorboard, .*, got \['paper'",
+        ),
+        ("output: x\ndata: {train: [a]}\noptimization: {epsilon: .inf}", "epsilon must be finite and above 0, got inf"),
+        (
+            "output: x\ndata: {train: [a]}\noptimization: {dag_A_P: -1}",
+            "dag_A_P must be finite and at least 0, got -1.0",
+        ),
+        ("output: x\ndata: {train: [a]}\noptimization: {final_rate: 2}", "final_rate must be between 0 and 1, got 2.0"),
+        (
+            "output: x\ndata: {train: [a]}\noptimization: {clip_norm: 2}",
+            "clip_value=1.0 or .*clip_norm=2.0 to null, not both",
+        ),
+        (
+            "output: x\ndata: {train: [a]}\noptimization: {warmup_steps: 10, steps: 5}",
+            "warmup_steps must be between 0 and .*steps=5, got 10",
+        ),
         ("output: x\ndata: {train: [a]}\noptimization: {precision: fp8}", "precision must be fp32 or bf16, got"),
-        ("output: x\ndata: {train: []}", "data.train is too small"),
+        ("output: x\ndata: {train: []}", r"data.train must be a list of at least one name, got \[\]"),
         ("output: x", "missing key 'data'"),
         ("- a list", "must be a section with keys"),
         ("output: [", "not valid YAML"),
@@ -378,16 +445,18 @@ class TestTrain:
         assert "is not a published model" in message(model__preset="v99")
         constant = {"model__config": TINY | {"operator": "constant"}, "optimization__dag_G_LM": 0.1}
         assert "need a learned operator" in message(**constant)
-        assert "eval_steps needs data.validation" in message(eval_steps=5, data__validation=[])
+        assert "eval_steps=5 needs data.validation" in message(eval_steps=5, data__validation=[])
         assert "needs data.validation" in message(optimization__handoff_step=5, data__validation=[])
         assert "between 1 and steps - 1" in message(optimization__handoff_step=12)
         assert "needs a learned operator" in message(**(constant | {"optimization__dag_G_LM": 0.0,
                                                                     "optimization__handoff_step": 5}))  # fmt: skip
-        assert "which handoff_step drops" in message(optimization__handoff_step=5, optimization__dag_A_P=0.1)
+        assert "which optimization.handoff_step=5 drops" in message(
+            optimization__handoff_step=5, optimization__dag_A_P=0.1
+        )
         assert "less than one step of 5000" in message(optimization__batch_size=5000)
         assert "less than one step of 20000" in message(optimization__accumulation=5000)
         assert "beta1 must be at least 0 and less than 1" in message(optimization__beta1=1.0)
-        assert "clip_value must be positive and finite" in message(optimization__clip_value=float("nan"))
+        assert "clip_value must be finite and above 0, got nan" in message(optimization__clip_value=float("nan"))
         assert "matches no file" in message(data__train=["nothing.txt"], output=str(tmp_path / "a" / "b" / "c"))
         assert not (tmp_path / "a").exists()
         assert "current folder or a mount point" in message(output=".")
@@ -469,8 +538,8 @@ def test_part_of_the_training_text_can_be_held_out(write_recipe, tmp_path):
     recipe = load_recipe(write_recipe(data__validation=[], data__hold_out=0.2, eval_steps=6))
     summary = train(recipe, progress=False)
     assert math.isfinite(summary["validation_loss"])
-    for changes, message in [({"data__hold_out": 1.5}, "must be a fraction"),
-                             ({"data__hold_out": 0.1}, "without data.validation"),
+    for changes, message in [({"data__hold_out": 1.5}, "must be at least 0 and less than 1, got 1.5"),
+                             ({"data__hold_out": 0.1}, "data.hold_out=0.1 splits .*without data.validation"),
                              ({"data__hold_out": 1e-6, "data__validation": []}, "can not be split so")]:  # fmt: skip
         with pytest.raises(ValueError, match=message):
             train(load_recipe(write_recipe(**changes)), overwrite=True, progress=False)

@@ -5,10 +5,14 @@ import math
 import os
 import types
 import typing
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
+
+from pldr.files import one_line
 
 
 @dataclass
@@ -170,73 +174,72 @@ class Recipe:
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
 
     def __post_init__(self) -> None:
-        o, d = self.optimization, self.data
-        positive = {
-            "optimization.steps": o.steps, "optimization.batch_size": o.batch_size,
-            "optimization.accumulation": o.accumulation, "optimization.learning_rate": o.learning_rate,
-            "optimization.epsilon": o.epsilon, "data.sequence_length": d.sequence_length - 1,
-            "data.vocab_size": d.vocab_size,
-            "data.validation_rows": 1 if d.validation_rows is None else d.validation_rows, "log_steps": self.log_steps, "data.train": len(d.train),
-            "eval_steps": 1 if self.eval_steps is None else self.eval_steps,
-            "save_steps": 1 if self.save_steps is None else self.save_steps,
-            "keep_checkpoints": self.keep_checkpoints, "distributed.replicas": self.distributed.replicas,
-        }  # fmt: skip
-        for name, value in positive.items():
-            if value <= 0:
-                raise ValueError(f"recipe: {name} is too small")
-        if o.handoff_step is not None and not 0 < o.handoff_step < o.steps:
-            raise ValueError(f"recipe: optimization.handoff_step must be between 1 and steps - 1, got {o.handoff_step}")
-        for name, coefficient in (("dag_A_LM", o.dag_A_LM), ("dag_A_P", o.dag_A_P), ("dag_G_LM", o.dag_G_LM)):
-            if coefficient and o.handoff_step is not None:
-                raise ValueError(
-                    f"recipe: optimization.{name} regularises a learned operator, which handoff_step drops"
-                )
-        if not 0 <= d.hold_out < 1:
-            raise ValueError(f"recipe: data.hold_out must be a fraction between 0 and 1, got {d.hold_out}")
-        if d.hold_out and (d.validation or d.streaming):
-            raise ValueError("recipe: data.hold_out splits training data that is not streamed, without data.validation")
-        held_out = bool(d.validation or d.hold_out)
-        if o.handoff_step is not None and not held_out:
-            raise ValueError("recipe: optimization.handoff_step needs data.validation, to evaluate the operator on")
-        if self.eval_steps is not None and not held_out:
-            raise ValueError("recipe: eval_steps needs data.validation (or data.hold_out)")
-        for name in ("learning_rate", "weight_decay", "epsilon", "dag_A_LM", "dag_A_P", "dag_G_LM"):
-            if not 0 <= getattr(o, name) < math.inf:
-                raise ValueError(f"recipe: optimization.{name} must be a finite number ≥ 0, got {getattr(o, name)}")
-        if o.clip_value is not None and o.clip_norm is not None:
-            raise ValueError(
-                "recipe: set optimization.clip_value or optimization.clip_norm to null, not both to a bound"
-            )
-        for name, bound in (("clip_value", o.clip_value), ("clip_norm", o.clip_norm)):
-            if bound is not None and not 0 < bound < math.inf:
-                raise ValueError(f"recipe: optimization.{name} must be positive and finite, or null, got {bound}")
-        if not 0 <= o.final_rate <= 1:
-            raise ValueError(f"recipe: optimization.final_rate must be between 0 and 1, got {o.final_rate}")
-        for name, beta in (("beta1", o.beta1), ("beta2", o.beta2)):
-            if not 0 <= beta < 1:
-                raise ValueError(f"recipe: optimization.{name} must be at least 0 and less than 1, got {beta}")
-        if not 0 <= o.warmup_steps <= o.steps:
-            raise ValueError(f"recipe: optimization.warmup_steps must be between 0 and steps, got {o.warmup_steps}")
-        choices: list[tuple[str, str, tuple[str, ...]]] = [
-            ("optimization.precision", o.precision, ("fp32", "bf16")),
-            ("data.layout", d.layout, ("packed", "padded", "unpadded")),
-            ("distributed.sharding", self.distributed.sharding, ("none", "full", "hybrid")),
-            *(("report_to", name, ("tensorboard", "wandb", "trackio")) for name in self.report_to),
-        ]
-        for name, choice, allowed in choices:
-            if choice not in allowed:
-                raise ValueError(f"recipe: {name} must be {', '.join(allowed[:-1])} or {allowed[-1]}, got {choice!r}")
-        for name, count in [
-            ("optimization.skip_nonfinite", o.skip_nonfinite),
-            ("data.shuffle_buffer", d.shuffle_buffer),
-            ("data.workers", d.workers),
-        ]:
-            if count < 0:
-                raise ValueError(f"recipe: {name} must be at least 0, got {count}")
+        for rule, holds, names in _RULES:
+            for name in names:
+                value = attrgetter(name)(self)
+                if value is not None and not holds(value):
+                    raise ValueError(f"recipe: {name} must be {rule}, got {value!r}")
+        for message in _contradictions(self):
+            raise ValueError(f"recipe: {message}")
+
+
+# What a value must be by itself. None, where a type allows it, means "not set" and is not checked.
+_RULES: list[tuple[str, Callable[[Any], bool], list[str]]] = [
+    ("a list of at least one name", bool, ["data.train"]),
+    ("at least 0", lambda x: x >= 0, [
+        "optimization.warmup_steps", "optimization.skip_nonfinite", "data.shuffle_buffer", "data.workers",
+    ]),
+    ("at least 1", lambda x: x >= 1, [
+        "log_steps", "eval_steps", "save_steps", "keep_checkpoints", "data.validation_rows", "data.vocab_size",
+        "optimization.steps", "optimization.batch_size", "optimization.accumulation", "distributed.replicas",
+    ]),
+    ("at least 2", lambda x: x >= 2, ["data.sequence_length"]),
+    ("at least 0 and less than 1", lambda x: 0 <= x < 1, [
+        "optimization.beta1", "optimization.beta2", "data.hold_out",
+    ]),
+    ("between 0 and 1", lambda x: 0 <= x <= 1, ["optimization.final_rate"]),
+    ("finite and at least 0", lambda x: 0 <= x < math.inf, [
+        "optimization.weight_decay", "optimization.dag_A_LM", "optimization.dag_A_P", "optimization.dag_G_LM",
+    ]),
+    ("finite and above 0", lambda x: 0 < x < math.inf, [
+        "optimization.learning_rate", "optimization.epsilon", "optimization.clip_value", "optimization.clip_norm",
+    ]),
+    ("fp32 or bf16", lambda x: x in ("fp32", "bf16"), ["optimization.precision"]),
+    ("packed, padded or unpadded", lambda x: x in ("packed", "padded", "unpadded"), ["data.layout"]),
+    ("none, full or hybrid", lambda x: x in ("none", "full", "hybrid"), ["distributed.sharding"]),
+    ("any of tensorboard, wandb, trackio", lambda x: {*x} <= {"tensorboard", "wandb", "trackio"}, ["report_to"]),
+]  # fmt: skip
+
+
+def _contradictions(recipe: Recipe) -> Iterator[str]:
+    """What is wrong between the values of a recipe."""
+    o, d = recipe.optimization, recipe.data
+    if o.warmup_steps > o.steps:
+        yield f"optimization.warmup_steps must be between 0 and optimization.steps={o.steps}, got {o.warmup_steps}"
+    if o.clip_value is not None and o.clip_norm is not None:
+        bounds = f"optimization.clip_value={o.clip_value} or optimization.clip_norm={o.clip_norm}"
+        yield f"set {bounds} to null, not both to a bound"
+    if d.hold_out and (d.validation or d.streaming):
+        yield f"data.hold_out={d.hold_out} splits training data that is not streamed, without data.validation"
+    if recipe.eval_steps is not None and not (d.validation or d.hold_out):
+        yield f"eval_steps={recipe.eval_steps} needs data.validation (or data.hold_out)"
+    if o.handoff_step is None:
+        return
+    handoff = f"optimization.handoff_step={o.handoff_step}"
+    if not 0 < o.handoff_step < o.steps:
+        yield f"{handoff} must be between 1 and steps - 1 = {o.steps - 1}"
+    if not (d.validation or d.hold_out):
+        yield f"{handoff} needs data.validation (or data.hold_out), to evaluate the operator on"
+    for name in ("dag_A_LM", "dag_A_P", "dag_G_LM"):
+        if coefficient := getattr(o, name):
+            yield f"optimization.{name}={coefficient} regularises a learned operator, which {handoff} drops"
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
 
 
 def find_recipe(name: str | os.PathLike[str]) -> Path:
-    """A recipe by path, or by the name of one that comes with the package ("recipes/demo-cpu.yaml" or "demo-cpu").
+    """A recipe by path, or by the name of one that ships with pldr ("recipes/demo-cpu.yaml" or "demo-cpu").
 
     Raises:
         FileNotFoundError: there is none.
@@ -252,33 +255,77 @@ def find_recipe(name: str | os.PathLike[str]) -> Path:
         candidate = (folder / path.name).with_suffix(".yaml")
         if by_name and candidate.is_file():
             return candidate
-    known = sorted(file.stem for folder in shipped for file in folder.glob("*.yaml"))
+    # What begins with "_" is a base of others, and no whole recipe.
+    known = sorted(file.stem for folder in shipped for file in folder.glob("[!_]*.yaml"))
     raise FileNotFoundError(f"recipe: no file {path} and no recipe of that name; there are {', '.join(known)}")
 
 
 def load_recipe(name: str | os.PathLike[str], overrides: list[str] | None = None) -> Recipe:
     """Read a recipe.
 
+    A recipe may say ``base: NAME``, a file beside it or a recipe by name: its sections are then merged over those of its
+    base, key by key; lists are replaced.
+
     Args:
         name: see `find_recipe`.
         overrides: "key=value" pairs with dotted keys, such as "optimization.steps=100"; values are YAML.
 
     Raises:
-        ValueError: not YAML, an unknown key, a missing key or a value of the wrong type, named with its place.
-        FileNotFoundError: there is no such recipe.
+        ValueError: not YAML, an unknown key, a missing key, a value of the wrong type or one that can not be, named with
+            its place; a recipe that is its own base.
+        FileNotFoundError: there is no such recipe, or no such base.
     """
     import yaml
 
-    path = find_recipe(name)
+    sections = _read_over_bases(find_recipe(name))
     try:
-        mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not isinstance(mapping, dict):
-            raise ValueError(f"recipe {path}: must be a section with keys, got {mapping!r}")
         for override in overrides or []:
-            _override(mapping, override, yaml.safe_load)
+            _override(sections, override, yaml.safe_load)
+    except yaml.YAMLError as error:
+        raise ValueError(f"recipe: override {override!r}: not valid YAML ({one_line(error)})") from None
+    return _parse(Recipe, sections, "")
+
+
+def _read_over_bases(path: Path) -> dict[str, Any]:
+    """The sections of a recipe file over those of its base, and of the base's base."""
+    read = [path]
+    sections = _read_sections(path)
+    while (base := sections.pop("base", None)) is not None:
+        path = _find_base(read[-1], base)
+        if any(path.samefile(file) for file in read):
+            raise ValueError(f"recipe {read[-1]}: base: {base} leads back to {path}")
+        read.append(path)
+        sections = _merged(_read_sections(path), sections)
+    return sections
+
+
+def _find_base(path: Path, base: object) -> Path:
+    """The file that a recipe file names as its base."""
+    if not isinstance(base, str):
+        raise ValueError(f"recipe {path}: base must be the name of a recipe, got {base!r}")
+    beside = path.parent / (base if base.endswith(".yaml") else f"{base}.yaml")
+    try:
+        return beside if beside.is_file() else find_recipe(base)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"recipe {path}: base: no file {beside}; {error}") from None
+
+
+def _read_sections(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        sections = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"recipe {path}: not valid YAML ({' '.join(str(error).split())})") from None
-    return _parse(Recipe, mapping, "")
+        raise ValueError(f"recipe {path}: not valid YAML ({one_line(error)})") from None
+    if not isinstance(sections, dict):
+        raise ValueError(f"recipe {path}: must be a section with keys, got {sections!r}")
+    return sections
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Sections over others: the values of `above` count, where both have one."""
+    both = {key for key in below.keys() & above.keys() if isinstance(below[key], dict) and isinstance(above[key], dict)}
+    return below | above | {key: _merged(below[key], above[key]) for key in both}
 
 
 def _override(mapping: Any, override: str, parse: Any) -> None:
