@@ -488,52 +488,6 @@ class TestWholeFolder:
         assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
-def test_demo_measures_what_it_says(write_recipe, tmp_path, monkeypatch):
-    """The demo on a recipe of seconds: every number is there, and the losses are those of separate computations."""
-    from pldr.study import demo
-    from pldr.tables import demo_view, show
-
-    monkeypatch.setattr(demo, "REFERENCE_PROMPT", "the cat sat on")
-    monkeypatch.setattr(demo, "NEW_TOKENS", 12)
-    path = write_recipe(optimization__steps=20, data__sequence_length=48)
-    result = demo.run_demo(tmp_path / "demo", str(path))
-    assert json.loads((tmp_path / "demo" / "demo.json").read_text()) == json.loads(json.dumps(result))
-    for name, layers in (("stories", 7), ("trained", 2)):
-        measured = result[name]
-        assert (tmp_path / "demo" / f"{name}-G_LM.png").read_bytes().startswith(b"\x89PNG")
-        assert [row["mode"] for row in measured["generation"]] == ["no cache", "KV", "KV+G", "frozen G"]
-        assert all(len(row["token_ids"]) == 12 for row in measured["generation"])
-        # KV and KV+G differ only in what they keep, never in what they compute.
-        assert measured["generation"][1]["token_ids"] == measured["generation"][2]["token_ids"]
-        assert len(measured["operator"]) == layers
-        assert load_model(tmp_path / "demo" / f"{name}-frozen").config.operator == "constant"
-    loss = result["stories"]["losses"]
-    assert max(abs(loss[name] - loss["full"]) for name in ("cached", "frozen")) <= 1e-5
-    show(demo_view(result))
-
-
-def test_the_three_losses(small_model, ids):
-    """By direct forwards: full, cached from a prefix, frozen."""
-    from pldr.study.demo import losses
-
-    model = small_model()
-    frozen = freeze(small_model(), ids[1:2])
-    result = losses(model, frozen, ids, prefix=6)
-
-    def direct(running, row):
-        with torch.no_grad():
-            logs = running(row[None], use_cache=False).logits[0].double().log_softmax(-1)
-        return -logs[torch.arange(6, 15), row[7:]].mean().item()
-
-    full = [direct(model, row) for row in ids]
-    cached = [direct(freeze(small_model(), row[None, :6]), row) for row in ids]
-    constant = [direct(frozen, row) for row in ids]
-    assert result["full"] == pytest.approx(sum(full) / 3, abs=1e-6)
-    assert result["cached"] == pytest.approx(sum(cached) / 3, abs=1e-6)
-    assert result["frozen"] == pytest.approx(sum(constant) / 3, abs=1e-6)
-    assert len({round(value, 6) for value in result.values()}) == 3
-
-
 def test_part_of_the_training_text_can_be_held_out(write_recipe, tmp_path):
     recipe = load_recipe(write_recipe(data__validation=[], data__hold_out=0.2, eval_steps=6))
     summary = train(recipe, progress=False)
