@@ -70,7 +70,7 @@ def plot_operators(
         lines = axes[place * len(rows) : (place + 1) * len(rows)]
         for line, (label, value) in zip(lines, rows.items(), strict=True):
             for head, axis in enumerate(line):
-                picture = value[layer, head].float().cpu()
+                picture = value[layer, head].float().cpu().numpy()
                 image = axis.imshow(picture, cmap="RdBu_r", vmin=-bound, vmax=bound, interpolation="nearest")
                 axis.set(xticks=[], yticks=[])
             line[0].set_ylabel(f"layer {layer}\n{label}", fontsize=9)
