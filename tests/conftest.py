@@ -109,6 +109,15 @@ def toy_tokenizer(toy_model_file):
     return load_tokenizer(toy_model_file)
 
 
+@pytest.fixture(scope="session")
+def stories():
+    """The model that ships with pldr and its tokenizer, loaded once; a test that changes the model changes a copy."""
+    from pldr import load_model, load_tokenizer
+    from pldr.models.shipped import STORIES
+
+    return load_model(STORIES), load_tokenizer(STORIES)
+
+
 @pytest.fixture
 def folder(tmp_path, toy_tokenizer):
     """A fresh model of the toy tokenizer's vocabulary, saved with it: tmp_path/model."""

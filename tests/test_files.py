@@ -1,12 +1,28 @@
-"""Folders and files that are there whole or not at all, whatever happens meanwhile."""
+"""Folders and files that are there whole or not at all, whatever happens meanwhile; JSON, sums and errors in one line."""
 
+import hashlib
+import json
+import math
 import os
 import subprocess
 import sys
 
 import pytest
 
-from pldr.files import check_output, is_running, process_mark, whole_file, whole_folder, write_text
+from pldr.files import (
+    check_output,
+    is_running,
+    one_line,
+    process_mark,
+    read_json,
+    read_sums,
+    to_json,
+    whole_file,
+    whole_folder,
+    write_json,
+    write_sums,
+    write_text,
+)
 
 
 def dead_mark():
@@ -122,3 +138,35 @@ class TestFile:
         (tmp_path / f".file.partial-{dead_mark()}-1").touch()
         write_text(tmp_path / "file", "text")
         assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_json_holds_no_infinity():
+    text = to_json({"a": math.inf, "b": [1.5, math.nan], "c": {"d": "é"}, "e": (-math.inf, 2)})
+    found = json.loads(text, parse_constant=pytest.fail)
+    assert found == {"a": None, "b": [1.5, None], "c": {"d": "é"}, "e": [None, 2]}
+    assert "é" in text
+
+
+def test_a_file_that_is_not_json_is_named(tmp_path):
+    file = tmp_path / "new" / "a.json"
+    write_json(file, {"a": math.nan})
+    assert read_json(file) == {"a": None}
+    for damaged in (b"{", b"", b"\xff"):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"a\.json: not valid"):
+            read_json(file)
+
+
+def test_sums_are_as_sha256sum_writes_them(tmp_path):
+    (tmp_path / "b c.txt").write_bytes(b"b")
+    (tmp_path / "a.txt").write_bytes(b"a")
+    write_sums(tmp_path, tmp_path.glob("*.txt"))
+    sums = {"a.txt": hashlib.sha256(b"a").hexdigest(), "b c.txt": hashlib.sha256(b"b").hexdigest()}
+    assert (tmp_path / "SHA256SUMS").read_text() == "".join(f"{digest}  {name}\n" for name, digest in sums.items())
+    assert read_sums(tmp_path) == sums
+
+
+def test_an_error_is_one_short_line():
+    assert one_line(ValueError("a\n  b")) == "a b"
+    assert one_line(KeyError()) == "KeyError"
+    assert one_line(ValueError("x" * 300), limit=10) == "x" * 9 + "…"

@@ -1,6 +1,8 @@
 import dataclasses
 import json
 import math
+import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,34 +10,37 @@ import yaml
 
 from helpers import TINY, fails
 from pldr.recipe import load_recipe
-from pldr.study import claims as module
 from pldr.study.claims import Groups, compare_runs, must_be_no_worse, must_differ, run_claim
 from pldr.study.lab import SIZES, Lab, Size, Verdict, default_data, state_of, table
-from pldr.training.run import train
+from pldr.study.run import main as train_one
 
 TOY = Size(
-    {"model": {"config": TINY}, "optimization": {"steps": 8, "batch_size": 4, "warmup_steps": 3, "learning_rate": 3e-3,
+    {"model": {"config": TINY}, "optimization": {"steps": 4, "batch_size": 4, "warmup_steps": 3, "learning_rate": 3e-3,
                                                  "precision": "fp32"}},
     seeds=(1, 2), length=32, passages=6,
     grid=((3e-3, 3, 1, 2, 24, 1), (1e30, 3, 2, 2, 24, 1)),
 )  # fmt: skip
+DIVERGES = {"optimization.learning_rate": 1e30, "optimization.clip_value": None}
 
 
 @pytest.fixture
-def lab(tmp_path, texts, toy_model_file, monkeypatch):
-    """A lab whose runs are seconds long and happen in this process."""
-
-    def train_here(lab, name, changes):
-        lab.runs.mkdir(parents=True, exist_ok=True)
-        (lab.runs / f"{name}.yaml").write_text(yaml.safe_dump(lab.recipe(name, changes)))
-        try:
-            train(load_recipe(lab.runs / f"{name}.yaml"), overwrite=True, progress=False)
-        except FloatingPointError as error:
-            (lab.runs / f"{name}.diverged").write_text(str(error))
-
-    monkeypatch.setattr(Lab, "_train_one", train_here)
+def lab_of_processes(tmp_path, texts, toy_model_file):
+    """A lab whose runs take less than a second, beside the start of their processes."""
     data = {"train": [f"{texts}/0*.txt"], "validation": [f"{texts}/1*.txt"], "tokenizer": str(toy_model_file)}
     return lambda claim, **changes: Lab(TOY, tmp_path / claim, tmp_path / "runs", dict(data), command="test", **changes)
+
+
+@pytest.fixture
+def lab(lab_of_processes, monkeypatch):
+    """The same, with each run in this process."""
+
+    def run_here(command, **_):
+        assert command[1:3] == ["-m", "pldr.study.run"]
+        train_one(*command[3:])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr("pldr.study.lab.subprocess", SimpleNamespace(run=run_here))
+    return lab_of_processes
 
 
 def page(lab):
@@ -68,7 +73,7 @@ def test_ablation_and_handoff_share_runs_and_compare_variants(lab):
     assert [name for name, kind in operators.items() if kind == "constant"] == ["transferred", "random", "identity"]
 
     before = (first.runs / "learned-1" / "model.safetensors").stat().st_mtime_ns
-    second = lab("handoff")
+    second = dataclasses.replace(lab("handoff"), size=dataclasses.replace(TOY, seeds=(1,)))
     run_claim("handoff", second)
     text, _ = page(second)
     assert "handed off at a half" in text
@@ -99,18 +104,20 @@ def test_states():
     assert state_of({"diverged": False, "gain": 1.0}) == "constant"
 
 
+def measured(kind, *losses, gain=1.0):
+    """What Lab.measure returns of runs."""
+    return [{"run": f"{kind}-{index}", "diverged": False, "loss": loss, "accuracy": 0.5, "gain": gain}
+            for index, loss in enumerate(losses)]  # fmt: skip
+
+
 def test_runs_that_collapse_are_counted_but_not_averaged(lab):
     here = lab("comparison")
 
-    def runs(kind, *losses, gain=1.0):
-        return [{"run": f"{kind}-{i}", "diverged": False, "loss": loss, "accuracy": 0.5, "gain": gain} for i, loss
-                in enumerate(losses)]  # fmt: skip
-
     found = {
-        "learned": [*runs("learned", 4.0, 4.1), *runs("dead", 6.5, gain=0.0)],
-        "far": runs("far", 5.0, 5.1, 5.05),
-        "near": runs("near", 4.0, 4.2),
-        "alone": [*runs("alone", 3.0), {"run": "x", "diverged": True}],
+        "learned": [*measured("learned", 4.0, 4.1), *measured("dead", 6.5, gain=0.0)],
+        "far": measured("far", 5.0, 5.1, 5.05),
+        "near": measured("near", 4.0, 4.2),
+        "alone": [*measured("alone", 3.0), {"run": "x", "diverged": True}],
         "lost": [{"run": "y", "diverged": True}],
     }
     here.write(compare_runs(here, "Operators train differently", found, "learned", "text", judge=must_differ))
@@ -121,6 +128,18 @@ def test_runs_that_collapse_are_counted_but_not_averaged(lab):
     assert ("**Confirmed under conditions: distinct from learned: far; not told apart from learned: near; too few runs to "
             "tell: alone, lost; lower mean loss than learned: alone.**") in text  # fmt: skip
     assert numbers["numbers"]["summary"]["alone"]["separation"] is None
+
+
+def test_separation_is_welchs(lab):
+    def separation(one, other):
+        here, found = lab("x"), {"one": measured("one", *one), "other": measured("other", *other)}
+        return compare_runs(here, "x", found, "one", "x", judge=must_differ).numbers["summary"]["other"]["separation"]
+
+    # Means 2 and 5; variances 1 and 20/3.
+    assert separation([1.0, 2.0, 3.0], [2.0, 4.0, 6.0, 8.0]) == pytest.approx(3 / math.sqrt(1 / 3 + 20 / 3 / 4))
+    assert separation([1.0], [2.0, 4.0, 6.0, 8.0]) is None
+    assert separation([1.0, 1.0], [2.0, 2.0]) == math.inf
+    assert separation([1.0, 1.0], [1.0, 1.0]) == 0
 
 
 def test_verdicts_follow_from_the_groups():
@@ -152,19 +171,10 @@ def test_what_is_measured_of_a_run(lab):
     assert len(found["variation"]) == 2
 
 
-def test_separation_is_welchs():
-    one, other = [1.0, 2.0, 3.0], [2.0, 4.0, 6.0, 8.0]
-    # Means 2 and 5; variances 1 and 20/3.
-    assert module._separation(one, other) == pytest.approx(3 / math.sqrt(1 / 3 + 20 / 3 / 4))
-    assert module._separation([1.0], other) is None
-    assert module._separation([1.0, 1.0], [2.0, 2.0]) == math.inf
-    assert module._separation([1.0, 1.0], [1.0, 1.0]) == 0
-
-
 @pytest.mark.parametrize("claim", ["caching", "transfer"])
 def test_claims_about_the_model_that_comes_along(lab, claim, monkeypatch):
     data = default_data("tiny", held_out=True)
-    here = dataclasses.replace(lab(claim), size=dataclasses.replace(TOY, passages=4), data=data)
+    here = dataclasses.replace(lab(claim), size=dataclasses.replace(TOY, passages=4, length=16), data=data)
     run_claim(claim, here)
     text, numbers = page(here)
     assert "**Confirmed" in text
@@ -185,19 +195,31 @@ def test_claims_that_a_model_does_not_bear_out(lab, claim):
     assert "**Not confirmed" in page(here)[0]
 
 
-def test_a_run_in_a_process_of_its_own(tmp_path, texts, toy_model_file):
-    data = {"train": [f"{texts}/0*.txt"], "validation": [f"{texts}/1*.txt"], "tokenizer": str(toy_model_file)}
-    here = Lab(TOY, tmp_path / "x", tmp_path / "runs", data)
-    here.train({"good": {}, "bad": {"optimization.learning_rate": 1e30, "optimization.clip_value": None}})
+def test_finished_runs_are_kept_but_not_taken_for_others_of_the_same_name(lab):
+    here = lab("x")
+    here.train({"good": {}, "bad": DIVERGES})
     assert here.load("good") is not None
     assert here.load("bad") is None
     assert here.measure("bad") == {"run": "bad", "diverged": True}
-    # Finished runs are kept, but not taken for others of the same name.
-    before = (here.runs / "good" / "model.safetensors").stat().st_mtime_ns
-    here.train({"good": {}})
-    assert (here.runs / "good" / "model.safetensors").stat().st_mtime_ns == before
-    here.train({"good": {"seed": 5}})
-    assert (here.runs / "good" / "model.safetensors").stat().st_mtime_ns != before
+    files = (here.runs / "good" / "model.safetensors", here.runs / "bad.diverged.json")
+
+    def times():
+        return [file.stat().st_mtime_ns for file in files]
+
+    before = times()
+    here.train({"good": {}, "bad": DIVERGES})
+    assert times() == before
+    here.train({"good": {"seed": 5}, "bad": DIVERGES})
+    assert (times()[0] != before[0], times()[1]) == (True, before[1])
+
+
+@pytest.mark.slow
+def test_runs_in_processes_of_their_own(lab_of_processes):
+    here = lab_of_processes("x", parallel=2)
+    here.train({"good": {}, "bad": DIVERGES})
+    assert here.load("good") is not None
+    assert here.diverged("bad") is not None
+    assert here.load("bad") is None
     with pytest.raises(RuntimeError, match=r"broken: .*matches no file"):
         here.train({"broken": {"data.train": ["nothing.txt"]}})
 

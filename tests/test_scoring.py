@@ -228,10 +228,11 @@ class TestPerplexity:
         assert len(text.split()) + text.count("\n") == 245_569
 
 
-def test_modes_that_disagree_are_noticed(small_model, ids):
+def test_modes_that_disagree_are_noticed(small_model, ids, stories):
     assert mode_disagreement(make_scorers(small_model(), ids), ids) > 1e-3
-    rows = read_calibration(load_tokenizer(STORIES), 64)
-    assert mode_disagreement(make_scorers(load_model(STORIES).float(), rows), rows) < 1e-3
+    model, tokenizer = stories
+    rows = read_calibration(tokenizer, 64)
+    assert mode_disagreement(make_scorers(model, rows), rows) < 1e-3
     assert list(make_scorers(small_model(operator="constant", operator_init="identity"))) == ["frozen"]
 
 
@@ -250,9 +251,9 @@ def piqa(tokenizer, count):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
-def test_fifty_real_questions(mode):
+def test_fifty_real_questions(mode, stories):
     """The shipped model on PIQA, against forwards of one sequence at a time."""
-    model, tokenizer = load_model(STORIES).float(), load_tokenizer(STORIES)
+    model, tokenizer = stories
     calibration = read_calibration(tokenizer, 512)
     pairs = piqa(tokenizer, 50)
     scores = Scorer(model, mode, calibration=calibration).score(pairs)
@@ -265,7 +266,7 @@ def test_fifty_real_questions(mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_scores_of_the_gpu_are_those_of_the_cpu(mode, monkeypatch):
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    model, tokenizer = load_model(STORIES).float(), load_tokenizer(STORIES)
+    model, tokenizer = load_model(STORIES), load_tokenizer(STORIES)
     rows = read_calibration(tokenizer, 128)
     pairs = [(row[:start], row[start : start + 20]) for row in rows.tolist() for start in (10, 40, 41, 90)]
     found = [Scorer(model.to(device), mode, calibration=rows).score(pairs) for device in ("cpu", "cuda")]

@@ -1,4 +1,4 @@
-"""The model that comes with the package keeps what its card says."""
+"""The model that ships with pldr keeps what its card says."""
 
 import copy
 import json
@@ -8,19 +8,16 @@ import pytest
 import torch
 
 from helpers import shared
-from pldr import freeze, load_model, load_tokenizer
+from pldr import freeze
 from pldr.generation import generate_text
 from pldr.models.shipped import STORIES
 
-MODES = ("none", "kv", "kv+g", "frozen")
-
 
 @pytest.fixture(scope="module")
-def stories():
-    model, tokenizer = load_model(STORIES), load_tokenizer(STORIES)
+def frozen(stories):
+    model, tokenizer = stories
     calibration = "The old man went down to the harbour, and there he sat by the water until the boats came home. " * 4
-    ids = torch.tensor([tokenizer(calibration)["input_ids"]])
-    return model, freeze(copy.deepcopy(model), ids), tokenizer
+    return freeze(copy.deepcopy(model), torch.tensor([tokenizer(calibration)["input_ids"]]))
 
 
 @pytest.fixture(scope="module")
@@ -29,13 +26,17 @@ def held_out():
         return [json.loads(line)["text"] for line in books]
 
 
-def continuations(stories, prompt):
-    model, frozen, tokenizer = stories
-    settings = {"max_new_tokens": 32, "ignore_end": True}
-    return [
-        generate_text(frozen if mode == "frozen" else model, tokenizer, prompt,
-                      cache="kv" if mode == "frozen" else mode, **settings).token_ids for mode in MODES
-    ]  # fmt: skip
+@pytest.fixture(scope="module")
+def continuations(stories, frozen):
+    """Greedy, 32 tokens of a prompt: without a cache, with keys and values kept, with G_LM kept too, with G_LM frozen."""
+    model, tokenizer = stories
+    modes = ((model, "none"), (model, "kv"), (model, "kv+g"), (frozen, "kv"))
+
+    def of(prompt):
+        settings = {"max_new_tokens": 32, "ignore_end": True}
+        return [generate_text(one, tokenizer, prompt, cache=cache, **settings).token_ids for one, cache in modes]
+
+    return of
 
 
 def test_files():
@@ -49,16 +50,17 @@ def test_files():
     assert config["dtype"] == "float32"  # what it is loaded as, also by transformers alone
 
 
-def test_every_mode_continues_alike(stories):
+def test_every_mode_continues_alike(continuations):
     for prompt in ("Once upon a time there was a little girl who", "The captain looked at the ship and said",
                    "“Where are you going?” asked the"):  # fmt: skip
-        first, *others = continuations(stories, prompt)
+        first, *others = continuations(prompt)
         assert all(other == first for other in others)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_frozen_loss_on_held_out_books(stories, held_out):
-    model, _, tokenizer = stories
+    model, tokenizer = stories
     rows = []
     for text in held_out:
         start = len(text) // 3
@@ -75,11 +77,12 @@ def test_frozen_loss_on_held_out_books(stories, held_out):
     assert abs(constant - full) <= 1e-5
 
 
-def test_greedy_continuations_of_held_out_prompts(stories, held_out):
+@pytest.mark.slow
+def test_greedy_continuations_of_held_out_prompts(continuations, held_out):
     prompts = []
     for text in held_out:
         for part in range(1, 5):
             start = text.find(". ", len(text) * part // 6) + 2
             prompts.append(" ".join(text[start : start + 160].split()[:16]))
-    same = [len({tuple(ids) for ids in continuations(stories, prompt)}) == 1 for prompt in prompts[:20]]
+    same = [len({tuple(ids) for ids in continuations(prompt)}) == 1 for prompt in prompts[:20]]
     assert sum(same) >= 19
