@@ -1,5 +1,6 @@
 """What tests share that is no fixture: where their data lies, toy texts and sizes, and the ways to compare."""
 
+import json
 import os
 from pathlib import Path
 
@@ -18,6 +19,42 @@ TINY = {
     "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "max_position_embeddings": 64,
     "metric_learner_units": 2, "metric_learner_width": 24,
 }  # fmt: skip
+
+
+# One question of each benchmark, as its authors publish it.
+STEM = {"stem": "the cat sat on a", "choices": [{"text": "mat", "label": "A"}, {"text": "dog", "label": "B"}]}
+ANSWERS = {"who sat on a mat": 1, "the red house": 0, "him at her town": 0}
+PUBLISHED = {
+    "ARC-Easy/ARC-Easy-Test.jsonl": {"id": "1", "question": STEM, "answerKey": "A"},
+    "ARC-Challenge/ARC-Challenge-Test.jsonl": {"id": "2", "question": STEM, "answerKey": "B"},
+    "hellaswag/hellaswag_val.jsonl": {
+        "ind": 1, "activity_label": "cat", "ctx_a": "the cat sat.", "ctx_b": "the dog", "ctx": "the cat sat. the dog",
+        "split": "val", "label": 2, "endings": ["ran to town", "sat on a mat", "saw him", "ran"],
+    },
+    "openbookqa/test.jsonl": {"id": "3", "question": STEM, "answerKey": "B"},
+    "piqa/valid.jsonl": {"goal": "the cat", "sol1": "sat on a mat", "sol2": "ran to see a house"},
+    "siqa/dev.jsonl": {
+        "context": "the dog ran", "question": "who saw that dog", "answerA": "the cat", "answerB": "him", "answerC": "her",
+    },
+    "winogrande/dev.jsonl": {
+        "qID": "4", "sentence": "the cat saw that dog who ran to the _ in town", "option1": "house", "option2": "mat",
+        "answer": "1",
+    },
+    "truthfulqa/mc_task.json": {"question": "who ran", "mc1_targets": ANSWERS, "mc2_targets": ANSWERS | {"old": 1}},
+}  # fmt: skip
+LABELS = {"piqa/valid-labels.lst": "0", "siqa/dev-labels.lst": "3"}
+
+
+def write_benchmarks(folder: Path) -> Path:
+    """Three questions of each benchmark of the paper, in their authors' files."""
+    for name, question in PUBLISHED.items():
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps([question] * 3) if file.suffix == ".json" else 3 * (json.dumps(question) + "\n")
+        file.write_text(text, encoding="utf-8")
+    for name, label in LABELS.items():
+        (folder / name).write_text(3 * f"{label}\n", encoding="utf-8")
+    return folder
 
 
 def shared(path: str) -> Path:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from helpers import fails, yaml_task
+from helpers import ANSWERS, PUBLISHED, STEM, fails, write_benchmarks, yaml_task
 from pldr import load_model, load_tokenizer
 from pldr.evaluation.published import LAYOUTS, PAPER_SUITE, read_benchmark, suite_averages
 from pldr.evaluation.scoring import Scorer, read_calibration
@@ -15,41 +15,11 @@ from pldr.generation import generate_text
 
 pytest.importorskip("lm_eval")
 
-STEM = {"stem": "the cat sat on a", "choices": [{"text": "mat", "label": "A"}, {"text": "dog", "label": "B"}]}
-ANSWERS = {"who sat on a mat": 1, "the red house": 0, "him at her town": 0}
-PUBLISHED = {
-    "ARC-Easy/ARC-Easy-Test.jsonl": {"id": "1", "question": STEM, "answerKey": "A"},
-    "ARC-Challenge/ARC-Challenge-Test.jsonl": {"id": "2", "question": STEM, "answerKey": "B"},
-    "hellaswag/hellaswag_val.jsonl": {
-        "ind": 1, "activity_label": "cat", "ctx_a": "the cat sat.", "ctx_b": "the dog", "ctx": "the cat sat. the dog",
-        "split": "val", "label": 2, "endings": ["ran to town", "sat on a mat", "saw him", "ran"],
-    },
-    "openbookqa/test.jsonl": {"id": "3", "question": STEM, "answerKey": "B"},
-    "piqa/valid.jsonl": {"goal": "the cat", "sol1": "sat on a mat", "sol2": "ran to see a house"},
-    "siqa/dev.jsonl": {
-        "context": "the dog ran", "question": "who saw that dog", "answerA": "the cat", "answerB": "him", "answerC": "her",
-    },
-    "winogrande/dev.jsonl": {
-        "qID": "4", "sentence": "the cat saw that dog who ran to the _ in town", "option1": "house", "option2": "mat",
-        "answer": "1",
-    },
-    "truthfulqa/mc_task.json": {"question": "who ran", "mc1_targets": ANSWERS, "mc2_targets": ANSWERS | {"old": 1}},
-}  # fmt: skip
-LABELS = {"piqa/valid-labels.lst": "0", "siqa/dev-labels.lst": "3"}
-
 
 @pytest.fixture
 def data(tmp_path):
     """Three questions of each benchmark, in their authors' files."""
-    root = tmp_path / "data"
-    for name, question in PUBLISHED.items():
-        file = root / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps([question] * 3) if file.suffix == ".json" else 3 * (json.dumps(question) + "\n")
-        file.write_text(text, encoding="utf-8")
-    for name, label in LABELS.items():
-        (root / name).write_text(3 * f"{label}\n", encoding="utf-8")
-    return root
+    return write_benchmarks(tmp_path / "data")
 
 
 class TestPublishedFiles:
