@@ -12,6 +12,7 @@ from pldr import freeze, load_model, load_tokenizer, make_cache
 from pldr.evaluation.modes import MODES
 from pldr.evaluation.perplexity import evaluate_texts, perplexity, windows
 from pldr.evaluation.scoring import Scorer, make_scorers, mode_disagreement, read_calibration
+from pldr.generation import generate_text
 from pldr.models.shipped import STORIES
 
 
@@ -272,3 +273,14 @@ def test_scores_of_the_gpu_are_those_of_the_cpu(mode, monkeypatch):
     found = [Scorer(model.to(device), mode, calibration=rows).score(pairs) for device in ("cpu", "cuda")]
     values = [[score.log_likelihood for score in scores] for scores in found]
     assert values[1] == pytest.approx(values[0], abs=1e-3)
+
+
+@pytest.mark.parametrize("scale", [1e38, -1e38])
+def test_logits_that_are_not_finite_are_an_error(small_model, toy_tokenizer, scale):
+    """Finite weights can give such logits; a score or a text of them would mean nothing."""
+    model = small_model(vocab_size=290)
+    model.lm_head.weight.data.fill_(scale)
+    with pytest.raises(FloatingPointError, match="NaN or infinite"):
+        Scorer(model, "cached").score([([5, 6], [7])])
+    with pytest.raises(FloatingPointError, match="NaN or infinite"):
+        generate_text(model, toy_tokenizer, "the cat", max_new_tokens=2)

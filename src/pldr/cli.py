@@ -339,6 +339,7 @@ def evaluate(
     data_dir: Annotated[Path | None, Option(help="Benchmarks' published files, in place of the hub.")] = None,
     limit: Annotated[float | None, Option(help="Questions of each task; below 1, their share.")] = None,
     num_fewshot: Annotated[int | None, Option(help="Examples before each question.")] = None,
+    allow_code: Annotated[bool, Option("--allow-code", help="Take YAML task files, which can run code.")] = False,
     batch_size: Annotated[str, Option(help="Sequences of a batch, or auto.")] = "auto",
     window: Annotated[int | None, Option(help="Tokens of the perplexity's window; else the context.")] = None,
     stride: Annotated[int | None, Option(help="Tokens by which it moves; else half of it.")] = None,
@@ -362,7 +363,7 @@ def evaluate(
 
     evaluation = run(
         model, files or (), tasks=tasks or (), suite=suite, operator=operator, compare=compare, data_dir=data_dir,
-        limit=limit, num_fewshot=num_fewshot, batch_size=batch_size, window=window, stride=stride,
+        limit=limit, num_fewshot=num_fewshot, allow_code=allow_code, batch_size=batch_size, window=window, stride=stride,
         calibration=calibration, text_column=text_column, threshold=threshold, tokenizer=tokenizer, rope=rope,
         g_lm=g_lm, device=device, dtype=dtype,
     )  # fmt: skip

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast
 from transformers.generation.streamers import BaseStreamer
 
 from pldr.modeling_pldr import PldrForCausalLM
@@ -14,6 +14,8 @@ from pldr.tokenizer import check_text, check_vocabulary
 
 # The published implementation's cache modes as (keys and values, G_LM).
 CACHE_MODES = {"kv+g": (True, True), "kv": (True, False), "g": (False, True), "none": (False, False)}
+# Weights can be finite and still be too large for the numbers that a forward works with.
+NOT_FINITE = "the model's logits are NaN or infinite; its weights are damaged, or too large for this dtype"
 
 
 @dataclass
@@ -70,6 +72,7 @@ def generate_text(
 
     Raises:
         ValueError: an empty prompt, one longer than the context, or a setting outside its range.
+        FloatingPointError: the model's logits are not finite.
     """
     check_vocabulary(tokenizer, model.config.vocab_size)
     ids = encode_prompt(tokenizer, prompt)
@@ -88,7 +91,7 @@ def generate_text(
     output = model.generate(
         inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=max_new_tokens, use_cache=kv, use_g_cache=g,
         eos_token_id=None if ignore_end else model.config.eos_token_id, pad_token_id=model.config.pad_token_id,
-        streamer=streamer, **sampling,
+        streamer=streamer, logits_processor=LogitsProcessorList([_CheckFinite()]), **sampling,
     )  # fmt: skip
     seconds = time.perf_counter() - start
     new = output[0, len(ids) :].tolist()
@@ -147,6 +150,15 @@ def _continuation(tokenizer: PreTrainedTokenizerFast, prompt: list[int], new: li
     """The text of `new` behind `prompt`: a decoder drops the space before a first word, which is none here."""
     before = tokenizer.decode(prompt, skip_special_tokens=True)
     return tokenizer.decode([*prompt, *new], skip_special_tokens=True)[len(before) :]
+
+
+class _CheckFinite(LogitsProcessor):
+    """Stops where there is nothing to choose from: NaN would pass for token 0."""
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if not bool(torch.isfinite(scores).all()):
+            raise FloatingPointError(NOT_FINITE)
+        return scores
 
 
 class TextStreamer(BaseStreamer):

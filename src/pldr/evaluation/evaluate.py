@@ -107,6 +107,7 @@ def evaluate(
     data_dir: str | os.PathLike[str] | None = None,
     limit: float | None = None,
     num_fewshot: int | None = None,
+    allow_code: bool = False,
     batch_size: int | str = "auto",
     window: int | None = None,
     stride: int | None = None,
@@ -131,6 +132,7 @@ def evaluate(
         data_dir: folder with the benchmarks' published files, in place of the hub.
         limit: questions of each task; below 1, their share.
         num_fewshot: examples before each question.
+        allow_code: take YAML files as tasks, which can run code of their own.
         batch_size: sequences of a batch, or "auto".
         window, stride: of the perplexity, tokens; the context and half the window by default.
         calibration: text that a learned G_LM is frozen from; by default what ships with pldr.
@@ -142,6 +144,7 @@ def evaluate(
     Raises:
         ValueError, OSError: an option outside its range or that does not go with this model, an unknown task, data that
             can not be had: before anything is measured.
+        FloatingPointError: the model's logits are not finite.
         ModuleNotFoundError: tasks need the extra "eval".
     """
     names = _task_names(tasks, suite)
@@ -163,7 +166,9 @@ def evaluate(
     check_window(context, window, stride)
     _check_modes(loaded, operator, compare, calibration)
     found = (
-        load_tasks(names, data_dir=None if data_dir is None else Path(data_dir), num_fewshot=num_fewshot)
+        load_tasks(
+            names, data_dir=None if data_dir is None else Path(data_dir), num_fewshot=num_fewshot, allow_code=allow_code
+        )
         if names
         else {}
     )

@@ -217,7 +217,11 @@ def _task_manager() -> TaskManager:
 
 
 def load_tasks(
-    names: Sequence[str], *, data_dir: str | Path | None = None, num_fewshot: int | None = None
+    names: Sequence[str],
+    *,
+    data_dir: str | Path | None = None,
+    num_fewshot: int | None = None,
+    allow_code: bool = False,
 ) -> dict[str, Any]:
     """The harness's tasks, with their data.
 
@@ -225,11 +229,18 @@ def load_tasks(
         names: of tasks, groups or tags of the harness, patterns of such (mmlu_*), or YAML files.
         data_dir: folder with the benchmarks' published files (`pldr.evaluation.published`); by default data sets come from the hub.
         num_fewshot: examples before each question; what the task says by default.
+        allow_code: take YAML files, which can run code: the harness executes what they name with !function.
 
     Raises:
-        ValueError: an unknown name (the message suggests the nearest), or data that can not be had or read.
+        ValueError: a YAML file without `allow_code`; an unknown name (the message suggests the nearest), or data that can not be had or read.
         FileNotFoundError: a file of `data_dir` is missing.
     """
+    for name in names:
+        if Path(name).is_file() and not allow_code:
+            raise ValueError(
+                f"eval: {name}: a task file can run code of its own (!function, templates); read it, and pass --allow-code "
+                "if you trust it"
+            )
     found = [name for pattern in names for name in _matching(pattern)]
     specs = {name: name if data_dir is None else _local_task(name, Path(data_dir), num_fewshot or 0) for name in found}
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
@@ -395,7 +406,7 @@ def _metrics(found: dict[str, Any]) -> dict[str, float]:
 
 
 def _differences(task: Any, one: list[dict[str, Any]], other: list[dict[str, Any]]) -> tuple[int, float]:
-    """Questions with another answer, and the largest difference of a log-likelihood (infinite where one is NaN)."""
+    """Questions with another answer, and the largest difference of a log-likelihood."""
     differ: set[int] = set()
     largest = 0.0
     for before, after in zip(one, other, strict=True):
@@ -404,8 +415,7 @@ def _differences(task: Any, one: list[dict[str, Any]], other: list[dict[str, Any
         if _answer(task, before) != _answer(task, after):
             differ.add(before["doc_id"])
         for a, b in zip(_log_likelihoods(before), _log_likelihoods(after), strict=True):
-            difference = abs(a - b)
-            largest = max(largest, difference if math.isfinite(difference) else math.inf)
+            largest = max(largest, abs(a - b))
     return len(differ), largest
 
 
@@ -426,7 +436,5 @@ def _answer(task: Any, sample: dict[str, Any]) -> Any:
         return [response[1] for response in found if isinstance(response, (list, tuple))]  # whether it is greedy
     choices = task.doc_to_choice(sample["doc"])
     values = values[: len(choices)]  # what follows is without the question, for mutual information
-    if any(math.isnan(value) for value in values):
-        return math.nan  # equal to nothing
     per_character = [value / max(1, len(choice)) for value, choice in zip(values, choices, strict=True)]
     return values.index(max(values)), per_character.index(max(per_character))

@@ -9,6 +9,7 @@ same context share one forward of it.
 
 import contextlib
 import copy
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from pldr.cache import make_cache
 from pldr.data.rows import read_passages
 from pldr.data.sources import Source
 from pldr.evaluation.modes import model_in_mode, modes_of
+from pldr.generation import NOT_FINITE
 from pldr.modeling_pldr import PldrForCausalLM
 from pldr.models.shipped import HELD_OUT
 
@@ -107,6 +109,7 @@ class Scorer:
 
         Raises:
             ValueError: an empty context or continuation, or a continuation longer than the model's context.
+            FloatingPointError: logits are NaN or infinite.
         """
         fitted = [self._fit(tuple(context), tuple(continuation)) for context, continuation in pairs]
         scores: dict[int, Score] = {}
@@ -186,10 +189,16 @@ class Scorer:
 
 
 def _score(logits: torch.Tensor, continuation: Sequence[int]) -> Score:
-    """Of logits [T, V] for a continuation of T tokens."""
+    """Of logits [T, V] for a continuation of T tokens.
+
+    Raises:
+        FloatingPointError: they are not finite.
+    """
     ids = torch.tensor(continuation, device=logits.device)
-    chosen = logits.log_softmax(-1).gather(1, ids[:, None])
-    return Score(float(chosen.double().sum()), bool((logits.argmax(-1) == ids).all()))
+    total = float(logits.log_softmax(-1).gather(1, ids[:, None]).double().sum())
+    if not math.isfinite(total):
+        raise FloatingPointError(NOT_FINITE)
+    return Score(total, bool((logits.argmax(-1) == ids).all()))
 
 
 def read_calibration(
