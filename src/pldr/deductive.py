@@ -4,10 +4,10 @@ Shapes: L layers, B passages, H heads, D head dimension.
 """
 
 import math
-from typing import Any
 
 import torch
 
+from pldr.modeling_pldr import PldrForCausalLM
 from pldr.operator import DeductiveOutputs
 
 # Shares of the largest singular value below which another counts as zero, where a numerical rank is shown.
@@ -16,12 +16,12 @@ RANK_TOLERANCES = (1e-2, 1e-3)
 
 @torch.no_grad()
 def deductive_outputs(
-    model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+    model: PldrForCausalLM, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
 ) -> DeductiveOutputs:
     """A, A_LM, A_P and G_LM of every layer, for each sequence, in evaluation mode.
 
     Args:
-        model: a PldrForCausalLM.
+        model: with any operator.
         input_ids: [B, T].
         attention_mask: [B, T], zero at padding.
 

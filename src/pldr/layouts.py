@@ -6,7 +6,10 @@ the hub keeps a predefined G_LM as one more tensor, the reference as a pickle be
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pldr.configuration_pldr import PldrConfig
 
 # Names of files: of the weights, in one file or in several with an index; of the reference layout's two.
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -119,8 +122,8 @@ def hub_fields_to_ours(fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[
     return ours, rest
 
 
-def ours_to_hub_fields(config: Any) -> dict[str, Any]:
-    """The hub layout's config.json for a PldrConfig, with the names that the published remote code reads."""
+def ours_to_hub_fields(config: "PldrConfig") -> dict[str, Any]:
+    """The hub layout's config.json of a configuration, with the names that the published remote code reads."""
     return {
         "architectures": ["PldrllmForCausalLM"],
         "auto_map": {
@@ -186,8 +189,8 @@ _MARKS = {
 }
 
 
-def ours_to_hyperparameters(config: Any) -> dict[str, Any]:
-    """A reference ``hpdict`` for a PldrConfig. The published code knows adjacent-pair RoPE only; halves are marked.
+def ours_to_hyperparameters(config: "PldrConfig") -> dict[str, Any]:
+    """A reference ``hpdict`` of a configuration. The published code knows adjacent-pair RoPE only; halves are marked.
 
     Raises:
         ValueError: a value that the published framework fixes to another.

@@ -1,7 +1,12 @@
 """PLDR-LLM, tokens to logits. Importing this module registers `model_type` "pldrllm" with the Auto classes.
 
-Shapes: B batch, T tokens of this forward, S tokens seen by attention, H heads, D head dimension, M = H·D model width,
-V vocabulary, L layers.
+Shapes, here and in the comments below:
+
+    B  sequences in the batch
+    T  tokens of this forward
+    S  tokens that attention sees: those of this forward, and those of the cache before them
+    H  heads, L  layers, V  vocabulary
+    D  dimensions of a head, M = H·D  width of the model
 """
 
 import math
@@ -86,40 +91,34 @@ class PldrAttention(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,  # [B, T, M]
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None,
-        padding_mask: torch.Tensor | None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],  # cos and sin, each [B or 1, 1, T, D/2]
+        attention_mask: torch.Tensor | None,  # [B or 1, 1, T, S]
+        padding_mask: torch.Tensor | None,  # [B, T]
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None, DeductiveOutputs]:
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = self.q_proj(hidden_states).view(shape).transpose(1, 2)  # [B, H, T, D]
-        key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(shape).transpose(1, 2)  # [B, H, T, D]
+        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)  # [B, H, T, D]
 
         cos, sin = position_embeddings
-        query = reference.apply_rotary(query, cos, sin, self.rope_pairing)
-        key = reference.apply_rotary(key, cos, sin, self.rope_pairing)
+        query = reference.apply_rotary(query, cos, sin, self.rope_pairing)  # [B, H, T, D]
+        key = reference.apply_rotary(key, cos, sin, self.rope_pairing)  # [B, H, T, D]
         state = operator_state(past_key_values, self.layer_idx)
-        query, key, deductive = self.operator(query, key, padding_mask, state)
+        query, key, deductive = self.operator(query, key, padding_mask, state)  # q G_LM and k, each [B, H, T, D]
 
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)  # [B, H, S, D]
+            key, value = past_key_values.update(key, value, self.layer_idx)  # each [B, H, S, D]
 
         attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention
         )
+        dropout = self.config.attention_dropout if self.training else 0.0
         output, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
-        output = self.o_proj(output.flatten(-2))  # [B, T, H, D] → [B, T, M]
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+        )  # [B, T, H, D], and [B, H, T, S] where the implementation has them
+        output = self.o_proj(output.flatten(-2))  # [B, T, M]
         return output, weights, deductive
 
 
@@ -131,7 +130,7 @@ def eager_attention(
     module: nn.Module,
     query: torch.Tensor,  # [B, H, T, D]
     key: torch.Tensor,  # [B, H, S, D]
-    value: torch.Tensor,
+    value: torch.Tensor,  # [B, H, S, D]
     attention_mask: torch.Tensor | None,  # additive, [B or 1, 1, T, S]
     scaling: float,
     dropout: float = 0.0,
@@ -141,9 +140,9 @@ def eager_attention(
     scores = query @ key.transpose(-1, -2) * scaling  # [B, H, T, S]
     if attention_mask is not None:
         scores = scores + attention_mask
-    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)  # [B, H, T, S]
     weights = F.dropout(weights, p=dropout, training=module.training)
-    return (weights @ value).transpose(1, 2), weights
+    return (weights @ value).transpose(1, 2), weights  # [B, T, H, D], [B, H, T, S]
 
 
 class PldrDecoderLayer(GradientCheckpointingLayer):
@@ -324,10 +323,7 @@ class PldrModel(PldrPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
 
-        if past_key_values is not None and use_g_cache is not None:
-            raise ValueError("use_g_cache: the given past_key_values decides; choose with pldr.make_cache(g=…)")
-        if past_key_values is None and (use_cache or use_g_cache):
-            past_key_values = make_cache(self.config, kv=bool(use_cache), g=use_g_cache is not False)
+        past_key_values = self._cache_for(past_key_values, use_cache, use_g_cache)
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         tokens = inputs_embeds.shape[1]
         if isinstance(past_length, int):  # a static cache counts on the device; its size is checked when it is made
@@ -342,19 +338,22 @@ class PldrModel(PldrPreTrainedModel):
             check_operator_cache(past_key_values, len(self.layers), inputs_embeds.shape[0])
 
         # Under autocast the square root stays a Python number, so that the embedding keeps its dtype.
-        hidden_states = self.embed_norm(inputs_embeds * math.sqrt(self.config.hidden_size))
+        hidden_states = self.embed_norm(inputs_embeds * math.sqrt(self.config.hidden_size))  # [B, T, M]
         position_embeddings = self.rotary_embedding(position_ids)
         for layer in self.layers:
             hidden_states = layer(
-                hidden_states,
-                position_embeddings=position_embeddings,
-                attention_mask=masks["attention"],
-                padding_mask=masks["padding"],
-                past_key_values=past_key_values,
-                position_ids=position_ids,
-                **kwargs,
-            )
+                hidden_states, position_embeddings=position_embeddings, attention_mask=masks["attention"],
+                padding_mask=masks["padding"], past_key_values=past_key_values, position_ids=position_ids, **kwargs,
+            )  # fmt: skip
         return PldrModelOutput(last_hidden_state=hidden_states, past_key_values=past_key_values)
+
+    def _cache_for(self, given: Cache | None, use_cache: bool | None, use_g_cache: bool | None) -> Cache | None:
+        """The cache that was given, or a new one where one is asked for."""
+        if given is not None and use_g_cache is not None:
+            raise ValueError("use_g_cache: the given past_key_values decides; choose with pldr.make_cache(g=…)")
+        if given is None and (use_cache or use_g_cache):
+            return make_cache(self.config, kv=bool(use_cache), g=use_g_cache is not False)
+        return given
 
     def _check_lengths(self, attention_mask: Any, past_length: int, tokens: int) -> None:
         if past_length + tokens > self.config.max_position_embeddings:
@@ -436,30 +435,17 @@ class PldrForCausalLM(PldrPreTrainedModel, GenerationMixin):
         if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise ValueError("logits_to_keep: the loss needs the logits of every position; leave it out beside labels")
         outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            use_g_cache=use_g_cache,
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+            past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, use_g_cache=use_g_cache,
             **kwargs,
-        )
+        )  # fmt: skip
+        hidden_states = outputs.last_hidden_state  # [B, T, M]
         logits = loss = accuracy = None
         if return_logits or labels is None:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(outputs.last_hidden_state[:, keep])
+            logits = self.lm_head(hidden_states[:, keep])  # [B, T or what is kept, V]
         if labels is not None:
-            targets = F.pad(labels, (0, 1), value=reference.IGNORED_TARGET)[:, 1:].flatten()
-            if logits is None:
-                total, correct = self.lm_head(outputs.last_hidden_state.flatten(0, 1), targets)
-            else:
-                flat = logits.float().flatten(0, 1)
-                total = F.cross_entropy(flat, targets, reduction="sum")
-                correct = reference.right_guesses(flat.detach(), targets)
-            count = (targets != reference.IGNORED_TARGET).sum()
-            loss = total / (count if num_items_in_batch is None else num_items_in_batch)
-            accuracy = correct / count
+            loss, accuracy = self._loss_and_accuracy(hidden_states, logits, labels, num_items_in_batch)
         return PldrCausalLMOutput(
             loss=loss,
             accuracy=accuracy,
@@ -469,6 +455,23 @@ class PldrForCausalLM(PldrPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             deductive_outputs=outputs.deductive_outputs,
         )
+
+    def _loss_and_accuracy(
+        self,
+        hidden_states: torch.Tensor,  # [B, T, M]
+        logits: torch.Tensor | None,  # [B, T, V]; None: the head computes the loss without ever holding them all
+        labels: torch.Tensor,  # [B, T]
+        num_items_in_batch: int | torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        targets = F.pad(labels, (0, 1), value=reference.IGNORED_TARGET)[:, 1:].flatten()  # [B·T]
+        if logits is None:
+            total, correct = self.lm_head(hidden_states.flatten(0, 1), targets)
+        else:
+            flat = logits.float().flatten(0, 1)  # [B·T, V]
+            total = F.cross_entropy(flat, targets, reduction="sum")
+            correct = reference.right_guesses(flat.detach(), targets)
+        count = (targets != reference.IGNORED_TARGET).sum()
+        return total / (count if num_items_in_batch is None else num_items_in_batch), correct / count
 
     @staticmethod
     def create_masks_for_generate(

@@ -10,7 +10,7 @@ Shapes: B batch, H heads, T tokens, D head dimension, L layers.
 
 import copy
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -19,6 +19,9 @@ from pldr.cache import OperatorState
 from pldr.configuration_pldr import PldrConfig
 from pldr.ops import reference
 from pldr.ops.aligned import gated_linear_unit
+
+if TYPE_CHECKING:
+    from pldr.modeling_pldr import PldrAttention, PldrForCausalLM
 
 
 class DeductiveOutputs(NamedTuple):
@@ -193,14 +196,14 @@ def check_operator_tensor(G_LM: torch.Tensor | Sequence[torch.Tensor], config: P
 
 
 @torch.no_grad()
-def average_operator(model: Any, prompts: Iterable[torch.Tensor]) -> torch.Tensor:
+def average_operator(model: "PldrForCausalLM", prompts: Iterable[torch.Tensor]) -> torch.Tensor:
     """G_LM of a learned operator, averaged over prompts.
 
     Where G_LM does not depend on the input, any one prompt gives the same tensor; where it does, the mean is the
     least-squares constant for these prompts.
 
     Args:
-        model: a PldrForCausalLM with learned operators.
+        model: one with learned operators.
         prompts: token ids of one prompt each, [T] or [1, T]; no padding. A single [T] tensor is one prompt.
 
     Returns:
@@ -235,19 +238,19 @@ def average_operator(model: Any, prompts: Iterable[torch.Tensor]) -> torch.Tenso
 
 
 def freeze(
-    model: Any,
+    model: "PldrForCausalLM",
     prompts: Iterable[torch.Tensor] | torch.Tensor | None = None,
     *,
     G_LM: torch.Tensor | Sequence[torch.Tensor] | None = None,
     trainable: bool = False,
-) -> Any:
+) -> "PldrForCausalLM":
     """Make the operator of `model` a constant, in place, and drop the network that computed it.
 
     Either `prompts` (the operator that the model itself computes for them) or `G_LM` (a tensor from elsewhere: the
     paper's v51Gi, a transferred or random operator). A constant operator can be exchanged the same way.
 
     Args:
-        model: a PldrForCausalLM.
+        model: with a learned or a constant operator.
         prompts: token ids, one [T] tensor a prompt; or [T] for a single one; or [B, T] without padding.
         G_LM: [L, H, D, D]; other accepted forms are those of `check_operator_tensor`.
         trainable: make the constant a parameter, so that training goes on with it (hand-off).
@@ -268,15 +271,16 @@ def freeze(
         if getattr(module, "config", None) is shared:
             module.config = config
     for layer, value in zip(model.model.layers, constant, strict=True):
-        like = next(layer.self_attn.q_proj.parameters())
+        attention = cast("PldrAttention", layer.self_attn)
+        like = next(attention.q_proj.parameters())
         operator = ConstantOperator(model.config).to(device=like.device, dtype=like.dtype)
         with torch.no_grad():
             operator.G_LM.copy_(value)
-        layer.self_attn.operator = operator.train(model.training)
+        attention.operator = operator.train(model.training)
     return model
 
 
-def stored_operator(model: Any) -> torch.Tensor:
-    """[L, H, D, D], on the CPU."""
+def stored_operator(model: "PldrForCausalLM") -> torch.Tensor:
+    """G_LM of a model whose operator is constant: [L, H, D, D], on the CPU."""
     operators = (module for module in model.modules() if isinstance(module, ConstantOperator))
     return torch.stack([operator.G_LM.detach().cpu() for operator in operators])
