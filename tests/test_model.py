@@ -171,7 +171,7 @@ def test_meta_device_then_materialised(small_model, small_config, ids):
         assert torch.equal(model(ids).logits, loaded(ids).logits)
 
 
-@pytest.mark.parametrize("implementation", ["eager", "flex_attention"])
+@pytest.mark.parametrize("implementation", ["eager", pytest.param("flex_attention", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("padded", [False, True])
 def test_attention_implementations_agree(small_model, ids, implementation, padded):
     model = small_model()
