@@ -155,7 +155,7 @@ def test_the_table_and_the_default_mode(run, folder, data):
 
 
 def test_few_shot_examples_stand_before_the_question(run, folder, data, monkeypatch):
-    from pldr.evaluation import harness as evaluate
+    from pldr.evaluation.harness import PldrLM
 
     example = json.dumps({"goal": "him", "sol1": "a red", "sol2": "old town"}) + "\n"
     (data / "piqa/train.jsonl").write_text(example)
@@ -166,9 +166,13 @@ def test_few_shot_examples_stand_before_the_question(run, folder, data, monkeypa
     (data / "piqa/train.jsonl").write_text(2 * example)
     (data / "piqa/train-labels.lst").write_text("1\n1\n")
     contexts = []
-    encode = evaluate.PldrLM._encode_pair
-    monkeypatch.setattr(evaluate.PldrLM, "_encode_pair", lambda self, context, continuation: (
-        contexts.append(context), encode(self, context, continuation))[1])  # fmt: skip
+    asked = PldrLM.loglikelihood
+
+    def ask(self, requests, **settings):
+        contexts.extend(request.args[0] for request in requests)
+        return asked(self, requests, **settings)
+
+    monkeypatch.setattr(PldrLM, "loglikelihood", ask)
     code, out, err = run("eval", folder, "--tasks", "piqa", "--data-dir", data, "--num-fewshot", "1", "--json")
     assert code == 0, err
     assert json.loads(out)["tasks"]["piqa"]["num_fewshot"] == 1
@@ -256,15 +260,15 @@ def test_a_constant_operator_has_one_mode(run, folder, tmp_path, data):
 
 
 def test_data_that_the_hub_does_not_give_is_one_line(monkeypatch):
-    from pldr.evaluation import harness as evaluate
+    from pldr.evaluation.harness import load_tasks
 
-    def unreachable(names):
+    def unreachable(manager, names):
         raise ConnectionError("Couldn't reach 'baber/piqa' on the Hub")
 
-    monkeypatch.setattr(evaluate._task_manager(), "load", unreachable)
+    monkeypatch.setattr("lm_eval.tasks.TaskManager.load", unreachable)
     with pytest.raises(ValueError, match=r"piqa: could not be loaded \(ConnectionError: Couldn't reach 'baber/piqa' on the Hub\); "
                        r"without the hub, --data-dir DIR takes DIR/piqa/valid.jsonl and DIR/piqa/valid-labels.lst"):  # fmt: skip
-        evaluate.load_tasks(["piqa"])
+        load_tasks(["piqa"])
 
 
 class TestTheHarnessModel:
