@@ -66,7 +66,7 @@ def linears(width, inner, dtype=torch.float32):
 # The published inner widths are 170 and 2389: 149 leaves the same remainders as the latter, by 8 and by 64.
 @pytest.mark.parametrize("inner", [170, 149, 65, 64, 63, 1])
 def test_padded_gated_linear_unit(inner):
-    """Its result and every gradient, in float64, where sums of up to 170 terms in another order differ by some 1e-15."""
+    """Its result and every gradient, in float64: sums of up to 170 terms in another order differ by some 1e-15."""
     layers = linears(16, inner, torch.float64)
     z = torch.randn(3, 7, 16, dtype=torch.float64, requires_grad=True)
     outputs = [unit(z, *layers) for unit in (aligned.padded_gated_linear_unit, reference.gated_linear_unit)]
@@ -182,8 +182,8 @@ def test_cross_entropy_is_a_proper_operator():
 def test_model_on_the_gpu_is_the_model_on_the_cpu(small_model, operator):
     """With enough rows for the aligned path, losses and gradients in fp32.
 
-    The power law amplifies rounding: on the CPU alone fp32 gradients of such ids differ from fp64 ones by 2e-4 to 3e-2. These
-    are ids for which it is 2e-4.
+    The power law amplifies rounding: on the CPU alone fp32 gradients of such ids differ from fp64 ones by 2e-4 to 3e-2.
+    These are ids for which it is 2e-4.
     """
     ids = torch.randint(4, 97, (16, 64), generator=torch.Generator().manual_seed(3))
     model = small_model(operator=operator, operator_init="random")

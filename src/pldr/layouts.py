@@ -89,8 +89,8 @@ _METRIC_LEARNER = {"A_dff": "metric_learner_width", "num_reslayerA": "metric_lea
                "num_denseA": "metric_learner_glus"}  # fmt: skip
 # What the published model fixes: any other value describes a model that this library does not implement.
 _HUB_FIXED = {"attention_bias": True, "glu_bias": True, "final_bias": True, "rope_scaling": None}
-# Settings of the hub code's own run time, with no meaning here: its init scale for untrained weights, whether it returns
-# every attention tensor, and whether it keeps the first prompt's G_LM for all later prompts (here: `freeze`).
+# Settings of the hub code's own run time, with no meaning here: its init scale for untrained weights, whether it
+# returns every attention tensor, and whether it keeps the first prompt's G_LM for all later prompts (here: `freeze`).
 _HUB_RUNTIME = ("initializer_range", "output_pldr_attentions", "cache_first_G")
 
 

@@ -532,7 +532,7 @@ def create_masks(
     past_key_values: Cache | None,
     position_ids: torch.Tensor | None,
 ) -> dict[str, torch.Tensor | None]:
-    """The two masks of a forward: "attention" (None where causality alone is needed) and "padding" for G_LM ([B, T])."""
+    """The two masks of a forward: "attention" (None where causality is all) and "padding" for G_LM ([B, T])."""
     arguments = {
         "config": config,
         "inputs_embeds": inputs_embeds,

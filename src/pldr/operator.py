@@ -261,9 +261,12 @@ def freeze(
     Raises:
         ValueError: not exactly one of `prompts` and `G_LM`, or a tensor that does not fit. The model is then as before.
     """
-    if (prompts is None) == (G_LM is None):
+    if prompts is not None and G_LM is None:
+        constant = average_operator(model, prompts)
+    elif prompts is None and G_LM is not None:
+        constant = check_operator_tensor(G_LM, model.config)
+    else:
         raise ValueError("freeze: pass either prompts or G_LM")
-    constant = average_operator(model, prompts) if prompts is not None else check_operator_tensor(G_LM, model.config)  # type: ignore[arg-type]
     # A configuration of its own: whoever made this model from one may make others from it.
     shared, config = model.config, copy.deepcopy(model.config)
     config.operator, config.operator_init, config.operator_trainable = "constant", "external", trainable

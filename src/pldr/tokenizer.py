@@ -1,4 +1,4 @@
-"""Tokenizers: the SentencePiece model of the published checkpoints as a transformers fast tokenizer, and its training."""
+"""Tokenizers: the published checkpoints' SentencePiece model as a transformers fast tokenizer, and its training."""
 
 import math
 import os

@@ -41,8 +41,8 @@ def load_model(
 ) -> PldrForCausalLM:
     """A model in evaluation mode from a folder in any of the three layouts, or not at all.
 
-    Unlike `from_pretrained`, which warns and goes on with random weights, every problem is an error here. A frozen model
-    whose weights are no longer those of its certificate is loaded with a warning.
+    Unlike `from_pretrained`, which warns and goes on with random weights, every problem is an error here. A frozen
+    model whose weights are no longer those of its certificate is loaded with a warning.
 
     Args:
         path: a folder in this library's or the hub's layout, a folder in the reference layout, or a ``.pth`` file with
@@ -100,7 +100,7 @@ def load_with_tokenizer(
     """A model and its tokenizer, from files or as they are: what every function that takes both begins with.
 
     Args:
-        model: see `load_model`; or a model, which is left as it is: where `device` or `dtype` differ, a copy is returned.
+        model: see `load_model`; or a model, which is left as it is: where `device` or `dtype` differ, a copy is given.
         tokenizer: a tokenizer, or where one is; by default the one beside the model's files.
         device: where to put the model; by default the CPU, or where a loaded model is.
         dtype: "float32", "bfloat16", or "auto": as the model is stored or loaded.
@@ -219,8 +219,8 @@ def read_config(folder: Path) -> PldrConfig:
     fields = read_json(file)
     if not isinstance(fields, dict) or fields.get("model_type") != "pldrllm":
         raise ValueError(f"{file}: model_type must be 'pldrllm'")
-    # Settings that make transformers fetch and run more code (attention kernels, quantisation backends) are no part of a
-    # PLDR-LLM; whoever wants them passes them to `from_pretrained` in person.
+    # Settings that make transformers fetch and run more code (attention kernels, quantisation backends) are no part of
+    # a PLDR-LLM; whoever wants them passes them to `from_pretrained` in person.
     fields = {name: value for name, value in fields.items() if not name.startswith("_")}
     refused = sorted({"attn_implementation", "experts_implementation", "quantization_config"} & fields.keys())
     if refused:

@@ -1,7 +1,7 @@
 """Reading files of the published training code as data: nothing in them is ever run.
 
-Weights come through torch's weights-only loader, hyperparameters are parsed, and predefined operators are unpickled by a
-reader that knows tensors alone.
+Weights come through torch's weights-only loader, hyperparameters are parsed, and predefined operators are unpickled by
+a reader that knows tensors alone.
 """
 
 import ast

@@ -97,7 +97,7 @@ class Source:
         names: see `pldr.recipe.DataRecipe.train`.
         text_column: of JSON lines, Parquet files and hub data sets.
         split: of hub data sets.
-        interval: "start:stop" by index or percent ("0:1000", "90%:100%"), over all documents in their order; "" for all.
+        interval: "start:stop" by index or percent ("0:1000", "90%:100%"), over all documents in order; "" for all.
     """
 
     names: list[str]

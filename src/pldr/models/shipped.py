@@ -1,4 +1,4 @@
-"""The small model that comes with the package: its folder has a model card."""
+"""The small model that ships with pldr, and where its files are; its folder has a model card."""
 
 from pathlib import Path
 

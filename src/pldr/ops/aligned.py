@@ -1,11 +1,11 @@
 """Gated linear units whose inner width is no multiple of what matrix units like, on CUDA.
 
-The published widths (2389 of the feed-forward block, 170 of the metric learner) leave every row of the inner activations
-misaligned, and such matrix products run at a fraction of the rate. The weights, which are small, are padded with zeros at
-each call; the padded columns are silu(0) · 0 = 0 and meet zero weights, so that the result is the same sum. The two
-inner products become one.
+The published widths (2389 of the feed-forward block, 170 of the metric learner) leave every row of the inner
+activations misaligned, and such matrix products run at a fraction of the rate. The weights, which are small, are padded
+with zeros at each call; the padded columns are silu(0) · 0 = 0 and meet zero weights, so that the result is the same
+sum. The two inner products become one.
 
-`gated_linear_unit` is the entry: the padded form where it is faster and the same, `reference.gated_linear_unit` elsewhere.
+`gated_linear_unit` is the entry: the padded form where it is faster and the same, else `reference.gated_linear_unit`.
 """
 
 import torch
@@ -29,7 +29,7 @@ def gated_linear_unit(z: torch.Tensor, gate: nn.Module, up: nn.Module, down: nn.
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether calling a layer does nothing but `x Wᵀ + b` with its parameters, so that these may be used in its place.
+    """Whether calling a layer does nothing but x Wᵀ + b with its parameters, so that these may stand for it.
 
     An adapter, a quantised or a parametrised layer is of another class, or holds another kind of weight; a hook, or a
     `forward` that was put in place of the class's, would not be run.

@@ -1,8 +1,8 @@
 """Cross-entropy of a linear layer's logits, without ever holding all of them.
 
 With 64 sequences of 1,024 tokens and 32,000 pieces the logits are 4 GB in bf16, and a plain loss reads and writes them
-several times, partly in fp32. Here a chunk of rows at a time goes through the matrix product, the loss and its gradient,
-which replaces the logits in place; the gradients of the inputs are ready when the forward pass ends.
+several times, partly in fp32. Here a chunk of rows at a time goes through the matrix product, the loss and its
+gradient, which replaces the logits in place; the gradients of the inputs are ready when the forward pass ends.
 
 `linear_cross_entropy` is the entry: this kernel on CUDA, `reference.linear_cross_entropy` elsewhere.
 """
@@ -104,7 +104,10 @@ if triton is not None:
     def _softmax_gradient(  # type: ignore[no-untyped-def]
         logits, targets, losses, correct, vocabulary, stride, IGNORED: tl.constexpr, BLOCK: tl.constexpr
     ):
-        """One row: its loss, whether its target has the highest logit, and softmax - one-hot in place of its logits (zeros where the target is ignored)."""
+        """One row: its loss, whether its target has the highest logit, and softmax - one-hot in place of its logits.
+
+        Where the target is ignored, all of them are zeros.
+        """
         row = tl.program_id(0).to(tl.int64)
         target = tl.load(targets + row)
         base = logits + row * stride
