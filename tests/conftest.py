@@ -1,4 +1,8 @@
-"""The fixtures of more than one file. Plain functions that tests share are in helpers.py; no test file imports another."""
+"""The fixtures of more than one file. Plain functions that tests share are in helpers.py; no test file imports another.
+
+`make test` runs files side by side, each file whole in one process (pytest-xdist, --dist loadfile). Every process makes the
+fixtures of a session for itself: those here take less than a second; a dearer one belongs into the one file that uses it.
+"""
 
 import gc
 import io
@@ -13,7 +17,11 @@ import torch
 import yaml
 from transformers.utils import logging
 
-from pldr import PldrConfig, PldrForCausalLM
+from pldr import PldrConfig, PldrForCausalLM, load_model, load_tokenizer
+from pldr.checkpoints.certificate import weights_digest
+from pldr.cli import main
+from pldr.models.shipped import STORIES
+from pldr.tokenizer import train_sentencepiece
 
 pytest.register_assert_rewrite("helpers")  # its assertions say what they compared, as those of tests do
 from helpers import TINY, WORDS  # noqa: E402
@@ -49,7 +57,6 @@ def no_progress_bars():
 @pytest.fixture
 def run(monkeypatch, capsys):
     """Run `pldr ARGS…` in this process; returns (exit code, standard output, standard error)."""
-    from pldr.cli import main
 
     def call(*arguments, stdin=""):
         monkeypatch.setattr(sys, "argv", ["pldr", *map(str, arguments)])
@@ -93,8 +100,6 @@ def ids():
 @pytest.fixture(scope="session")
 def toy_model_file(tmp_path_factory):
     """A SentencePiece model of 290 pieces, trained with the library's own function on a few sentences."""
-    from pldr.tokenizer import train_sentencepiece
-
     generator = torch.Generator().manual_seed(0)
     texts = [
         " ".join(WORDS[i] for i in torch.randint(len(WORDS), (12,), generator=generator)) + f" {n}." for n in range(400)
@@ -104,18 +109,16 @@ def toy_model_file(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def toy_tokenizer(toy_model_file):
-    from pldr.tokenizer import load_tokenizer
-
     return load_tokenizer(toy_model_file)
 
 
 @pytest.fixture(scope="session")
 def stories():
     """The model that ships with pldr and its tokenizer, loaded once; a test that changes the model changes a copy."""
-    from pldr import load_model, load_tokenizer
-    from pldr.models.shipped import STORIES
-
-    return load_model(STORIES), load_tokenizer(STORIES)
+    model = load_model(STORIES)
+    before = weights_digest(model.state_dict())
+    yield model, load_tokenizer(STORIES)
+    assert weights_digest(model.state_dict()) == before, "a test changed the model that others use"
 
 
 @pytest.fixture
