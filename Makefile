@@ -1,11 +1,12 @@
-# Each target makes .venv when it is missing: Python 3.11 or newer, make and the package index are all it takes.
+# Each target makes the environment that it needs: Python 3.11 or newer, make and the package index are all it takes.
 PYTHON ?= python3
 BIN := .venv/bin
+TORCH ?= torch==2.13.0
 
 # Workers side by side, one thread each (tests/conftest.py); a file's tests stay together, and so do its fixtures.
 WORKERS := -n logical --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test test-slow test-all lint format clean
+.PHONY: demo test test-slow test-all test-oldest test-core wheel lint format clean
 
 demo: .venv/installed
 	$(BIN)/pldr demo
@@ -19,6 +20,22 @@ test-slow: .venv/installed
 
 test-all: test test-slow
 
+# The fast tests with the oldest versions that pyproject.toml allows.
+test-oldest: .ci/envs/oldest/installed
+	.ci/envs/oldest/bin/python -m pytest -q -m "not slow" $(WORKERS)
+
+# What needs no extras, on the wheel in an environment that holds nothing else.
+test-core: wheel .ci/envs/core/installed
+	.ci/envs/core/bin/python -m pip uninstall --quiet --yes pldr
+	.ci/envs/core/bin/python -m pip install --quiet --constraint constraints-dev.txt dist/*.whl
+	PLDR_CORE_ONLY=1 .ci/envs/core/bin/python -m pytest -q tests/test_core.py tests/test_golden.py tests/test_convert.py
+
+# The wheel and the source distribution in dist/; the wheel's contents are compared with .ci/wheel.txt.
+wheel: .venv/installed
+	rm -rf dist
+	$(BIN)/python -m hatchling build
+	$(BIN)/python .ci/check_wheel.py dist/*.whl
+
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -28,13 +45,20 @@ format: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# torch first and by its exact version: whatever build of it the index serves for this machine (see CONTRIBUTING.md).
-.venv/installed: pyproject.toml constraints-dev.txt
+# The environments: each has PACKAGES at the versions that VERSIONS holds. torch comes first and by its exact version, in
+# whatever build the index serves for this machine (see CONTRIBUTING.md).
+.venv/installed: VERSIONS := constraints-dev.txt
+.venv/installed: PACKAGES := --editable '.[dev]'
+.ci/envs/oldest/installed: VERSIONS := .ci/oldest.txt
+.ci/envs/oldest/installed: PACKAGES := --editable '.[train,eval]' pytest pytest-xdist
+.ci/envs/core/installed: VERSIONS := constraints-dev.txt
+.ci/envs/core/installed: PACKAGES := pytest
+.venv/installed .ci/envs/oldest/installed .ci/envs/core/installed: pyproject.toml constraints-dev.txt .ci/oldest.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "pldr needs Python 3.11 or newer; run: make PYTHON=python3.11 ...")'
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints-dev.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet --constraint constraints-dev.txt --editable '.[dev]'
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --constraint $(VERSIONS) $(TORCH)
+	$(@D)/bin/python -m pip install --quiet --constraint $(VERSIONS) $(PACKAGES)
 	touch $@
 
 clean:
-	rm -rf .venv demo-output
+	rm -rf .venv .ci/envs dist demo-output

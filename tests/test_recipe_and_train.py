@@ -18,7 +18,6 @@ from pldr.data.vocabulary import train_tokenizer
 from pldr.deductive import variation
 from pldr.evaluation.modes import operator_metrics
 from pldr.files import whole_folder
-from pldr.models.shipped import STORIES
 from pldr.recipe import Recipe, find_recipe, load_recipe
 from pldr.training.callbacks import ProgressBar
 from pldr.training.run import build_model, train
@@ -105,21 +104,6 @@ class TestBases:
         for base in BASES:
             with pytest.raises(ValueError, match="missing key"):
                 load_recipe(base)
-
-
-def test_the_wheel_brings_the_recipes(tmp_path):
-    import subprocess
-    import sys
-    import zipfile
-
-    pytest.importorskip("hatchling")
-    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
-    subprocess.run(command, cwd=Path(__file__).parents[1], check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    assert {f"pldr/recipes/{path.name}" for path in [*RECIPES, *BASES]} <= set(names)
-    assert "pldr/py.typed" in names
-    assert {f"pldr/models/stories-10m/{file.name}" for file in STORIES.iterdir()} <= set(names)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,159 @@
+"""What is handed out: the wheel, its metadata, what an import costs, and that CI and the workflows call what there is."""
+
+import importlib.metadata
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from email.parser import HeaderParser
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import pldr
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+def lines(file):
+    return [line for line in file.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
+
+
+def run_python(code, *arguments):
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    pytest.importorskip("hatchling", reason="a tool of development")
+    folder = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (file,) = folder.iterdir()
+    return file
+
+
+class TestWheel:
+    def test_it_holds_what_the_list_says(self, wheel, tmp_path):
+        check = [sys.executable, str(ROOT / ".ci" / "check_wheel.py")]
+        done = subprocess.run([*check, str(wheel)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+        # And the comparison sees a stranger, and what is gone.
+        other = tmp_path / "other.whl"
+        with zipfile.ZipFile(wheel) as old, zipfile.ZipFile(other, "w") as new:
+            for name in set(old.namelist()) - {"pldr/py.typed", "pldr/cache.py", "pldr/recipes/laptop.yaml"}:
+                new.writestr(name, "")
+            new.writestr("start_up.pth", "import os\n")
+        done = subprocess.run([*check, str(other)], capture_output=True, text=True)
+        assert done.returncode == 1
+        assert done.stdout.splitlines() == [
+            "too many: start_up.pth", "too few: pldr/py.typed", "too few: pldr/cache.py", "too few: pldr/recipes/laptop.yaml",
+        ]  # fmt: skip
+
+    def test_one_version(self, wheel):
+        assert PROJECT["dynamic"] == ["version"]
+        assert wheel.name == f"pldr-{pldr.__version__}-py3-none-any.whl"
+
+    def test_entry_points_load(self, wheel):
+        name = f"pldr-{pldr.__version__}.dist-info/entry_points.txt"
+        text = zipfile.ZipFile(wheel).read(name).decode()
+        points = re.findall(r"^\[(\S+)\]\n(\S+) = (\S+)$", text, re.MULTILINE)
+        assert [point[:2] for point in points] == [("console_scripts", "pldr"), ("lm_eval.models", "pldr")]
+        for group, name, value in points:
+            assert callable(importlib.metadata.EntryPoint(name, value, group).load())
+
+    def test_metadata(self, wheel):
+        text = zipfile.ZipFile(wheel).read(f"pldr-{pldr.__version__}.dist-info/METADATA").decode()
+        fields = HeaderParser().parsestr(text)
+        assert set(fields.get_all("Provides-Extra")) == {"train", "eval", "dev"}
+        assert fields["License-Expression"] == "Apache-2.0"
+        assert {url.split(",")[0] for url in fields.get_all("Project-URL")} == {
+            "Homepage", "Source", "Issues", "Changelog", "Documentation"
+        }  # fmt: skip
+
+
+class TestImports:
+    def test_the_package_alone_is_light(self):
+        code = (
+            "import sys, pldr; print(*sorted({'torch', 'transformers', 'rich', 'numpy', 'typer'} & set(sys.modules)))"
+        )
+        assert run_python(code).split() == []
+
+    @pytest.mark.parametrize(
+        ("missing", "modules"),
+        [
+            (["accelerate", "matplotlib", "tensorboard"], ["study.demo", "study.run", "training.run"]),
+            (["lm_eval"], ["evaluation.harness", "evaluation.lm_eval"]),
+        ],
+        ids=["train", "eval"],
+    )
+    def test_only_these_modules_need_the_extra(self, missing, modules):
+        """Every other module is imported without it; what it needs of it, it imports where it is used."""
+        code = """
+import importlib, pkgutil, sys
+sys.modules |= dict.fromkeys(sys.argv[1:])
+import pldr
+for module in pkgutil.walk_packages(pldr.__path__, "pldr."):
+    try:
+        module.name == "pldr.__main__" or importlib.import_module(module.name)
+    except ImportError:
+        print(module.name.removeprefix("pldr."))
+"""
+        assert run_python(code, *missing).split() == modules
+
+
+class TestVersions:
+    """What pyproject.toml allows is what is tried."""
+
+    def test_the_oldest_are_the_lower_bounds(self):
+        extras = PROJECT["optional-dependencies"]
+        needed = [Requirement(text) for text in [*PROJECT["dependencies"], *extras["train"], *extras["eval"]]]
+        bounds = {need.name: next(s.version for s in need.specifier if s.operator == ">=") for need in needed}
+        torch = bounds.pop("torch")
+        pins = [Requirement(line) for line in lines(ROOT / ".ci" / "oldest.txt")]
+        assert [canonicalize_name(pin.name) for pin in pins] == list(bounds)
+        for pin in pins:
+            assert pin.specifier.contains(bounds[canonicalize_name(pin.name)]), pin
+        assert f"torch: torch=={torch}" in (ROOT / ".github" / "workflows" / "tests.yml").read_text(encoding="utf-8")
+
+    def test_torch_is_one_version_in_development(self):
+        assert f"TORCH ?= {next(iter(lines(ROOT / 'constraints-dev.txt')))}\n" in MAKEFILE
+
+    def test_pythons(self):
+        named = [name.split(" :: ")[-1] for name in PROJECT["classifiers"] if " :: Python :: 3." in name]
+        workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text(encoding="utf-8"))
+        assert named == workflow["jobs"]["make"]["strategy"]["matrix"]["python"]
+        assert PROJECT["requires-python"] == f">={named[0]}"
+
+
+class TestRepository:
+    @pytest.mark.parametrize(
+        "file", [*sorted((ROOT / ".github").rglob("*.yml")), ROOT / "CITATION.cff"], ids=lambda p: p.name
+    )
+    def test_it_is_yaml(self, file):
+        assert isinstance(yaml.safe_load(file.read_text(encoding="utf-8")), dict)
+
+    def test_ci_and_workflows_call_targets_that_exist(self):
+        targets = set(re.search(r"^\.PHONY: (.*)$", MAKEFILE, re.MULTILINE)[1].split())
+        assert all(re.search(rf"^{target}:", MAKEFILE, re.MULTILINE) for target in targets)
+        script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+        tests = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text(encoding="utf-8"))
+        matrix = tests["jobs"]["make"]["strategy"]["matrix"]
+        release = (ROOT / ".github" / "workflows" / "release.yml").read_text(encoding="utf-8")
+        called = re.search(r"for target in (.*); do", script)[1].split()
+        in_matrix = {*matrix["target"], *(entry["target"] for entry in matrix["include"])}
+        assert set(called) == in_matrix
+        assert in_matrix | set(re.findall(r"run: make (\S+)", release)) <= targets
+
+    def test_citation(self):
+        citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+        assert citation["cff-version"] == "1.2.0"
+        assert citation["repository-code"] == PROJECT["urls"]["Source"]
+        assert citation["license"] == PROJECT["license"]
+        assert citation["preferred-citation"]["identifiers"][0]["value"] == "arXiv:2502.13502"
