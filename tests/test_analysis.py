@@ -262,7 +262,7 @@ class TestCommand:
             assert [line.split()[0] for line in lines[start + 2 : start + 4]] == ["0", "1"]
             assert all(len(line) <= 80 and "…" not in line for line in lines[start : start + 4])
 
-    def test_without_data_the_excerpts_that_come_along(self, run, folder):
+    def test_without_data_the_excerpts_that_ship_with_pldr(self, run, folder):
         code, out, _ = run("inspect", folder, "--passages", 2, "--length", 8, "--json")
         fields = json.loads(out)
         assert code == 0

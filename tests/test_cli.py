@@ -14,7 +14,7 @@ from pldr import PldrConfig, PldrForCausalLM, deductive_outputs, load_model
 from pldr.cli import main
 
 
-def test_generate_without_a_model_uses_the_one_that_comes_along(run):
+def test_generate_without_a_model_uses_the_one_that_ships_with_pldr(run):
     code, out, _ = run("generate", "Once upon a time", "--max-new-tokens", "8", "--json")
     assert code == 0
     fields = json.loads(out)

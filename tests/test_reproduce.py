@@ -172,7 +172,7 @@ def test_what_is_measured_of_a_run(lab):
 
 
 @pytest.mark.parametrize("claim", ["caching", "transfer"])
-def test_claims_about_the_model_that_comes_along(lab, claim, monkeypatch):
+def test_claims_about_the_model_that_ships_with_pldr(lab, claim, monkeypatch):
     data = default_data("tiny", held_out=True)
     here = dataclasses.replace(lab(claim), size=dataclasses.replace(TOY, passages=4, length=16), data=data)
     run_claim(claim, here)
