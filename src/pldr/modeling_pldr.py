@@ -39,7 +39,7 @@ from pldr.configuration_pldr import PldrConfig
 from pldr.files import write_sums
 from pldr.operator import ConstantOperator, DeductiveOutputs, GatedLinearUnit, LearnedOperator, make_operator
 from pldr.ops import reference
-from pldr.ops.reference import linear_cross_entropy
+from pldr.ops.cross_entropy import linear_cross_entropy
 
 
 @dataclass
