@@ -22,7 +22,13 @@ from pldr.study import demo
 
 ROOT = Path(__file__).parents[1]
 CARD = "src/pldr/models/stories-10m/README.md"
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", *(f"docs/{file.name}" for file in sorted(ROOT.glob("docs/*.md"))), CARD]
+DOCUMENTS = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    *(f"docs/{file.name}" for file in sorted(ROOT.glob("docs/*.md"))),
+    CARD,
+]
 
 # Commands that are not run here, by how they begin, and why not.
 NOT_RUN = {
@@ -154,6 +160,15 @@ def test_modules_and_functions_in_running_text_exist():
                 pkgutil.resolve_name(name)
             except (ImportError, AttributeError) as error:
                 pytest.fail(f"{document}: {name}: {error}")
+
+
+def test_files_in_running_text_exist():
+    """Named by the end of their path, as `claims.py` or `study/claims.py`."""
+    rooms = ("src", "tests", "benchmarks", "examples", "recipes", ".github")
+    files = [file.as_posix() for room in rooms for file in (ROOT / room).rglob("*.*")]
+    for document in DOCUMENTS:
+        for name in re.findall(r"`(?:python )?([\w./-]+\.(?:py|ya?ml))\b[^`]*`", read_text(ROOT / document)):
+            assert any(file.endswith(f"/{name}") for file in files), f"{document}: {name}"
 
 
 def test_links_lead_somewhere():

@@ -62,6 +62,11 @@ def test_imports_point_one_way():
             assert floor[room] <= floor[other], f"{module} must not import {other}"
 
 
+def test_contributing_draws_the_floors():
+    drawn = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("```text\n")[2].partition("```")[0]
+    assert [set(line.split()) for line in drawn.splitlines()] == FLOORS
+
+
 def test_imports_go_in_no_circle():
     """Not within a room or a floor either."""
     graph = {module.removesuffix(".__init__"): imported for module, imported in modules()}
