@@ -61,6 +61,7 @@ THERE = {
     "docs/deductive-outputs.md": ["runs/mine", "books", "predefined_G_LM.safetensors"],
     "docs/evaluation.md": ["MODEL", "benchmarks-data", "test.txt", "valid.txt"],
     "docs/operators-and-caches.md": ["runs/mine", "predefined_G_LM.pkl"],
+    "docs/python.md": ["runs/laptop", "my-book.txt", "my-other-book.txt"],
     "docs/training.md": ["text"],
 }
 # Documents that take more than ten seconds.
@@ -233,7 +234,7 @@ def make_thing(toy_model_file, toy_tokenizer, monkeypatch):
         match name:
             case "src":
                 place.symlink_to(ROOT / "src")
-            case "runs/mine" | "MODEL":
+            case "runs/mine" | "runs/laptop" | "MODEL":
                 small_model().save_pretrained(place)
                 toy_tokenizer.save_pretrained(place)
             case "PLDR-LLM-v51-110M-1" | "v51":
@@ -253,7 +254,7 @@ def make_thing(toy_model_file, toy_tokenizer, monkeypatch):
                     save_file({"G_LM": G_LM}, place)
             case "refinedweb.model":
                 shutil.copy(toy_model_file, place)
-            case "my-book.txt" | "test.txt" | "valid.txt":
+            case "my-book.txt" | "my-other-book.txt" | "test.txt" | "valid.txt":
                 place.write_text(excerpts[0])
             case "text":
                 for number, text in enumerate(excerpts):
