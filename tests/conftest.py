@@ -14,7 +14,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
-import yaml
 from transformers.utils import logging
 
 from pldr import PldrConfig, PldrForCausalLM, load_model, load_tokenizer
@@ -24,7 +23,7 @@ from pldr.models.shipped import STORIES
 from pldr.tokenizer import train_sentencepiece
 
 pytest.register_assert_rewrite("helpers")  # its assertions say what they compared, as those of tests do
-from helpers import TINY, WORDS  # noqa: E402
+from helpers import WORDS, toy_recipe, write_texts  # noqa: E402
 
 
 def pytest_collection_modifyitems(items):
@@ -137,33 +136,17 @@ def folder(tmp_path, toy_tokenizer):
 @pytest.fixture
 def texts(tmp_path):
     """Twelve files of toy text: tmp_path/texts/00.txt to 11.txt."""
-    folder = tmp_path / "texts"
-    folder.mkdir()
-    generator = torch.Generator().manual_seed(3)
-    for index in range(12):
-        picked = [WORDS[i] for i in torch.randint(len(WORDS), (150,), generator=generator)]
-        (folder / f"{index:02}.txt").write_text(" ".join(picked) + ".\n")
-    return folder
+    return write_texts(tmp_path / "texts")
 
 
 @pytest.fixture
 def write_recipe(tmp_path, texts, toy_model_file):
-    """Write tmp_path/recipe.yaml, a run of seconds; section__key=value changes a field of a section."""
+    """Write tmp_path/recipe.yaml, a run of seconds into tmp_path/out; changes as `helpers.toy_recipe` takes them."""
 
     def write(**changes):
-        fields = {
-            "output": str(tmp_path / "out"),
-            "model": {"config": dict(TINY)},
-            "data": {"train": [f"{texts}/0*.txt"], "validation": [f"{texts}/1*.txt"],
-                     "tokenizer": str(toy_model_file), "sequence_length": 32},
-            "optimization": {"steps": 12, "batch_size": 4, "learning_rate": 3e-3, "warmup_steps": 3,
-                             "precision": "fp32"},
-            "log_steps": 4,
-        }  # fmt: skip
-        for key, value in changes.items():
-            section, _, name = key.rpartition("__")
-            (fields[section] if section else fields)[name] = value
-        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(fields))
+        (tmp_path / "recipe.yaml").write_text(
+            toy_recipe(texts, toy_model_file, **({"output": tmp_path / "out"} | changes))
+        )
         return tmp_path / "recipe.yaml"
 
     return write

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SHARED = Path(os.environ.get("PLDR_SHARED", Path(__file__).parents[2] / "shared"))
@@ -55,6 +56,32 @@ def write_benchmarks(folder: Path) -> Path:
     for name, label in LABELS.items():
         (folder / name).write_text(3 * f"{label}\n", encoding="utf-8")
     return folder
+
+
+def write_texts(folder):
+    """Twelve files of toy text into a new folder: 00.txt to 11.txt."""
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(3)
+    for index in range(12):
+        picked = [WORDS[i] for i in torch.randint(len(WORDS), (150,), generator=generator)]
+        (folder / f"{index:02}.txt").write_text(" ".join(picked) + ".\n")
+    return folder
+
+
+def toy_recipe(texts, tokenizer, *, output, **changes):
+    """The YAML of a run of seconds on `write_texts`'s files; section__key=value changes a field of a section."""
+    fields = {
+        "output": str(output),
+        "model": {"config": dict(TINY)},
+        "data": {"train": [f"{texts}/0*.txt"], "validation": [f"{texts}/1*.txt"], "tokenizer": str(tokenizer),
+                 "sequence_length": 32},
+        "optimization": {"steps": 12, "batch_size": 4, "learning_rate": 3e-3, "warmup_steps": 3, "precision": "fp32"},
+        "log_steps": 4,
+    }  # fmt: skip
+    for key, value in changes.items():
+        section, _, name = key.rpartition("__")
+        (fields[section] if section else fields)[name] = value
+    return yaml.safe_dump(fields)
 
 
 def shared(path: str) -> Path:

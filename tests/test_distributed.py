@@ -1,43 +1,86 @@
 """Two processes on the CPU, as torchrun starts them, against one process on the same global batch."""
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
-from helpers import TINY
+from helpers import TINY, toy_recipe, write_texts
 from pldr import load_model
 from pldr.recipe import load_recipe
-from pldr.training.checkpoint import checkpoints, step_of
+from pldr.training.checkpoint import checkpoints, merge_checkpoint, step_of
 from pldr.training.run import train
 
 pytestmark = pytest.mark.slow
-VARIANTS = {
-    "dag": {"optimization__dag_G_LM": 0.1},
-    "learned": {},
-    "constant": {"model__config": TINY | {"operator": "constant", "operator_init": "random"}},
-    "handed off": {"optimization__handoff_step": 10},
-}
 
 # The rounding of sums differs between one process and two. A high rate at the start amplifies that, a usual one does not.
-GENTLE = {"optimization__learning_rate": 1e-5, "optimization__warmup_steps": 2}
+SHARED = {"optimization__learning_rate": 1e-5, "optimization__warmup_steps": 2, "log_steps": 1, "eval_steps": 6}
+VARIANTS = {
+    "dag": {"optimization__dag_G_LM": 0.1},
+    "learned": {"save_steps": 3, "keep_checkpoints": 4},
+    "constant": {"model__config": TINY | {"operator": "constant", "operator_init": "random"}},
+    "handed off": {"optimization__handoff_step": 6},
+}
+# Two processes of half the batch each: the same run as one.
+PAIRS = {
+    (variant, sharding): changes | {"distributed": {"sharding": sharding}}
+    for variant, changes in VARIANTS.items()
+    for sharding in ("none", "full")
+} | {
+    # Two replicas of one shard each: the code path, on two processes.
+    ("learned", "hybrid"): {"distributed": {"sharding": "hybrid", "replicas": 2}, "save_steps": 3},
+    ("learned", "bf16"): {
+        "distributed": {"sharding": "full"}, "optimization__clip_value": None, "optimization__clip_norm": 1.0,
+        "optimization__precision": "bf16",
+    },
+    ("no", "offload"): {"distributed": {"sharding": "full", "cpu_offload": True}},
+    ("no", "replicas"): {"distributed": {"sharding": "hybrid", "replicas": 3}},
+}  # fmt: skip
+
+# All runs of two processes in one start of them. What ends in an error does so in both, before they wait for each other.
+TRAIN_ALL = """
+import json, os, sys
+from pldr.recipe import load_recipe
+from pldr.training.run import train
+for path in sys.argv[1:]:
+    try:
+        summary = train(load_recipe(path), progress=False)
+    except ValueError as error:
+        summary = {"error": str(error)}
+    if os.environ["RANK"] == "0":
+        with open(path + ".json", "w") as stream:
+            json.dump(summary, stream)
+"""
 
 
-def launch(path, *more, processes=2):
+def launch(*arguments):
     with socket.socket() as free:
         free.bind(("", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port",
-               str(port), "-m", "pldr", "train", str(path), *more]  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port),
+               *map(str, arguments)]  # fmt: skip
     environment = os.environ | {"PLDR_TRACEBACK": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+
+
+@contextlib.contextmanager
+def launched(*arguments):
+    """Two processes, which end with the block: SIGTERM reaches them through torchrun, SIGKILL would not."""
+    run = launch(*arguments)
+    try:
+        yield run
+    finally:
+        if run.poll() is None:
+            run.terminate()
+            run.communicate(timeout=120)
 
 
 def finish(run):
@@ -46,95 +89,111 @@ def finish(run):
     return output
 
 
-def losses(folder):
-    lines = map(json.loads, (Path(folder) / "log.jsonl").open())
-    return [line["loss"] for line in lines if "loss" in line]
+def logged(folder, name="loss"):
+    return [line[name] for line in map(json.loads, (folder / "log.jsonl").open()) if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, toy_model_file):
+    """A folder for each run, NAME-HOW or NAME-alone, and a function that writes and names its recipe."""
+    root = tmp_path_factory.mktemp("runs")
+    texts = write_texts(root / "texts")
+
+    def write(name, how, **changes):
+        output = root / f"{name}-{how}".replace(" ", "-")
+        file = output.with_suffix(".yaml")
+        file.write_text(toy_recipe(texts, toy_model_file, output=output, **(SHARED | changes)))
+        return file, output
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def alone(runs):
+    """Folder and summary of each variant in one process."""
+
+    def run(name):
+        file, folder = runs(name, "alone", **VARIANTS[name])
+        return folder, train(load_recipe(file), progress=False)
+
+    return {name: run(name) for name in VARIANTS}
+
+
+@pytest.fixture(scope="module")
+def pairs(runs, tmp_path_factory):
+    """Folder and summary of each run of `PAIRS`."""
+    script = tmp_path_factory.mktemp("script") / "train_all.py"
+    script.write_text(TRAIN_ALL)
+    written = {key: runs(*key, optimization__batch_size=2, **changes) for key, changes in PAIRS.items()}
+    with launched(script, *(file for file, _ in written.values())) as run:
+        finish(run)
+    return {key: (folder, json.loads(open(f"{file}.json").read())) for key, (file, folder) in written.items()}
 
 
 @pytest.mark.parametrize("sharding", ["none", "full"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_two_processes_train_as_one(write_recipe, tmp_path, sharding, variant):
-    changes = VARIANTS[variant] | GENTLE | {"optimization__steps": 20, "log_steps": 1, "eval_steps": 10}
-    alone = load_recipe(write_recipe(**changes, output=str(tmp_path / "alone")))
-    expected = train(alone, progress=False)
-    path = write_recipe(**changes, optimization__batch_size=2, distributed={"sharding": sharding})
-    summary = json.loads(finish(launch(path, "--json")))
-    assert losses(tmp_path / "out") == pytest.approx(losses(alone.output), abs=1e-5)
+def test_two_processes_train_as_one(alone, pairs, sharding, variant):
+    (one, expected), (two, summary) = alone[variant], pairs[variant, sharding]
+    assert logged(two) == pytest.approx(logged(one), abs=1e-5)
     assert summary["tokens"] == expected["tokens"]
     for name in ("validation_loss", "validation_accuracy", "train_accuracy"):
         assert summary[name] == pytest.approx(expected[name], abs=1e-5), name
-    one, other = load_model(tmp_path / "out").state_dict(), load_model(alone.output).state_dict()
-    for name, tensor in one.items():
-        assert torch.allclose(tensor, other[name], atol=1e-4), name
+    reference = load_model(one).state_dict()
+    for name, tensor in load_model(two).state_dict().items():
+        assert torch.allclose(tensor, reference[name], atol=1e-4), name
 
 
-def test_sharded_checkpoints_load_on_another_number_of_processes(write_recipe, tmp_path):
-    """Two processes, then one, then two; and merged to a model that one process can use."""
-    changes = GENTLE | {"optimization__steps": 20, "log_steps": 1, "save_steps": 5, "keep_checkpoints": 4}
-    alone = load_recipe(write_recipe(**changes, output=str(tmp_path / "alone")))
-    train(alone, progress=False)
-    path = write_recipe(**changes, optimization__batch_size=2, distributed={"sharding": "full"})
-    finish(launch(path))
-    saved = {step_of(checkpoint): checkpoint for checkpoint in checkpoints(tmp_path / "out")}
-    assert sorted(file.name for file in saved[15].glob("*.safetensors")) == [
+def test_hybrid_sharding_and_bf16(alone, pairs):
+    (one, _), (hybrid, _), (bf16, _) = alone["learned"], pairs["learned", "hybrid"], pairs["learned", "bf16"]
+    assert logged(hybrid) == pytest.approx(logged(one), abs=1e-5)
+    assert logged(bf16) == pytest.approx(logged(one), abs=0.05)
+
+
+def test_what_two_processes_can_not_do(pairs):
+    for (name, how), message in [(("no", "offload"), "cpu_offload needs GPUs"),
+                                 (("no", "replicas"), "replicas=3 does not divide 2")]:  # fmt: skip
+        folder, summary = pairs[name, how]
+        assert message in summary["error"]
+        assert not folder.exists()
+
+
+def test_sharded_checkpoints_load_on_another_number_of_processes(alone, pairs, tmp_path):
+    """Of two processes, on one; and merged to a model that one process can use."""
+    (one, _), (two, _) = alone["learned"], pairs["learned", "full"]
+    copy = shutil.copytree(two, tmp_path / "copy")
+    saved = copy / "checkpoint-9"
+    assert sorted(file.name for file in saved.glob("*.safetensors")) == [
         "model-1-of-2.safetensors", "model-2-of-2.safetensors", "optimizer-1-of-2.safetensors",
         "optimizer-2-of-2.safetensors", "optimizer.safetensors",
     ]  # fmt: skip
-    merged = tmp_path / "merged"
-    subprocess.run(
-        [sys.executable, "-m", "pldr", "merge", str(saved[15]), str(merged)], check=True, capture_output=True
-    )
-    reference = load_model(Path(alone.output) / "checkpoint-15").state_dict()
-    for name, tensor in load_model(merged).state_dict().items():
+    merge_checkpoint(saved, tmp_path / "merged")
+    reference = load_model(one / "checkpoint-9").state_dict()
+    for name, tensor in load_model(tmp_path / "merged").state_dict().items():
         assert torch.allclose(tensor, reference[name], atol=1e-4), name
 
-    expected = losses(alone.output)
+    recipe = load_recipe(two.with_suffix(".yaml"), [f"output={copy}"])
     with pytest.raises(ValueError, match=r"sequences a step was 4 .* and is 2 now"):
-        train(load_recipe(path), resume=saved[15], progress=False)
-    # The same global batch on one process.
-    train(load_recipe(path, ["optimization.batch_size=4"]), resume=saved[15], progress=False)
-    assert losses(tmp_path / "out") == pytest.approx(expected, abs=1e-5)
-
-
-def test_hybrid_sharding_and_offload(write_recipe, tmp_path):
-    """Two replicas of one shard each: the code path, on two processes."""
-    changes = GENTLE | {"optimization__steps": 12, "log_steps": 1}
-    alone = load_recipe(write_recipe(**changes, output=str(tmp_path / "alone")))
-    train(alone, progress=False)
-    path = write_recipe(**changes, optimization__batch_size=2, distributed={"sharding": "hybrid", "replicas": 2},
-                        save_steps=3)  # fmt: skip
-    finish(launch(path))
-    assert losses(tmp_path / "out") == pytest.approx(losses(alone.output), abs=1e-5)
-    path = write_recipe(**changes, output=str(tmp_path / "other"), optimization__batch_size=2,
-                        distributed={"sharding": "full"}, optimization__clip_value=None, optimization__clip_norm=1.0,
-                        optimization__precision="bf16")  # fmt: skip
-    finish(launch(path))
-    assert losses(tmp_path / "other") == pytest.approx(losses(alone.output), abs=0.05)
-    for settings, message in [({"sharding": "full", "cpu_offload": True}, "cpu_offload needs GPUs"),
-                              ({"sharding": "hybrid", "replicas": 3}, "replicas=3 does not divide 2")]:  # fmt: skip
-        run = launch(write_recipe(**changes, output=str(tmp_path / "no"), distributed=settings))
-        assert message in run.communicate(timeout=120)[1]
-        assert run.returncode == 1
-        assert not (tmp_path / "no").exists()
+        train(recipe, resume=saved, progress=False)
+    recipe.optimization.batch_size = 4  # the same global batch on one process
+    train(recipe, resume=saved, progress=False)
+    assert logged(copy) == pytest.approx(logged(one), abs=1e-5)
 
 
 def test_sigterm_to_both_saves_one_checkpoint(write_recipe, tmp_path):
-    path = write_recipe(optimization__steps=5000, optimization__batch_size=2, distributed={"sharding": "full"})
-    run = launch(path)
-    log = tmp_path / "out" / "log.jsonl"
-    while not log.is_file() or '"loss"' not in log.read_text():
-        assert run.poll() is None, run.communicate()[1]
-        time.sleep(0.1)
-    run.send_signal(signal.SIGTERM)
-    _, errors = run.communicate(timeout=120)
+    """Which two processes that share nothing then go on from, to the end."""
+    changes = {"optimization__steps": 60, "optimization__batch_size": 2, "log_steps": 1}
+    out = tmp_path / "out"
+    with launched("-m", "pldr", "train", write_recipe(**changes, distributed={"sharding": "full"})) as run:
+        while not (out / "log.jsonl").is_file() or not logged(out):
+            assert run.poll() is None, run.communicate()[1]
+            time.sleep(0.02)
+        run.send_signal(signal.SIGTERM)
+        _, errors = run.communicate(timeout=120)
     assert "stopped by SIGTERM" in errors
-    (saved,) = checkpoints(tmp_path / "out")
-    path = write_recipe(optimization__steps=5000, optimization__batch_size=2, distributed={"sharding": "none"})
-    resumed = launch(path, "--resume")
-    while step_of(checkpoints(tmp_path / "out")[0]) == step_of(saved):
-        assert resumed.poll() is None, resumed.communicate()[1]
-        if losses(tmp_path / "out")[-1:] and json.loads(log.read_text().splitlines()[-1])["step"] > step_of(saved):
-            break
-        time.sleep(0.1)
-    resumed.kill()
-    resumed.communicate()
+    (saved,) = checkpoints(out)
+    assert logged(out, "step") == list(range(1, step_of(saved) + 1))
+    assert step_of(saved) < 60
+    with launched("-m", "pldr", "train", write_recipe(**changes, distributed={"sharding": "none"}), "--resume") as run:
+        finish(run)
+    assert logged(out, "step") == list(range(1, 61))
+    assert load_model(out).config.operator == "learned"

@@ -1,4 +1,6 @@
+import ast
 import dataclasses
+import inspect
 import json
 import math
 from functools import partial
@@ -8,6 +10,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from transformers import Trainer
 
 from helpers import TINY
 from pldr import dag_loss, deductive_outputs, freeze, load_model, load_tokenizer
@@ -449,6 +452,58 @@ class TestTrain:
         assert "exists and is not empty" in message(output=str(tmp_path / "full"))
         assert "is a file" in message(output=str(tmp_path / "full" / "file"))
         assert (tmp_path / "full" / "file").read_text() == "keep me"
+
+
+OVERRIDES = [
+    "_get_grad_norm", "_get_output_dir", "_load_from_checkpoint", "_load_optimizer_and_scheduler", "_save_checkpoint",
+    "_save_optimizer_and_scheduler", "_wrap_model", "compute_loss", "create_optimizer", "evaluate",
+    "get_decay_parameter_names", "get_train_dataloader", "log", "save_model", "training_step",
+]  # fmt: skip
+
+
+class TestTheInstalledTrainer:
+    """What `PldrTrainer` replaces in transformers' Trainer, much of it private, is still there and used in the same way."""
+
+    SOURCE = ast.parse(inspect.getsource(inspect.getmodule(Trainer)))
+
+    def test_the_list_is_complete(self):
+        ours = {name for name, value in vars(PldrTrainer).items() if inspect.isfunction(value)}
+        assert sorted(ours & {*dir(Trainer)} - {"__init__"}) == OVERRIDES
+
+    @pytest.mark.parametrize("name", OVERRIDES)
+    def test_it_calls_what_we_override(self, name):
+        ours = inspect.signature(getattr(PldrTrainer, name))
+        theirs = inspect.signature(getattr(Trainer, name))  # AttributeError: the method is gone
+        named = [p.name for p in ours.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+        assert named == [*theirs.parameters][: len(named)], f"{name}: the Trainer's parameters are {theirs}"
+        calls = [node for node in ast.walk(self.SOURCE)
+                 if isinstance(node, ast.Call) and ast.unparse(node.func) == f"self.{name}"]  # fmt: skip
+        assert calls, f"{name}: the Trainer no longer calls it"
+        for call in calls:
+            if not any(isinstance(argument, ast.Starred) for argument in call.args):
+                try:
+                    ours.bind(None, *call.args, **{word.arg: word.value for word in call.keywords if word.arg})
+                except TypeError as error:
+                    pytest.fail(f"{name}: the Trainer calls {ast.unparse(call)}: {error}")
+
+    @pytest.mark.parametrize("name", ["_tr_loss", "_globalstep_last_logged"])
+    def test_sums_are_set_before_a_training_begins(self, name):
+        """Where `Stops.on_train_begin` then restores them; and they are what the log lines are made of."""
+        functions = [node for node in ast.walk(self.SOURCE) if isinstance(node, ast.FunctionDef)]
+        (loop,) = [
+            f for f in functions if "callback_handler.on_train_begin(" in ast.unparse(f) and f.name != "__init__"
+        ]
+        lines = ast.unparse(loop).splitlines()
+        (begin,) = [row for row, line in enumerate(lines) if "callback_handler.on_train_begin(" in line]
+        resets = [row for row, line in enumerate(lines) if line.strip().startswith(f"self.{name} = ")]
+        assert resets, f"{name}: the Trainer does not set it where a training begins"
+        assert max(resets) < begin, f"{name}: the Trainer resets it after on_train_begin"
+        assert ast.unparse(self.SOURCE).count(f"self.{name}") > 2, f"{name}: the Trainer no longer reads it"
+
+    def test_the_number_of_devices_can_be_set(self, write_recipe, tmp_path):
+        arguments = training_arguments(load_recipe(write_recipe()), tmp_path)
+        arguments._n_gpu = 7
+        assert arguments.n_gpu == 7
 
 
 class TestWholeFolder:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from transformers.initialization import no_init_weights
 
 from pldr.checkpoints.load import check_tensors, read_config
-from pldr.files import check_output, read_sums, sha256, whole_folder, write_sums
+from pldr.files import check_output, read_sums, sha256, sync, whole_folder, write_sums
 from pldr.modeling_pldr import PldrForCausalLM
 from pldr.tokenizer import load_tokenizer
 
@@ -47,24 +47,15 @@ def commit_checkpoint(partial: Path, checkpoint: Path, keep: int) -> None:
     """
     written = [path for path in partial.rglob("*") if path.is_file()]
     write_sums(partial, written, SUMS)
-    for path in (*written, partial / SUMS, partial):
-        _to_disk(path)
+    for path in (*written, partial):
+        sync(path)
     os.replace(partial, checkpoint)
-    _to_disk(checkpoint.parent)
+    sync(checkpoint.parent)
     for old in checkpoints(checkpoint.parent)[keep:]:
         # Out of sight first: what is half removed must not look like a checkpoint.
         os.replace(old, old.with_name(f".{old.name}.old"))
     for hidden in checkpoint.parent.glob(".checkpoint-*.old"):  # those of a killed run too
         shutil.rmtree(hidden)
-
-
-def _to_disk(path: Path) -> None:
-    """Make sure that a file's content, or the names in a folder, survive a loss of power."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def abandon_newer(checkpoint: Path) -> None:
