@@ -21,7 +21,7 @@ from pldr.training.run import train
 
 pytestmark = pytest.mark.slow
 
-# The rounding of sums differs between one process and two. A high rate at the start amplifies that, a usual one does not.
+# The rounding of sums differs between one process and two. A high rate from the start on amplifies that.
 SHARED = {"optimization__learning_rate": 1e-5, "optimization__warmup_steps": 2, "log_steps": 1, "eval_steps": 6}
 VARIANTS = {
     "dag": {"optimization__dag_G_LM": 0.1},
@@ -45,7 +45,7 @@ PAIRS = {
     ("no", "replicas"): {"distributed": {"sharding": "hybrid", "replicas": 3}},
 }  # fmt: skip
 
-# All runs of two processes in one start of them. What ends in an error does so in both, before they wait for each other.
+# All runs of two processes in one start of them. An error comes in both, before they wait for each other.
 TRAIN_ALL = """
 import json, os, sys
 from pldr.recipe import load_recipe

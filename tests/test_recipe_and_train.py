@@ -462,7 +462,7 @@ OVERRIDES = [
 
 
 class TestTheInstalledTrainer:
-    """What `PldrTrainer` replaces in transformers' Trainer, much of it private, is still there and used in the same way."""
+    """What `PldrTrainer` replaces in transformers' Trainer, much of it private, is still there and called alike."""
 
     SOURCE = ast.parse(inspect.getsource(inspect.getmodule(Trainer)))
 

@@ -22,8 +22,8 @@ class ModelRecipe:
     Attributes:
         preset: a published model's name; its shape is the starting point.
         config: fields of PldrConfig that differ from the preset or the defaults.
-        G_LM: a predefined operator for operator="constant": a file (.safetensors or .pkl), or a folder with a model that
-            has a constant one.
+        G_LM: a predefined operator for operator="constant": a file (.safetensors or .pkl), or a folder with a model
+            that has a constant one.
     """
 
     preset: str | None = None
@@ -53,8 +53,8 @@ class DataRecipe:
             "padded": so within groups of 3,200 documents, the last sequence of a group filled with [PAD];
             "unpadded": the same, that sequence left short.
         streaming: tokenise the training data as it is read, again in every pass, rather than once into the cache.
-        shuffle_buffer: documents that a streamed pass is mixed through, fewer where they are long (64 million characters at
-            most are held); 0 keeps their order. Data that is not streamed is shuffled as a whole.
+        shuffle_buffer: documents that a streamed pass is mixed through, fewer where they are long (64 million
+            characters at most are held); 0 keeps their order. Data that is not streamed is shuffled as a whole.
         workers: processes that load data beside each training process.
         strict: refuse bad rows (no text, empty, not valid UTF-8) rather than skip and count them.
         cache: folder for tokenised data; None for $PLDR_CACHE or ~/.cache/pldr.
@@ -135,8 +135,8 @@ class DistributedRecipe:
     """How several processes share a run (started by torchrun or accelerate launch). One process ignores it.
 
     Attributes:
-        sharding: "none": every process holds the whole model (DDP); "full": weights, gradients and optimiser are cut among
-            all processes (FSDP2); "hybrid": cut within each of `replicas` groups.
+        sharding: "none": every process holds the whole model (DDP); "full": weights, gradients and optimiser are cut
+            among all processes (FSDP2); "hybrid": cut within each of `replicas` groups.
         replicas: groups of hybrid sharding; as many as there are machines, usually.
         cpu_offload: keep sharded weights and optimiser in host memory.
     """
@@ -154,8 +154,8 @@ class Recipe:
         output: folder of the trained model.
         seed: of initialisation and data order.
         log_steps: steps between two log lines.
-        eval_steps: steps between two evaluations on the validation data, None for one at the end. With a learned operator
-            each also measures how far G_LM varies over passages, the loss with G_LM frozen, and the DAG losses.
+        eval_steps: steps between two evaluations on the validation data, None for one at the end. With a learned
+            operator each also measures how far G_LM varies over passages, the loss with G_LM frozen, and the DAG losses.
         save_steps: steps between two checkpoints, None for none but that of an interruption or a hand-off.
         keep_checkpoints: how many of the newest are kept.
         report_to: where else numbers go: any of tensorboard, wandb, trackio.
@@ -263,16 +263,16 @@ def find_recipe(name: str | os.PathLike[str]) -> Path:
 def load_recipe(name: str | os.PathLike[str], overrides: list[str] | None = None) -> Recipe:
     """Read a recipe.
 
-    A recipe may say ``base: NAME``, a file beside it or a recipe by name: its sections are then merged over those of its
-    base, key by key; lists are replaced.
+    A recipe may say ``base: NAME``, a file beside it or a recipe by name: its sections are then merged over those of
+    its base, key by key; lists are replaced.
 
     Args:
         name: see `find_recipe`.
         overrides: "key=value" pairs with dotted keys, such as "optimization.steps=100"; values are YAML.
 
     Raises:
-        ValueError: not YAML, an unknown key, a missing key, a value of the wrong type or one that can not be, named with
-            its place; a recipe that is its own base.
+        ValueError: not YAML, an unknown key, a missing key, a value of the wrong type or one that can not be, named
+            with its place; a recipe that is its own base.
         FileNotFoundError: there is no such recipe, or no such base.
     """
     import yaml
@@ -358,7 +358,8 @@ def _parse(kind: Any, value: Any, place: str) -> Any:
             if required and name not in value:
                 raise ValueError(f"{where}: missing key {name!r}")
         prefix = f"{place}." if place else ""
-        return kind(**{key: _parse(hints[key], item, prefix + key) for key, item in value.items()})  # type: ignore[operator]
+        parsed = {key: _parse(hints[key], item, prefix + key) for key, item in value.items()}
+        return kind(**parsed)  # type: ignore[operator]
     if isinstance(kind, types.UnionType):
         options = [option for option in typing.get_args(kind) if option is not type(None)]
         return None if value is None else _parse(options[0], value, place)

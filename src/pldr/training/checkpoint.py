@@ -131,7 +131,7 @@ def save_tensors(tensors: dict[str, torch.Tensor], folder: Path, kind: str, *, r
 
 
 def _shard_place(tensor: torch.Tensor) -> tuple[int, int, bool] | None:
-    """Of a distributed tensor: the index of this rank's shard, their number, and whether this rank's copy is written."""
+    """Of a distributed tensor: index of this rank's shard, number of shards, whether this rank's copy is written."""
     if not hasattr(tensor, "device_mesh"):
         return None
     mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]

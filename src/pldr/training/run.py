@@ -57,8 +57,8 @@ def train(
 
     Returns:
         steps, tokens, left_out_tokens (of the last partial sequence), seconds and tokens_per_second (of this call),
-        train_loss, train_accuracy and, with such data, validation_loss, validation_accuracy, test_loss and test_accuracy
-        (nats per token and fractions, with G_LM learned: computed from each full sequence).
+        train_loss, train_accuracy and, with such data, validation_loss, validation_accuracy, test_loss and
+        test_accuracy (nats per token and fractions, with G_LM learned: computed from each full sequence).
 
     Raises:
         ValueError, OSError: a recipe, data, checkpoint or output folder that can not work, before any training; a disk
@@ -327,7 +327,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> PldrForCa
 
 @contextlib.contextmanager
 def _run_folder(output: Path, start: Path | None, process: PartialState) -> Iterator[Path]:
-    """The output folder. One that is overwritten is set aside, and comes back if the run leaves nothing to go on from."""
+    """The output folder. One that is overwritten comes back if the run leaves nothing to go on from."""
     aside = None
     made: list[Path] = []  # folders above it that were not there
     if process.is_main_process:

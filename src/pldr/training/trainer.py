@@ -85,7 +85,7 @@ def dag_coefficients(optimization: OptimizationRecipe) -> dict[str, float]:
 def shard(model: PldrForCausalLM, recipe: DistributedRecipe, device: torch.device) -> None:
     """Cut a model's parameters among the processes (FSDP2), in place: layer by layer, the head and the rest.
 
-    Parameters stay float32; a step in bf16 runs under autocast, as in one process, because the power law needs its range.
+    Parameters stay float32, whose range the power law needs; a step in bf16 runs under autocast, as in one process.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
@@ -304,9 +304,8 @@ class PldrTrainer(Trainer):
                 sums += torch.stack((outputs.loss, (outputs.accuracy * targets).nan_to_num(), targets)).double()
             loss, correct, targets = self.accelerator.reduce(sums, "sum").tolist()
             if not math.isfinite(loss):
-                raise FloatingPointError(
-                    f"the held-out loss became {loss} at step {self.state.global_step}; {self._last_checkpoint()}; {ADVICE}"
-                )
+                where = f"step {self.state.global_step}; {self._last_checkpoint()}"
+                raise FloatingPointError(f"the held-out loss became {loss} at {where}; {ADVICE}")
             metrics = {
                 f"{metric_key_prefix}_loss": loss / targets,
                 f"{metric_key_prefix}_accuracy": correct / targets,
