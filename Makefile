@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 # Workers side by side, one thread each (tests/conftest.py); a file's tests stay together, and so do its fixtures.
 WORKERS := -n logical --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test test-slow test-all test-oldest test-core wheel lint format clean
+.PHONY: demo test test-slow test-all test-oldest test-core wheel lint format environments clean
 
 demo: .venv/installed
 	$(BIN)/pldr demo
@@ -45,7 +45,9 @@ format: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The environments: each has PACKAGES at the versions that VERSIONS holds. torch comes first and by its exact version, in
+environments: .venv/installed .ci/envs/oldest/installed .ci/envs/core/installed
+
+# Each environment has PACKAGES at the versions that VERSIONS holds. torch comes first and by its exact version, in
 # whatever build the index serves for this machine (see CONTRIBUTING.md).
 .venv/installed: VERSIONS := constraints-dev.txt
 .venv/installed: PACKAGES := --editable '.[dev]'

@@ -1,4 +1,4 @@
-"""Compare what a wheel holds with .ci/wheel.txt: `python .ci/check_wheel.py dist/pldr-….whl` fails on a file too many or too few."""
+"""`python .ci/check_wheel.py dist/pldr-….whl`: does the wheel hold what .ci/wheel.txt says, no file more and none less?"""
 
 import sys
 import zipfile

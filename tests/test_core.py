@@ -1,4 +1,4 @@
-"""What an installation without extras does. `make test-core` runs this file in one, which the wheel alone was installed in."""
+"""What an installation without extras does: `make test-core` runs this file where the wheel alone was installed."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""What is handed out: the wheel, its metadata, what an import costs, and that CI and the workflows call what there is."""
+"""What is handed out: the wheel and its metadata; what an import costs; what CI and the workflows call."""
 
 import importlib.metadata
 import re
@@ -19,6 +19,8 @@ import pldr
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+WORKFLOW = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text(encoding="utf-8"))
+MATRIX = WORKFLOW["jobs"]["make"]["strategy"]["matrix"]
 
 
 def lines(file):
@@ -53,7 +55,8 @@ class TestWheel:
         done = subprocess.run([*check, str(other)], capture_output=True, text=True)
         assert done.returncode == 1
         assert done.stdout.splitlines() == [
-            "too many: start_up.pth", "too few: pldr/py.typed", "too few: pldr/cache.py", "too few: pldr/recipes/laptop.yaml",
+            "too many: start_up.pth", "too few: pldr/py.typed",
+            "too few: pldr/cache.py", "too few: pldr/recipes/laptop.yaml",
         ]  # fmt: skip
 
     def test_one_version(self, wheel):
@@ -120,15 +123,15 @@ class TestVersions:
         assert [canonicalize_name(pin.name) for pin in pins] == list(bounds)
         for pin in pins:
             assert pin.specifier.contains(bounds[canonicalize_name(pin.name)]), pin
-        assert f"torch: torch=={torch}" in (ROOT / ".github" / "workflows" / "tests.yml").read_text(encoding="utf-8")
+        (oldest,) = (entry for entry in MATRIX["include"] if entry["target"] == "test-oldest")
+        assert Requirement(oldest["torch"]).specifier.contains(torch)
 
     def test_torch_is_one_version_in_development(self):
         assert f"TORCH ?= {next(iter(lines(ROOT / 'constraints-dev.txt')))}\n" in MAKEFILE
 
     def test_pythons(self):
         named = [name.split(" :: ")[-1] for name in PROJECT["classifiers"] if " :: Python :: 3." in name]
-        workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text(encoding="utf-8"))
-        assert named == workflow["jobs"]["make"]["strategy"]["matrix"]["python"]
+        assert named == MATRIX["python"]
         assert PROJECT["requires-python"] == f">={named[0]}"
 
 
@@ -143,11 +146,9 @@ class TestRepository:
         targets = set(re.search(r"^\.PHONY: (.*)$", MAKEFILE, re.MULTILINE)[1].split())
         assert all(re.search(rf"^{target}:", MAKEFILE, re.MULTILINE) for target in targets)
         script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-        tests = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text(encoding="utf-8"))
-        matrix = tests["jobs"]["make"]["strategy"]["matrix"]
         release = (ROOT / ".github" / "workflows" / "release.yml").read_text(encoding="utf-8")
         called = re.search(r"for target in (.*); do", script)[1].split()
-        in_matrix = {*matrix["target"], *(entry["target"] for entry in matrix["include"])}
+        in_matrix = {*MATRIX["target"], *(entry["target"] for entry in MATRIX["include"])}
         assert set(called) == in_matrix
         assert in_matrix | set(re.findall(r"run: make (\S+)", release)) <= targets
 
