@@ -2,7 +2,7 @@
 
     python benchmarks/bench_data.py BOOKS.jsonl.xz [--output FILE]
 
-The books are repeated until the JSON-lines file has the size; the tokenizer is that of the model that comes along. Each
+The books are repeated until the JSON-lines file has the size; the tokenizer is that of the model that ships with pldr. Each
 measurement is a process of its own: 200 sequences of 1,024 tokens are read as the data loader does, spread over all data.
 """
 

@@ -6,7 +6,7 @@ DATA_DIR holds the task's published files (docs/evaluation.md). Before anything 
 forwards too: a benchmark of other log-likelihoods stops there. `--plain` says on how many questions the plain forwards are
 timed; their time for all questions is in proportion to the tokens.
 
-The target: the whole of PIQA, 1,838 questions, with the model that comes with the package, in three minutes on two cores.
+The target: the whole of PIQA, 1,838 questions, with the model that ships with pldr, in three minutes on two cores.
 """
 
 import argparse

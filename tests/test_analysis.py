@@ -326,7 +326,7 @@ class TestCommand:
         expected = torch.linalg.slogdet(G_LM.double()).logabsdet / math.log(10)
         actual = json.loads(out)["tensors"]["G_LM"]["log10_determinant"]
         assert_close(torch.tensor(actual, dtype=torch.float64), expected, max_error=1e-9)
-        fails(run("inspect", file, "text.txt"), "holds a tensor, with which go no data")
+        fails(run("inspect", file, "text.txt"), "holds a tensor alone: no data")
         fails(run("inspect", file, "--rope", "halves"), "no options but --json and --html")
         G_LM[1, 2, 0, 0] = math.nan
         save_file({"G_LM": G_LM}, file)

@@ -130,8 +130,8 @@ class TestPredefinedG:
     @pytest.mark.parametrize(
         ("content", "message"),
         [
-            (pickle.dumps([1, 2]), "not one tensor a layer"),
-            (pickle.dumps([]), "not one tensor a layer"),
+            (pickle.dumps([1, 2]), "not one tensor per layer"),
+            (pickle.dumps([]), "not one tensor per layer"),
             (pickle.dumps([torch.zeros(4, 4)]), "must be .layers, heads"),
             (pickle.dumps({"a": print}), "refused to load builtins.print"),
             (b"not a pickle", "not a pickle of tensors alone"),
@@ -372,7 +372,7 @@ class TestStrictness:
     @pytest.mark.parametrize("content", [5, None, [()], {"a": 1}, torch.tensor(1.0), [torch.tensor(1.0)], ["ab"]])
     def test_nonsense_in_an_operator_file(self, tmp_path, content):
         (tmp_path / "G.pkl").write_bytes(pickle.dumps(content))
-        with pytest.raises(ValueError, match=r"not one tensor a layer|must be \[layers"):
+        with pytest.raises(ValueError, match=r"not one tensor per layer|must be \[layers"):
             load_predefined_G(tmp_path / "G.pkl")
 
     def test_a_pickle_gets_no_hold_of_live_functions(self, tmp_path):

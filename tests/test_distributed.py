@@ -172,7 +172,7 @@ def test_sharded_checkpoints_load_on_another_number_of_processes(alone, pairs, t
         assert torch.allclose(tensor, reference[name], atol=1e-4), name
 
     recipe = load_recipe(two.with_suffix(".yaml"), [f"output={copy}"])
-    with pytest.raises(ValueError, match=r"sequences a step was 4 .* and is 2 now"):
+    with pytest.raises(ValueError, match=r"sequences per step was 4 .* and is 2 now"):
         train(recipe, resume=saved, progress=False)
     recipe.optimization.batch_size = 4  # the same global batch on one process
     train(recipe, resume=saved, progress=False)

@@ -57,7 +57,7 @@ def _version(
 
 @_verb('generate "Once upon a time there was" --stream --temperature 0.8')
 def generate(
-    model: Annotated[str, Argument(help="Model folder or .pth file; with no prompt, the text for our own model.")],
+    model: Annotated[str, Argument(help="Model folder or .pth file; or, alone, the text to continue with our own.")],
     prompt: Annotated[str | None, Argument(help="Text to continue; - reads it from standard input.")] = None,
     max_new_tokens: Annotated[int | None, Option(help="Most tokens to add; 64 by default.")] = None,
     cache: Annotated[str, Option(help="What to keep between tokens: kv+g, kv, g or none.")] = "kv+g",
@@ -119,7 +119,7 @@ def train(
     strict: Strict = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train a model from a recipe: alone, or in each process of torchrun or accelerate launch."""
+    """Train a model from a recipe: in one process, or in each of torchrun or accelerate launch."""
     if sum((overwrite, resume, resume_from is not None)) > 1:
         raise ValueError("--overwrite, --resume and --resume-from: choose one")
     from pldr.files import require
@@ -206,7 +206,7 @@ def freeze(
     model: Model,
     destination: Annotated[Path, Argument(help="Folder to write.")],
     prompt: Annotated[list[str] | None, Option(help="Text to compute G_LM from; may be repeated.")] = None,
-    prompts_file: Annotated[Path | None, Option(help="File of such texts, one a line.")] = None,
+    prompts_file: Annotated[Path | None, Option(help="File of such texts, one per line.")] = None,
     g_lm: OperatorFile = None,
     trainable: Annotated[bool, Option("--trainable", help="Make G_LM a parameter, to train on with.")] = False,
     tokenizer: Tokenizer = None,
@@ -245,7 +245,7 @@ def info(model: Model, rope: Rope = None, g_lm: OperatorFile = None, as_json: As
 def inspect(
     model: Annotated[Path, Argument(help="Model folder or .pth file, or a G_LM (.safetensors, .pkl).")],
     data: Annotated[
-        list[str] | None, Argument(help="Text files or patterns, hub:NAME; else what ships with pldr.")
+        list[str] | None, Argument(help="Text files or patterns, hub:NAME; else excerpts that ship with pldr.")
     ] = None,
     passages: Annotated[int | None, Option(help="Passages to look at; 32, or as many as there are.")] = None,
     length: Length = None,
@@ -311,7 +311,7 @@ def reproduce(
     train_data: Annotated[list[str] | None, Option("--train", help="Training text; may be repeated.")] = None,
     validation: Annotated[list[str] | None, Option(help="Held-out text; may be repeated.")] = None,
     tokenizer: Tokenizer = None,
-    model: Annotated[Path | None, Option(help="Of caching and transfer; else the one here.")] = None,
+    model: Annotated[Path | None, Option(help="Of caching and transfer; else the one that ships with pldr.")] = None,
     parallel: Annotated[int, Option(help="Runs at once.")] = 1,
     device: Annotated[str, Option(help="Where models are measured.")] = "cpu",
 ) -> None:
@@ -344,7 +344,7 @@ def evaluate(
     window: Annotated[int | None, Option(help="Tokens of the perplexity's window; else the context.")] = None,
     stride: Annotated[int | None, Option(help="Tokens by which it moves; else half of it.")] = None,
     calibration: Annotated[
-        list[str] | None, Option(help="Text to freeze G_LM from; else what ships with pldr.")
+        list[str] | None, Option(help="Text to freeze G_LM from; else excerpts that ship with pldr.")
     ] = None,
     text_column: Annotated[str, Option(help="Of that text, if it has columns.")] = "text",
     threshold: Annotated[float, Option(help="Nats by which modes may differ without a warning.")] = 0.01,
@@ -355,7 +355,7 @@ def evaluate(
     dtype: Dtype = "float32",
     as_json: AsJson = False,
 ) -> None:
-    """Benchmarks and perplexity of a model, with G_LM frozen, cached or learned anew from every text."""
+    """Benchmarks and perplexity of a model, with G_LM frozen, cached or learned from every text."""
     if bool(files) != perplexity:
         raise ValueError("--perplexity: needs text files, and they need it: pldr eval MODEL --perplexity FILE ...")
     _quiet()
@@ -391,7 +391,7 @@ def plot(
 @_verb("demo")
 def demo(
     output: Annotated[Path, Option(help="Folder for the model, the picture and the table.")] = Path("demo-output"),
-    train: Annotated[bool, Option("--train", help="Also train a small model here, and compare it too.")] = False,
+    train: Annotated[bool, Option("--train", help="Also train a small model, and compare that too.")] = False,
     recipe: Annotated[str, Option(help="What --train trains.")] = "demo-cpu",
     as_json: AsJson = False,
 ) -> None:

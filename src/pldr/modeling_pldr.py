@@ -482,7 +482,7 @@ class PldrForCausalLM(PldrPreTrainedModel, GenerationMixin):
         position_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, torch.Tensor | None]:
-        """Called by `generate` once a step for static caches, outside the compiled forward."""
+        """Called by `generate` once per step for static caches, outside the compiled forward."""
         return create_masks(config, inputs_embeds, attention_mask, past_key_values, position_ids)
 
     def _prepare_cache_for_generation(

@@ -89,7 +89,7 @@ class OptimizationRecipe:
 
     Attributes:
         steps: optimiser steps.
-        batch_size: sequences a step on each process, before accumulation.
+        batch_size: sequences per step on each process, before accumulation.
         accumulation: batches that one step sums over.
         learning_rate: peak rate.
         warmup_steps: steps of linear warm-up.

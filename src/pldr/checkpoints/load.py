@@ -185,10 +185,10 @@ def load_predefined_G(path: str | os.PathLike[str]) -> torch.Tensor:
     layers = _read_safetensors_G(path) if path.suffix == ".safetensors" else read_pickled_tensors(path)
     rows = isinstance(layers, (list, tuple)) or (isinstance(layers, torch.Tensor) and layers.dim() > 0)
     if not rows or not all(isinstance(row, (torch.Tensor, list, tuple)) for row in layers):
-        raise ValueError(f"{path}: not one tensor a layer")
+        raise ValueError(f"{path}: not one tensor per layer")
     picked = [layer[-1] if isinstance(layer, (tuple, list)) and layer else layer for layer in layers]
     if not picked or not all(isinstance(layer, torch.Tensor) for layer in picked):
-        raise ValueError(f"{path}: not one tensor a layer")
+        raise ValueError(f"{path}: not one tensor per layer")
     squeezed = [layer[0] if layer.dim() == 4 and layer.shape[0] == 1 else layer for layer in picked]
     if any(layer.dim() != 3 or layer.shape != squeezed[0].shape for layer in squeezed):
         raise ValueError(f"{path}: G_LM must be [layers, heads, head_dim, head_dim]")

@@ -48,7 +48,7 @@ class PldrLM(TemplateLM):
     Args:
         pretrained: folder in any layout, or `.pth` file; or a scorer, to which a `tokenizer` belongs, and no other argument.
         operator: "frozen" (default), "cached" or "learned"; a constant operator is always "frozen".
-        calibration: text file or pattern that a learned operator is frozen from; by default what comes with the package.
+        calibration: text file or pattern that a learned operator is frozen from; by default what ships with pldr.
         tokenizer: folder or SentencePiece file, if not in the model folder, or a tokenizer.
         batch_size: sequences of a batch; "auto" fills batches by their number of tokens.
         max_batch_size: taken for the harness's sake; "auto" has no need of it.
@@ -427,7 +427,7 @@ def _log_likelihoods(sample: dict[str, Any]) -> list[float]:
 
 
 def _answer(task: Any, sample: dict[str, Any]) -> Any:
-    """What the model answered: its choices, by log-likelihood (acc) and by that a character (acc_norm); or its text."""
+    """What the model answered: its choices, by log-likelihood (acc) and by that per character (acc_norm); or its text."""
     found = [responses[0] for responses in sample["resps"]]
     if isinstance(found[0], str):
         return found

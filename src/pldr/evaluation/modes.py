@@ -76,7 +76,7 @@ def model_in_mode(model: PldrForCausalLM, mode: str, calibration: torch.Tensor |
 
 
 def cache_settings(mode: str) -> dict[str, bool]:
-    """Of `generate`, so that it takes G_LM from where the mode does: a learned one is computed anew for every token."""
+    """Of `generate`, so that it takes G_LM from where the mode does: a learned one comes from all tokens so far, every time."""
     return {"use_cache": mode != "learned", "use_g_cache": mode != "learned"}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from pldr.files import read_text
 
-# Task of the harness to the metric that counts: accuracy by log-likelihood a character where the task has it.
+# Task of the harness to the metric that counts: accuracy by log-likelihood per character where the task has it.
 PAPER_SUITE = {
     "arc_easy": "acc_norm",
     "arc_challenge": "acc_norm",

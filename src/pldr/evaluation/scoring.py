@@ -204,7 +204,7 @@ def _score(logits: torch.Tensor, continuation: Sequence[int]) -> Score:
 def read_calibration(
     tokenizer: Any, context: int, files: Sequence[str] | None = None, text_column: str = "text"
 ) -> torch.Tensor:
-    """Passages to freeze G_LM from, [C, T]: of these files, or of the excerpts that come with the package.
+    """Passages to freeze G_LM from, [C, T]: of these files, or of the excerpts that ship with pldr.
 
     Raises:
         ValueError, FileNotFoundError: see `pldr.data.read_passages`.

@@ -58,7 +58,7 @@ def inspect(
     ):
         if any((data, passages, length, tokenizer, rope, g_lm, device not in (None, "cpu"), dtype != "auto")):
             raise ValueError(
-                f"inspect: {model} holds a tensor, with which go no data and no options but --json and --html"
+                f"inspect: {model} holds a tensor alone: no data and no options but --json and --html go with it"
             )
         analysis = replace(analyse_operator(load_predefined_G(model)), model=str(model))
     else:

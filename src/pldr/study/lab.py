@@ -314,7 +314,7 @@ def is_healthy(found: dict[str, Any]) -> bool:
 
 @torch.no_grad()
 def mean_loss(model: PldrForCausalLM, rows: torch.Tensor) -> float:
-    """Over every target, nats a token."""
+    """Over every target, nats per token."""
     step = max(1, 4096 // rows.shape[1])
     losses = [(float(model(part, labels=part, use_cache=False).loss), len(part)) for part in rows.split(step)]
     return sum(loss * count for loss, count in losses) / len(rows)
@@ -331,7 +331,7 @@ def default_data(size: str, *, held_out: bool = False) -> dict[str, Any]:
 
     Args:
         size: a key of `SIZES`.
-        held_out: of the claims about the model that comes along: the excerpts that it was not trained on.
+        held_out: of the claims about the model that ships with pldr: the excerpts that it was not trained on.
     """
     if held_out:
         return {"train": [str(HELD_OUT)], "validation": [str(HELD_OUT)], "tokenizer": str(STORIES)}

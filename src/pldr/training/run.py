@@ -394,12 +394,12 @@ def _checkpoint_to_resume(recipe: Recipe, resume: bool | str | os.PathLike[str],
     now = dataclasses.asdict(recipe)
     # Another number of processes may share the same step in another way.
     for fields, count in ((earlier, before), (now, processes)):
-        fields["sequences a step"] = (
+        fields["sequences per step"] = (
             fields["optimization"].pop("batch_size") * fields["optimization"].pop("accumulation") * count
         )
     for name, old, new in _differences(earlier, now):
         raise ValueError(
-            f"recipe: {name} was {old!r} when {output} was begun and is {new!r} now; a run goes on as it was"
+            f"recipe: {name} was {old!r} when {output} was begun and is {new!r} now; go on with the recipe as it was"
         )
     return start
 
