@@ -1,11 +1,15 @@
 """The documents: every command and every Python block in them runs, in order, where what they speak of is there."""
 
+import inspect
 import json
+import lzma
 import pickle
 import pkgutil
 import re
+import runpy
 import shlex
 import shutil
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +18,8 @@ import torch
 import typer
 from safetensors.torch import save_file
 
-from helpers import FIXTURES, PUBLISHED, write_benchmarks
+import pldr
+from helpers import FIXTURES, PUBLISHED, WORDS, write_benchmarks
 from pldr import HELD_OUT, PldrConfig, PldrForCausalLM, convert_checkpoint, recipe
 from pldr.cli import app
 from pldr.files import read_text
@@ -52,7 +57,7 @@ ADDED = {
 THERE = {
     "README.md": ["demo-output", "my-book.txt", "src", "benchmarks-data"],
     "docs/certify.md": ["runs/mine", "held-out.jsonl"],
-    "docs/checkpoints.md": ["PLDR-LLM-v51-110M-1", "v51", "v52", "v51G", "refinedweb.model", "predefined_G_LM.pkl"],
+    "docs/checkpoints.md": ["PLDR-LLM-v51-110M-1", "v51", "v52", "v51G", "refinedweb.model"],
     "docs/deductive-outputs.md": ["runs/mine", "books", "predefined_G_LM.safetensors"],
     "docs/evaluation.md": ["MODEL", "benchmarks-data", "test.txt", "valid.txt"],
     "docs/operators-and-caches.md": ["runs/mine", "predefined_G_LM.pkl"],
@@ -107,7 +112,10 @@ def test_every_command_is_run_or_listed():
         assert words[0] == "pldr" or found, f"{place}: neither run nor listed: {' '.join(words)}"
         unused -= {*found, *beginnings(ADDED, words)}
     assert not unused, "of no command any more"
-    assert set(THERE) | set(SLOW) <= set(DOCUMENTS)
+    assert set(SLOW) <= set(DOCUMENTS)
+    for document, names in THERE.items():
+        said = " ".join((read_text(ROOT / document), *ADDED.values()))
+        assert all(name in said for name in names), document
 
 
 def test_commands_stand_in_blocks_that_say_what_they_are():
@@ -147,6 +155,23 @@ def test_verbs_and_options_in_running_text_exist():
             assert verb in names or verb == "…", f"{document}: pldr {code}"
             options = {option for parameter in getattr(names.get(verb), "params", []) for option in parameter.opts}
             assert {word for word in rest if word.startswith("--")} <= options, f"{document}: pldr {code}"
+
+
+def test_functions_take_the_options_of_their_commands():
+    """As docs/python.md says of the first six in its table."""
+    rows = re.findall(r"^\| `pldr ([\w ]+)` \| `pldr\.(\w+)`", read_text(ROOT / "docs/python.md"), re.M)
+    commands = typer.main.get_command(app).commands
+    # What prints alone or is said in another way: tasks or files given, texts in a list, a name that Python would hide.
+    said = {
+        "as_json": set(),
+        "perplexity": {"files"},
+        "prompt": {"prompts"},
+        "prompts_file": {"prompts"},
+        "train_data": {"train"},
+    }
+    for verb, name in rows[:6]:
+        options = [said.get(parameter.name, {parameter.name}) for parameter in commands[verb].params]
+        assert set().union(*options) <= set(inspect.signature(getattr(pldr, name)).parameters), verb
 
 
 def test_modules_and_functions_in_running_text_exist():
@@ -205,6 +230,23 @@ def test_the_readmes_python_runs(tmp_path, monkeypatch):
     run_python("README.md", {}, *(block for block in blocks("README.md") if block.language == "python"))
 
 
+def test_the_example_selects_story_books(tmp_path, monkeypatch, capsys):
+    text = " ".join(WORDS) * 100
+    books = [{"title": "Fables", "author": "Aesop", "text": text}, {"title": "Laws", "author": "Solon", "text": text}]
+    with lzma.open(tmp_path / "books.jsonl.xz", "wt") as stream:
+        stream.writelines(f"{json.dumps(book)}\n" for book in books)
+    monkeypatch.chdir(tmp_path)
+    files = ["books.jsonl.xz", "stories.jsonl.xz", "stories.model"]
+    monkeypatch.setattr(sys, "argv", ["select_books.py", *files, "--vocab-size", "280"])
+    runpy.run_path(str(ROOT / "examples/select_books.py"), run_name="__main__")
+    assert capsys.readouterr().out.startswith(
+        f"1 books, {len(text):,} characters; authors not found: Abbie Farwell Brown,"
+    )
+    with lzma.open("stories.jsonl.xz", "rt") as stream:
+        assert [json.loads(line) for line in stream] == books[:1]
+    assert len(pldr.load_tokenizer("stories.model")) == 280
+
+
 def run_python(document, namespace, *found):
     for block in found:
         exec(compile("\n" * (block.line - 1) + block.text, ROOT / document, "exec"), namespace)
@@ -255,7 +297,7 @@ def make_thing(toy_model_file, toy_tokenizer, monkeypatch):
             case "refinedweb.model":
                 shutil.copy(toy_model_file, place)
             case "my-book.txt" | "my-other-book.txt" | "test.txt" | "valid.txt":
-                place.write_text(excerpts[0])
+                make_file(place, excerpts[0])
             case "text":
                 for number, text in enumerate(excerpts):
                     make_file(place / f"{number}.txt", text)
@@ -272,6 +314,8 @@ def make_thing(toy_model_file, toy_tokenizer, monkeypatch):
                 for constant, value in {"NEW_TOKENS": 4, "REPEATS": 1, "PASSAGES": 3, "STORY_LENGTH": 64}.items():
                     monkeypatch.setattr(demo, constant, value)
                 demo.run_demo(place)
+            case _:
+                raise ValueError(name)
 
     return make
 
