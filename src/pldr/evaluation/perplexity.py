@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from transformers import PreTrainedTokenizerFast
+
 from pldr.evaluation.scoring import Scorer, progress
 
 
@@ -64,7 +66,7 @@ def check_window(context: int, length: int | None, stride: int | None) -> tuple[
 
 def perplexity(
     scorer: Scorer,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerFast,
     text: str,
     *,
     length: int | None = None,
@@ -106,7 +108,7 @@ def perplexity(
 
 def evaluate_texts(
     scorers: dict[str, Scorer],
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerFast,
     texts: dict[str, str],
     *,
     length: int | None = None,

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 from rich.progress import Progress
+from transformers import PreTrainedTokenizerFast
 
 from pldr.cache import make_cache
 from pldr.data.rows import read_passages
@@ -202,7 +203,7 @@ def _score(logits: torch.Tensor, continuation: Sequence[int]) -> Score:
 
 
 def read_calibration(
-    tokenizer: Any, context: int, files: Sequence[str] | None = None, text_column: str = "text"
+    tokenizer: PreTrainedTokenizerFast, context: int, files: Sequence[str] | None = None, text_column: str = "text"
 ) -> torch.Tensor:
     """Passages to freeze G_LM from, [C, T]: of these files, or of the excerpts that ship with pldr.
 
