@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ import torch
 
 from pldr.data import rows as rows_module
 from pldr.data import sources as sources_module
-from pldr.data.rows import TokenStream, cached_rows, collate, read_passages, rows_of, shuffled, write_rows
+from pldr.data.rows import TokenRows, TokenStream, cached_rows, collate, read_passages, rows_of, shuffled, write_rows
 from pldr.data.sources import BadRows, Share, Source, parse_interval, read_documents, read_pieces
 from pldr.recipe import DataRecipe
 
@@ -62,7 +64,7 @@ class TestReading:
     @pytest.mark.parametrize("ending", COMPRESS)
     def test_text_files(self, tmp_path, ending, monkeypatch):
         """One document a file, also where it is read in pieces; nothing of it is lost or changed."""
-        monkeypatch.setattr(sources_module, "_PIECE_BYTES", 50)
+        monkeypatch.setattr(sources_module, "_PIECE_CHARACTERS", 50)
         text = "".join(f"line {i} grüße 😀\r\n\n" for i in range(40)) + "no newline at the end"
         for name in ("a", "b"):
             (tmp_path / f"{name}.txt{ending}").write_bytes(COMPRESS[ending](text.encode()))
@@ -83,8 +85,82 @@ class TestReading:
         with pytest.raises(ValueError, match=r"no column 'text'; it has body, n"):
             list(read_documents([str(file)]))
         file.write_bytes(file.read_bytes()[:-20])
-        with pytest.raises(ValueError, match="damaged Parquet file"):
+        with pytest.raises(ValueError, match=r"books.parquet: damaged or unreadable file"):
             list(read_documents([str(file)], "body"))
+
+    def test_parquet_rows_that_are_no_text(self, tmp_path):
+        from pyarrow import parquet
+
+        offsets, letters = (
+            pyarrow.py_buffer(content)
+            for content in (bytes([0, 0, 0, 0, 1, 0, 0, 0, 2, 0, 0, 0, 3, 0, 0, 0]), b"a\xffb")
+        )
+        parquet.write_table(
+            pyarrow.table({
+                "text": pyarrow.StringArray.from_buffers(3, offsets, letters),
+                "when": pyarrow.array([2**62, 1, 2], pyarrow.timestamp("us")),
+                "tree": [[["a"]]] * 3,
+            }),
+            tmp_path / "a.parquet",
+        )  # fmt: skip
+        for column, fault, count in (("text", "not valid UTF-8", 1), ("when", "'when' is not a text", 3),
+                                     ("tree", "'tree' is not a text", 3)):  # fmt: skip
+            bad = BadRows()
+            found = [piece.text for piece in read_pieces(Source([f"{tmp_path}/a.parquet"], column), bad)]
+            assert found == (["a", "b"] if column == "text" else [])
+            assert bad.counts == {fault: count}
+
+    def test_long_documents_are_cut(self, tmp_path, monkeypatch):
+        """Rows, too, come in pieces, cut before a space between words where there is one."""
+        from pyarrow import parquet
+
+        monkeypatch.setattr(sources_module, "_PIECE_CHARACTERS", 20)
+        text = "the cat sat on a mat and " + "x" * 70 + "\n\n   and saw   that " + " " * 50 + "dog"
+        (tmp_path / "a.jsonl").write_bytes(json_lines([text]))
+        (tmp_path / "b.txt").write_text(text)
+        parquet.write_table(pyarrow.table({"text": [text]}), tmp_path / "c.parquet")
+        for name in ("a.jsonl", "b.txt", "c.parquet"):
+            found = list(read_pieces(Source([f"{tmp_path}/{name}"]), BadRows()))
+            assert [piece.text for piece in found] == [
+                "the cat sat on a", " mat and", " " + "x" * 19, "x" * 20, "x" * 20,
+                "x" * 11 + "\n\n   and", " saw   that", " " * 20, " " * 20, " " * 11 + "dog",
+            ]  # fmt: skip
+            assert [piece.ends for piece in found] == [False] * 9 + [True]
+
+    @pytest.mark.parametrize("ending", COMPRESS)
+    def test_a_row_that_is_too_long(self, tmp_path, monkeypatch, ending):
+        from pyarrow import parquet
+
+        monkeypatch.setattr(sources_module, "LONGEST_ROW", 100)
+        monkeypatch.setattr(sources_module, "_PIECE_CHARACTERS", 30)
+        texts = ["a", "b" * 87, "c" * 88, "d" * 1000, "e"]  # a line has 13 bytes more
+        lines = b"".join(b'{"text": "%b"}\n' % text.encode() for text in texts)
+        for content in (lines, lines[:-1], lines + b"f" * 1000):
+            (tmp_path / f"a.jsonl{ending}").write_bytes(COMPRESS[ending](content))
+            bad = BadRows()
+            found = read_pieces(Source([f"{tmp_path}/a.jsonl{ending}"]), bad)
+            assert "".join(piece.text for piece in found) == "a" + "b" * 87 + "e"
+            assert bad.counts == {"longer than 32 MiB": 2 + content.endswith(b"f")}
+            assert bad.first["longer than 32 MiB"].endswith("line 3")
+        parquet.write_table(pyarrow.table({"text": ["a" * 100, "b" * 101, "c"]}), tmp_path / "a.parquet")
+        bad = BadRows()
+        assert "".join(p.text for p in read_pieces(Source([f"{tmp_path}/a.parquet"]), bad)) == "a" * 100 + "c"
+        assert bad.first == {"longer than 32 MiB": f"{tmp_path}/a.parquet: row 2"}
+
+    def test_what_is_no_file(self, tmp_path, monkeypatch):
+        import socket
+
+        (tmp_path / "a.txt").write_text("the cat")
+        monkeypatch.chdir(tmp_path)  # a socket's name is a short one
+        os.mkfifo("pipe.txt")
+        (tmp_path / "broken.txt").symlink_to("nowhere")
+        with socket.socket(socket.AF_UNIX) as opened:
+            opened.bind("socket.txt")
+        for name in ("pipe.txt", "socket.txt", "broken.txt", "/dev/zero", "*.txt"):
+            with pytest.raises(ValueError, match=r"data: .*: is a pipe, socket, device or broken link"):
+                list(read_documents([name]))
+        with pytest.raises(FileNotFoundError, match="matches no file"):
+            list(read_documents(["."]))
 
     @pytest.mark.parametrize("streaming", [False, True])
     def test_hub_data_set_by_its_folder(self, tmp_path, streaming):
@@ -140,7 +216,8 @@ class TestReading:
     @pytest.mark.parametrize("ending", COMPRESS)
     def test_bad_rows_are_counted_or_refused(self, tmp_path, ending):
         rows = [b'{"text": "good"}', b'{"text": 5}', b"not json", b'{"other": "x"}', b'{"text": "  "}',
-                b'{"text": "caf\xe9"}', b'{"text": "lone \\ud800"}', b"[" * 100_000, b'{"text": "also good"}']  # fmt: skip
+                b'{"text": "caf\xe9"}', b'{"text": "lone \\ud800"}', b"[" * 100_000, b'{"n": %b}' % (b"9" * 5000),
+                b'{"text": "also good", "n": 1e999999}']  # fmt: skip
         file = tmp_path / f"rows.jsonl{ending}"
         file.write_bytes(COMPRESS[ending](b"\n".join(rows) + b"\n"))
         (tmp_path / "latin.txt").write_bytes(b"good\n" * 10 + b"bad \xff")
@@ -149,11 +226,12 @@ class TestReading:
         bad = BadRows()
         names = [str(file), f"{tmp_path}/*.txt"]
         assert [piece.text for piece in read_pieces(Source(names), bad)] == ["good", "also good"]
-        assert bad.counts == {"'text' is not a text": 1, "not JSON": 2, "no JSON object with 'text'": 1, "empty": 2,
-                              "not valid UTF-8": 4}  # fmt: skip
+        assert bad.counts == {"'text' is not a text": 1, "not JSON": 1, "no JSON object with 'text'": 1, "empty": 2,
+                              "not valid UTF-8": 4, "JSON with too long a number, or too deep": 2}  # fmt: skip
         assert "4 skipped: not valid UTF-8 (first: " in bad.summary()
         with pytest.raises(ValueError, match=r"line 2: 'text' is not a text"):
             list(read_documents([str(file)]))
+        assert bad.first["JSON with too long a number, or too deep"] == f"{file}: line 8"
         with pytest.raises(ValueError, match=r"cut.txt: not valid UTF-8"):
             list(read_documents([f"{tmp_path}/cut.txt"]))
 
@@ -163,10 +241,10 @@ class TestReading:
         packed = COMPRESS[ending](content)
         file = tmp_path / f"rows.jsonl{ending}"
         file.write_bytes(packed[: len(packed) // 2])
-        with pytest.raises(ValueError, match="damaged file"):
+        with pytest.raises(ValueError, match="damaged or unreadable file"):
             list(read_documents([str(file)], strict=False))
         file.write_bytes(packed[:100] + bytes(64) + packed[164:])
-        with pytest.raises(ValueError, match=r"damaged file|not JSON|not valid UTF-8"):
+        with pytest.raises(ValueError, match=r"damaged or unreadable file|not JSON|not valid UTF-8"):
             list(read_documents([str(file)]))
 
     def test_errors(self, tmp_path, toy_tokenizer):
@@ -177,6 +255,10 @@ class TestReading:
         with pytest.raises(ValueError, match="tokens are less than one sequence of 64"):
             write_rows(pieces(["the cat"]), toy_tokenizer, 64, tmp_path)
         (tmp_path / "a.txt").write_text("the cat")
+        (tmp_path / "b.txt").write_text(" ")
+        recipe = DataRecipe(["unused"], sequence_length=64, cache=str(tmp_path))
+        with pytest.raises(ValueError, match=r"less than one sequence of 64 \(1 skipped: empty \(first: .*b.txt\)\)"):
+            cached_rows(Source([f"{tmp_path}/?.txt"]), toy_tokenizer, recipe)
         with pytest.raises(ValueError, match="less than one sequence of 64 tokens"):
             read_passages(Source([f"{tmp_path}/a.txt"]), toy_tokenizer, 64, 1)
 
@@ -232,6 +314,25 @@ class TestRows:
         one, other = (np.concatenate([ids for ids, _ in rows_module.tokenize(p, toy_tokenizer)]) for p in (whole, cut))
         assert one.tolist() == other.tolist()
 
+    @pytest.mark.parametrize("size", [50, 64, 333])
+    def test_where_pieces_end_changes_no_id(self, toy_tokenizer, monkeypatch, size):
+        """Whatever of spaces, line ends and composed characters is at the cut, as long as words are shorter than a piece."""
+        monkeypatch.setattr(sources_module, "_PIECE_CHARACTERS", size)
+        picked = np.random.default_rng(0).choice(list("ab e\u0301\u00a0\u3000\u200b\t\r\n\n    ﬁ½가😀中.▁"), 20_000)
+        text = " ".join("".join(picked[i : i + 40]) for i in range(0, 20_000, 40))
+        cut = list(sources_module._cut([text]))
+        assert "".join(piece.text for piece in cut) == text
+        assert 20_000 / size < len(cut) < 3 * 20_000 / size
+        one, other = (
+            np.concatenate([ids for ids, _ in rows_module.tokenize(p, toy_tokenizer)]) for p in (pieces([text]), cut)
+        )
+        assert one.tolist() == other.tolist()
+
+    def test_ids_are_below_the_vocabulary(self, toy_tokenizer, monkeypatch):
+        monkeypatch.setattr(type(toy_tokenizer), "__len__", lambda self: 100)
+        with pytest.raises(ValueError, match=r"tokenizer: gives the id \d+, but has 100 tokens"):
+            list(rows_module.tokenize(pieces(["see that dog"]), toy_tokenizer))
+
     @pytest.mark.parametrize("layout", ["padded", "unpadded"])
     def test_short_rows(self, toy_tokenizer, tmp_path, monkeypatch, layout):
         """Documents are laid out together in groups, here of two; the last row of each group is short."""
@@ -282,6 +383,91 @@ class TestRows:
         file.write_bytes(json_lines(TEXTS) + b"bad\n")
         with pytest.raises(ValueError, match="line 5: not JSON"):
             cached_rows(Source([str(file)]), toy_tokenizer, DataRecipe(**(vars(recipe) | {"strict": True})))
+
+
+class TestCache:
+    """What is kept is used only as it was written, for the contents that it was made of."""
+
+    @pytest.fixture
+    def source(self, tmp_path):
+        (tmp_path / "a.jsonl").write_bytes(json_lines(TEXTS) + b"bad\n")
+        return Source([f"{tmp_path}/a.jsonl"])
+
+    @pytest.fixture
+    def recipe(self, tmp_path, source):
+        return DataRecipe(source.names, sequence_length=7, cache=str(tmp_path / "cache"), layout="padded")
+
+    @pytest.mark.parametrize("damage", [
+        lambda folder: (folder / "tokens.bin").write_bytes(bytes((folder / "tokens.bin").stat().st_size)),
+        lambda folder: (folder / "tokens.bin").write_bytes((folder / "tokens.bin").read_bytes()[:-2]),
+        lambda folder: (folder / "tokens.bin").write_bytes(b""),
+        lambda folder: (folder / "tokens.bin").unlink(),
+        lambda folder: (folder / "facts.json").unlink(),
+        lambda folder: (folder / "facts.json").write_text("[]"),
+        lambda folder: (folder / "facts.json").write_text('{"rows": 1'),
+        lambda folder: (folder / "facts.json").write_text(
+            (folder / "facts.json").read_text().replace('"documents": 4', '"documents": 5')
+        ),
+    ])  # fmt: skip
+    def test_damage_is_found(self, toy_tokenizer, source, recipe, tmp_path, damage):
+        cached_rows(source, toy_tokenizer, recipe)
+        (folder,) = (tmp_path / "cache" / "tokens").iterdir()
+        damage(folder)
+        with pytest.raises(
+            ValueError, match=f"{folder}: cached tokens are not as they were written; remove this folder"
+        ):
+            cached_rows(source, toy_tokenizer, recipe)
+
+    def test_names_need_not_be_utf8(self, toy_tokenizer, source, recipe, tmp_path):
+        file = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jsonl")
+        os.rename(tmp_path / "a.jsonl", file)
+        rows = cached_rows(Source([file]), toy_tokenizer, recipe)
+        assert rows.facts["bad_rows"].endswith(r"\udcff.jsonl: line 5)")
+
+    def test_facts_agree_with_the_ids(self, toy_tokenizer, tmp_path):
+        """Also where the sum is not looked at."""
+        write_rows(pieces(TEXTS), toy_tokenizer, 7, tmp_path)
+        with (tmp_path / "tokens.bin").open("ab") as stream:
+            stream.write(bytes(2))
+        with pytest.raises(ValueError, match=r"tokens.bin has \d+ ids, facts.json says \d+"):
+            TokenRows(tmp_path)
+
+    def test_contents_count(self, toy_tokenizer, source, recipe, tmp_path):
+        """Not size and time, which other data can have, too."""
+        file = tmp_path / "a.jsonl"
+        before = cached_rows(source, toy_tokenizer, recipe).full_rows(9)
+        status = file.stat()
+        file.write_bytes(json_lines(TEXTS[::-1]) + b"bad\n")
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+        assert (file.stat().st_size, file.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns)
+        assert not torch.equal(cached_rows(source, toy_tokenizer, recipe).full_rows(9), before)
+
+    def test_data_that_changes_while_it_is_read(self, toy_tokenizer, source, recipe, tmp_path, monkeypatch):
+        def write(*arguments):
+            rows = write_rows(*arguments)
+            (tmp_path / "a.jsonl").write_bytes(json_lines(TEXTS[:2]))
+            return rows
+
+        monkeypatch.setattr(rows_module, "write_rows", write)
+        with pytest.raises(ValueError, match=r"data: .*a.jsonl: changed while it was read"):
+            cached_rows(source, toy_tokenizer, recipe)
+        assert not list((tmp_path / "cache").rglob("*.bin"))
+
+    def test_cold_starts_at_the_same_time(self, toy_tokenizer, source, recipe, tmp_path, monkeypatch):
+        """Four have tokenised before the first one is done: one of them wins, and all read the same."""
+        barrier = threading.Barrier(4, timeout=60)
+
+        def write(*arguments):
+            rows = write_rows(*arguments)
+            barrier.wait()
+            return rows
+
+        monkeypatch.setattr(rows_module, "write_rows", write)
+        with ThreadPoolExecutor(4) as pool:
+            found = [pool.submit(cached_rows, source, toy_tokenizer, recipe) for _ in range(4)]
+            rows = [future.result().full_rows(9) for future in found]
+        assert all(torch.equal(other, rows[0]) for other in rows)
+        assert len(list((tmp_path / "cache" / "tokens").iterdir())) == 1
 
 
 class TestStream:
@@ -361,8 +547,8 @@ def test_rows_of_keeps_everything():
     assert np.concatenate(list(rows_of(iter(parts), 7, "packed"))).tolist() == list(range(50))
 
 
-def peak_memory(tmp_path, tokenizer, *megabytes):
-    """MB that a process has held at most after it has tokenised and read data of each size, one after the other.
+def peak_memory(tmp_path, tokenizer, *files):
+    """MB that a process has held at most after it has tokenised and read each file, one after the other.
 
     Pages of mapped files are not counted: they are the system's to drop.
     """
@@ -405,11 +591,6 @@ def peak_memory(tmp_path, tokenizer, *megabytes):
     '''
     if not os.path.exists("/proc/self/status"):
         pytest.skip("measured where the system tells anonymous memory (Linux)")
-    line = json_lines(["the cat sat on a mat and saw that dog " * 100])
-    files = []
-    for size in megabytes:
-        files.append(tmp_path / f"{size}.jsonl")
-        files[-1].write_bytes(line * (size * 2**20 // len(line)))
     command = [sys.executable, "-c", textwrap.dedent(code), tokenizer, tmp_path / "cache", *files]
     # Each thread's heap would count when it is first used.
     environment = os.environ | {"RAYON_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
@@ -417,13 +598,53 @@ def peak_memory(tmp_path, tokenizer, *megabytes):
     return [float(peak) for peak in run.stdout.split()]
 
 
+SENTENCES = "the cat sat on a mat and saw that dog " * 100
+
+
+def many_rows(tmp_path, *megabytes):
+    """Files of so many MB, of short rows."""
+    line = json_lines([SENTENCES])
+    for size in megabytes:
+        (tmp_path / f"{size}.jsonl").write_bytes(line * (size * 2**20 // len(line)))
+        yield tmp_path / f"{size}.jsonl"
+
+
 def test_memory_does_not_grow_with_the_data(tmp_path):
     """The second peak is above the first by far less than the data that came between them."""
-    first, second = peak_memory(tmp_path, "", 4, 24)
+    first, second = peak_memory(tmp_path, "", *many_rows(tmp_path, 4, 24))
     assert second - first < 10, (first, second)
+
+
+def one_line(tmp_path, ending, megabytes):
+    """A file of one line of so many MB, and a short one."""
+    text = SENTENCES * (megabytes * 2**20 // len(SENTENCES))
+    file = tmp_path / f"line-{megabytes}{ending}"
+    if ending == ".parquet":
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.table({"text": [text, SENTENCES]}), file)
+    else:
+        content = text.encode() if ending == ".txt" else json_lines([text, SENTENCES])
+        file.write_bytes(COMPRESS[".zst" if ending.endswith(".zst") else ""](content))
+    return file
+
+
+def test_memory_does_not_grow_with_a_line(tmp_path):
+    """A text file's is used in pieces; of a row no more is read than is permitted, and nothing held of it.
+
+    Parquet's library reads a row at once, before anything can be known of it.
+    """
+    files = [one_line(tmp_path, ".txt", 4), *(one_line(tmp_path, end, 50) for end in (".txt", ".jsonl", ".jsonl.zst"))]
+    small, text, row, compressed, parquet = peak_memory(tmp_path, "", *files, one_line(tmp_path, ".parquet", 50))
+    assert text - small < 20, (small, text)
+    assert compressed - text < 100, (text, row, compressed)
+    assert parquet - compressed < 300, (compressed, parquet)
 
 
 @pytest.mark.slow
 def test_memory_of_the_real_tokenizer_does_not_grow(tmp_path, toy_model_file):
-    first, second = peak_memory(tmp_path, str(toy_model_file), 4, 16)
+    """Nor with a line, of which it would take 140 bytes a byte."""
+    files = [*many_rows(tmp_path, 4, 16), one_line(tmp_path, ".jsonl", 8)]
+    first, second, line = peak_memory(tmp_path, str(toy_model_file), *files)
     assert second - first < 5, (first, second)
+    assert line - second < 200, (second, line)

@@ -46,11 +46,16 @@ def _nearest_folder(path: Path) -> Path:
 
 
 @contextmanager
-def whole_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+def whole_folder(path: str | os.PathLike[str], *, overwrite: bool = False, keep: bool = True) -> Iterator[Path]:
     """A temporary folder near `path` that takes its place when the block ends well, and vanishes when it does not.
 
     A link to a folder stays a link: what it points to is replaced. What a killed process left of an earlier attempt is
     removed first, and what it had set aside brought back.
+
+    Args:
+        path: the place.
+        overwrite: replace what is there.
+        keep: where something has come to the place meanwhile, leave the result beside it.
 
     Raises:
         FileExistsError: see `check_output`; or something has come to the place meanwhile: the message says where the
@@ -68,7 +73,7 @@ def whole_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> It
         if path.exists() and overwrite:
             _exchange(partial, path)
         else:
-            _put(partial, path)
+            _put(partial, path, keep)
         sync(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -86,17 +91,19 @@ def _exchange(partial: Path, path: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _put(partial: Path, path: Path) -> None:
+def _put(partial: Path, path: Path, keep: bool) -> None:
     """Move a folder to a place that is free or empty.
 
     Raises:
-        FileExistsError: it no longer is; the folder is then beside it.
+        FileExistsError: it no longer is; with `keep`, the folder is then beside it.
     """
     try:
         os.rename(partial, path)
     except OSError:
         if not path.exists():
             raise
+        if not keep:
+            raise FileExistsError(f"{path}: something has come there meanwhile") from None
         beside = next(name for n in count(1) if not (name := path.with_name(f"{path.name}-{n}")).exists())
         os.rename(partial, beside)
         raise FileExistsError(f"{path}: something has come there meanwhile; the result is in {beside}") from None
@@ -243,10 +250,22 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         OSError: the file can not be read.
         ValueError: it is not valid JSON in UTF-8.
     """
+    return parse_json(read_text(path), path)
+
+
+def parse_json(text: str, name: object) -> Any:
+    """
+    Args:
+        text: JSON.
+        name: where it is from, for the error.
+
+    Raises:
+        ValueError: it is not valid JSON, or more than Python reads: too deep, or with a number of too many digits.
+    """
     try:
-        return json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({one_line(error)})") from None
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name}: not valid JSON ({one_line(error)})") from None
 
 
 # --- sums -----------------------------------------------------------------------------------------------------------

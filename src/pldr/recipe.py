@@ -56,7 +56,7 @@ class DataRecipe:
         shuffle_buffer: documents that a streamed pass is mixed through, fewer where they are long (64 million
             characters at most are held); 0 keeps their order. Data that is not streamed is shuffled as a whole.
         workers: processes that load data beside each training process.
-        strict: refuse bad rows (no text, empty, not valid UTF-8) rather than skip and count them.
+        strict: refuse bad rows (no text, empty, not valid UTF-8, longer than 32 MiB) rather than skip and count them.
         cache: folder for tokenised data; None for $PLDR_CACHE or ~/.cache/pldr.
     """
 

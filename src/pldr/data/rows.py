@@ -1,6 +1,7 @@
 """Tokens of documents as training rows: cached on disk, streamed, packed or padded."""
 
 import bisect
+import contextlib
 import hashlib
 import itertools
 import json
@@ -17,7 +18,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerFast
 
 from pldr.data.sources import BadRows, Piece, Share, Source, documents_of, read_pieces, source_state
-from pldr.files import read_json, whole_folder, write_json
+from pldr.files import read_json, sha256, whole_folder, write_json
 from pldr.recipe import DataRecipe
 
 # Published data preparation: as many documents are laid out together where rows are padded or cut short.
@@ -34,7 +35,7 @@ def tokenize(pieces: Iterable[Piece], tokenizer: PreTrainedTokenizerFast) -> Ite
     A batch of pieces is tokenised at once, on all cores.
 
     Raises:
-        ValueError: the tokenizer has no end-of-text token.
+        ValueError: the tokenizer has no end-of-text token, or gives an id that is not below its number of tokens.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError("tokenizer: has no end-of-text token to put between documents")
@@ -42,7 +43,10 @@ def tokenize(pieces: Iterable[Piece], tokenizer: PreTrainedTokenizerFast) -> Ite
     for batch in _batched(pieces):
         encoded = tokenizer([piece.text for piece in batch], add_special_tokens=False, verbose=False)["input_ids"]
         for piece, ids in zip(batch, encoded, strict=True):
-            yield np.array([*ids, tokenizer.eos_token_id] if piece.ends else ids, dtype), piece.ends
+            array = np.array([*ids, tokenizer.eos_token_id] if piece.ends else ids, np.int64)
+            if array.max(initial=0) >= len(tokenizer):
+                raise ValueError(f"tokenizer: gives the id {array.max()}, but has {len(tokenizer)} tokens")
+            yield array.astype(dtype), piece.ends
 
 
 def _batched(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
@@ -109,7 +113,7 @@ class TokenRows(Dataset[dict[str, Any]]):
     Each item has `input_ids` (int64, [length or less]) and `row`, its index.
 
     Attributes:
-        facts: documents, tokens, rows, left_out_tokens (of the last partial row, when packed) and bad_rows.
+        facts: documents, tokens, rows, left_out_tokens (of the last partial row, when packed), bad_rows and sha256.
     """
 
     def __init__(self, folder: str | os.PathLike[str], first: int = 0, last: int | None = None) -> None:
@@ -117,6 +121,10 @@ class TokenRows(Dataset[dict[str, Any]]):
         Args:
             folder: as `write_rows` leaves it.
             first, last: the rows to show, all by default.
+
+        Raises:
+            OSError: a file can not be read.
+            ValueError: there are more or fewer ids than the facts say.
         """
         folder = Path(folder)
         self._folder = folder
@@ -127,6 +135,9 @@ class TokenRows(Dataset[dict[str, Any]]):
         self._short: list[list[int]] = self.facts["short_rows"]
         self._short_rows = [row for row, _ in self._short]
         self._missing = list(itertools.accumulate((self.length - size for _, size in self._short), initial=0))
+        expected = self.facts["rows"] * self.length - self._missing[-1]
+        if len(self._ids) != expected:
+            raise ValueError(f"{folder}: tokens.bin has {len(self._ids)} ids, facts.json says {expected}")
         self._first = first
         self._count: int = (self.facts["rows"] if last is None else last) - first
 
@@ -172,9 +183,21 @@ class TokenRows(Dataset[dict[str, Any]]):
 
 
 def write_rows(
-    pieces: Iterable[Piece], tokenizer: PreTrainedTokenizerFast, length: int, folder: Path, layout: str = "packed"
+    pieces: Iterable[Piece],
+    tokenizer: PreTrainedTokenizerFast,
+    length: int,
+    folder: Path,
+    layout: str = "packed",
+    bad: BadRows | None = None,
 ) -> TokenRows:
     """Tokenise into a folder that exists, and open it.
+
+    Args:
+        pieces: of documents.
+        tokenizer: a fast tokenizer.
+        length, layout: see `rows_of`.
+        folder: gets tokens.bin and facts.json.
+        bad: where the pieces' reader counts bad rows, for the facts.
 
     Raises:
         ValueError: less than one row; see `tokenize`.
@@ -198,10 +221,31 @@ def write_rows(
                 facts["short_rows"].append([facts["rows"], len(row)])
             stream.write(row.tobytes())
             facts["rows"] += 1
+    skipped = facts["bad_rows"] = bad.summary() if bad else ""
     if facts["rows"] == 0:
-        raise ValueError(f"data: {facts['tokens']} tokens are less than one sequence of {length}")
-    write_json(folder / "facts.json", facts)
+        because = f" ({skipped})" if skipped else ""
+        raise ValueError(f"data: {facts['tokens']} tokens are less than one sequence of {length}{because}")
+    write_json(folder / "facts.json", facts | {"sha256": _sum(folder, facts)})
     return TokenRows(folder)
+
+
+def _sum(folder: Path, facts: dict[str, Any]) -> str:
+    """Of the ids, and of what is said of them."""
+    return hashlib.sha256((sha256(folder / "tokens.bin") + json.dumps(facts)).encode("utf-8")).hexdigest()
+
+
+def _check_sum(folder: Path) -> None:
+    """
+    Raises:
+        ValueError: a file of the cache is not as it was written.
+    """
+    try:
+        facts = read_json(folder / "facts.json")
+        whole = isinstance(facts, dict) and facts.pop("sha256", None) == _sum(folder, facts)
+    except (FileNotFoundError, ValueError):
+        whole = False
+    if not whole:
+        raise ValueError(f"data: {folder}: cached tokens are not as they were written; remove this folder")
 
 
 def cached_rows(
@@ -213,6 +257,8 @@ def cached_rows(
 ) -> TokenRows:
     """The rows of a source, tokenised once and kept in a folder named by everything that they depend on.
 
+    The contents of local files are hashed, and so are the kept rows: about a second per GB, at every call.
+
     Args:
         source: the documents.
         tokenizer: a fast tokenizer.
@@ -220,16 +266,20 @@ def cached_rows(
         report: takes a line about bad rows, if there are any.
 
     Raises:
-        FileNotFoundError, ValueError: see `read_pieces` and `write_rows`.
+        FileNotFoundError, ValueError: see `read_pieces` and `write_rows`; or the data changed while it was read, or what
+            was kept is not as it was written.
     """
     key = _fingerprint(source, tokenizer, recipe)
     folder = cache_folder(recipe.cache) / key
-    if not (folder / "facts.json").is_file():
+    if not folder.is_dir():
         bad = BadRows(recipe.strict)
-        with whole_folder(folder, overwrite=True) as partial:
+        # Of processes that come to this at the same time, the first one's rows are kept.
+        with contextlib.suppress(FileExistsError), whole_folder(folder, keep=False) as partial:
             pieces = read_pieces(source, bad, streaming=recipe.streaming)
-            rows = write_rows(pieces, tokenizer, recipe.sequence_length, partial, recipe.layout)
-            write_json(partial / "facts.json", rows.facts | {"bad_rows": bad.summary()})
+            write_rows(pieces, tokenizer, recipe.sequence_length, partial, recipe.layout, bad)
+            if _fingerprint(source, tokenizer, recipe) != key:
+                raise ValueError(f"data: {', '.join(source.names)}: changed while it was read; start again")
+    _check_sum(folder)
     rows = TokenRows(folder)
     if summary := rows.facts["bad_rows"]:
         report(f"data: {summary}")
@@ -289,7 +339,9 @@ class TokenStream(IterableDataset[dict[str, Any]]):
     def _pieces(self, share: Share) -> Iterator[Piece]:
         for number in itertools.count():
             bad = BadRows(self.recipe.strict, notify=_warn if number == 0 else None)
-            documents = documents_of(read_pieces(self.source, bad, streaming=True, share=share))
+            pieces = read_pieces(self.source, bad, streaming=True, share=share)
+            # Kept in order, a document need not be held as a whole.
+            documents = documents_of(pieces) if self.recipe.shuffle_buffer > 1 else ([piece] for piece in pieces)
             empty = True
             generator = random.Random(f"{self.seed}:{number}:{share.number}")
             for document in shuffled(documents, self.recipe.shuffle_buffer, generator, _characters):

@@ -1,13 +1,15 @@
 """Documents from local files, hub data sets and Python's own language reference.
 
-They are read in pieces, so that memory does not grow with a document, and bad rows are counted or refused.
+They are read and handed out in pieces, so that memory does not grow with a document or a line, and bad rows are counted or
+refused.
 """
 
 import codecs
-import contextlib
 import glob
 import gzip
 import hashlib
+import io
+import itertools
 import json
 import lzma
 import re
@@ -18,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pldr.files import one_line
+from pldr.files import one_line, sha256
 from pldr.tokenizer import check_text
 
 if TYPE_CHECKING:
@@ -28,20 +30,25 @@ if TYPE_CHECKING:
 HUB, PYDOC_TOPICS = "hub:", "pydoc-topics:"
 # Every eighth topic of Python's language reference is held out for validation.
 _HELD_OUT = 8
-# A long text file is read and tokenised in pieces of about this many bytes, cut between lines.
-_PIECE_BYTES = 1 << 20
-# By the ending of a file's name; .zst is pyarrow's.
-_OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
-_COMPRESSED = (*_OPENERS, ".zst")
-# What a damaged file raises while it is decompressed.
-_DAMAGED = (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error)
+# The longest row: bytes of a JSON line, characters of a text in Parquet or of the hub. JSON, parsed, takes up to 50 times as
+# much memory.
+LONGEST_ROW = 1 << 25
+_TOO_LONG = f"longer than {LONGEST_ROW >> 20} MiB"
+# A document is handed out in pieces of at most so many characters.
+_PIECE_CHARACTERS = 1 << 18
+# A piece ends before a space between two words, where a tokenizer of words begins anew; where it has none, before the end of
+# a line or several spaces, which are one space to the published tokenizer. Only a word longer than a piece is cut inside:
+# there is no better place, and one or two of its tokens may be others.
+_PIECE = re.compile(r".*\S(?= \S)|.*\S(?=[ \n])|.+", re.DOTALL)
+# What a damaged file raises while it is read.
+_UNREADABLE = (OSError, EOFError, lzma.LZMAError, zlib.error)
 
 
 class Piece(NamedTuple):
     """A stretch of a document.
 
     Attributes:
-        text: whole lines, or a whole document.
+        text: of at most 2^18 characters; empty for a bad row alone.
         ends: whether the document ends here.
     """
 
@@ -84,9 +91,10 @@ class BadRows:
 
     def summary(self) -> str:
         """One line for people, empty if every row was good."""
-        return "; ".join(
+        line = "; ".join(
             f"{count:,} skipped: {fault} (first: {self.first[fault]})" for fault, count in self.counts.items()
         )
+        return line.encode("utf-8", "backslashreplace").decode("utf-8")  # a file's name need not be UTF-8
 
 
 @dataclass(frozen=True)
@@ -220,12 +228,12 @@ def parse_interval(interval: str, count: int | None) -> tuple[int, float]:
 
 
 def source_state(source: Source, streaming: bool) -> list[list[Any]]:
-    """What shows that a source's documents have changed, name by name: sizes and times of files, hashes of the rest.
+    """What shows that a source's documents have changed, name by name: hashes of contents; and how they are read.
 
     Raises:
         FileNotFoundError, ValueError: see `read_pieces`.
     """
-    state: list[list[Any]] = []
+    state: list[list[Any]] = [[_PIECE_CHARACTERS, LONGEST_ROW]]
     for name in source.names:
         if name.startswith(HUB):
             # What is streamed is not looked at before it is read.
@@ -234,9 +242,7 @@ def source_state(source: Source, streaming: bool) -> list[list[Any]]:
         elif name.startswith(PYDOC_TOPICS):
             state.append([name, hashlib.sha256("".join(read_documents([name])).encode()).hexdigest()])
         else:
-            for file in _files(name):
-                status = file.stat()
-                state.append([str(file.resolve()), status.st_size, status.st_mtime_ns])
+            state += [[str(file.resolve()), sha256(file)] for file in _files(name)]
     return state
 
 
@@ -266,12 +272,12 @@ def _read(name: str, column: str, bad: BadRows) -> Iterator[Piece]:
         yield from _pydoc_topics(name.removeprefix(PYDOC_TOPICS))
         return
     for file in _files(name):
-        kind = file.with_suffix("").suffix if file.suffix in _COMPRESSED else file.suffix
+        kind = file.with_suffix("").suffix if file.suffix in _OPENERS else file.suffix
         read = {".jsonl": _read_json_lines, ".parquet": _read_parquet}.get(kind, _read_text)
         try:
             yield from read(file, column, bad)
-        except _DAMAGED as error:
-            raise ValueError(f"data: {file}: damaged file ({error})") from None
+        except _UNREADABLE as error:
+            raise ValueError(f"data: {file}: damaged or unreadable file ({one_line(error)})") from None
 
 
 def _files(name: str) -> list[Path]:
@@ -279,68 +285,80 @@ def _files(name: str) -> list[Path]:
 
     Raises:
         FileNotFoundError: there are none.
+        ValueError: there is something that can not be read twice, or at all.
     """
-    files = sorted(Path(path) for path in glob.glob(name, recursive=True) if Path(path).is_file())
+    files = sorted(Path(path) for path in glob.glob(name, recursive=True) if not Path(path).is_dir())
     if not files:
         raise FileNotFoundError(f"data: {name} matches no file")
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"data: {file}: is a pipe, socket, device or broken link; copy its data to a file")
     return files
 
 
 def _read_text(file: Path, column: str, bad: BadRows) -> Iterator[Piece]:
-    """One document, in pieces."""
-    # A document is used whole or not at all, so that its bytes are checked before the first piece is handed out.
-    empty, decoder = True, codecs.getincrementaldecoder("utf-8")()
+    """One document."""
+    # It is used whole or not at all, so that its bytes are checked before the first piece is handed out.
     try:
-        with _open(file) as lines:
-            for line in lines:
-                text = decoder.decode(line)
-                empty = empty and not text.strip()
-        decoder.decode(b"", final=True)
+        characters = sum(len(text.strip()) for text in _decoded(file))
     except UnicodeDecodeError:
         yield bad.add(str(file), "not valid UTF-8")
         return
-    if empty:
+    if not characters:
         yield bad.add(str(file), "empty")
         return
-    with _open(file) as lines:
-        held: str | None = None
-        for text in _grouped_lines(lines):
-            if held is not None:
-                yield Piece(held, False)
-            held = text
-        assert held is not None
-        yield Piece(held, True)
+    yield from _cut(_decoded(file))
 
 
-def _grouped_lines(lines: Iterable[bytes]) -> Iterator[str]:
-    """Lines put together to texts of about `_PIECE_BYTES`."""
-    group: list[bytes] = []
-    size = 0
-    for line in lines:
-        group.append(line)
-        size += len(line)
-        if size >= _PIECE_BYTES:
-            yield b"".join(group).decode("utf-8")
-            group, size = [], 0
-    if group:
-        yield b"".join(group).decode("utf-8")
+def _decoded(file: Path) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    with _open(file) as stream:
+        while block := stream.read(_PIECE_CHARACTERS):
+            yield decoder.decode(block)
+    yield decoder.decode(b"", final=True)
+
+
+def _cut(blocks: Iterable[str]) -> Iterator[Piece]:
+    """The pieces of one document."""
+    held = ""
+    for block in blocks:
+        held += block
+        while len(held) > _PIECE_CHARACTERS:
+            piece = _PIECE.match(held, 0, _PIECE_CHARACTERS)
+            assert piece is not None
+            yield Piece(piece[0], False)
+            held = held[piece.end() :]
+    yield Piece(held, True)
 
 
 def _read_json_lines(file: Path, column: str, bad: BadRows) -> Iterator[Piece]:
-    with _open(file) as lines:
-        for number, line in enumerate(lines, 1):
+    with _open(file) as stream:
+        for number, line in enumerate(_lines(stream), 1):
             place = f"{file}: line {number}"
+            if len(line) > LONGEST_ROW:
+                yield bad.add(place, _TOO_LONG)
+                continue
             try:
                 row = json.loads(line.decode("utf-8"))
             except UnicodeDecodeError:
                 yield bad.add(place, "not valid UTF-8")
-            except (json.JSONDecodeError, RecursionError):
+            except json.JSONDecodeError:
                 yield bad.add(place, "not JSON")
+            except (ValueError, RecursionError):
+                yield bad.add(place, "JSON with too long a number, or too deep")
             else:
                 if isinstance(row, dict) and column in row:
-                    yield _checked(row[column], place, column, bad)
+                    yield from _checked(row[column], place, column, bad)
                 else:
                     yield bad.add(place, f"no JSON object with {column!r}")
+
+
+def _lines(stream: io.BufferedReader) -> Iterator[bytes]:
+    """Lines; one that is longer than `LONGEST_ROW` is cut behind its next byte."""
+    while line := stream.readline(LONGEST_ROW + 1):
+        yield line
+        while not line.endswith(b"\n") and (line := stream.readline(_PIECE_CHARACTERS)):
+            pass
 
 
 def _read_parquet(file: Path, column: str, bad: BadRows) -> Iterator[Piece]:
@@ -348,54 +366,55 @@ def _read_parquet(file: Path, column: str, bad: BadRows) -> Iterator[Piece]:
     from pyarrow import parquet
 
     try:
-        opened = parquet.ParquetFile(file)
+        # Buffered, so that a group of rows is not held, and row by row, since many can be one long text, stored once.
+        opened = parquet.ParquetFile(file, buffer_size=_PIECE_CHARACTERS)
         if column not in opened.schema_arrow.names:
             raise ValueError(f"data: {file}: no column {column!r}; it has {', '.join(opened.schema_arrow.names)}")
-        number = 0
-        for batch in opened.iter_batches(batch_size=256, columns=[column]):
-            for value in batch.column(0).to_pylist():
-                number += 1
-                yield _checked(value, f"{file}: row {number}", column, bad)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"data: {file}: damaged Parquet file ({one_line(error)})") from None
+        for number, batch in enumerate(opened.iter_batches(batch_size=1, columns=[column]), 1):
+            place = f"{file}: row {number}"
+            try:
+                value = batch.column(0)[0].as_py()
+            except UnicodeDecodeError:
+                yield bad.add(place, "not valid UTF-8")
+            except (ValueError, OverflowError):  # a date that Python has not
+                yield bad.add(place, f"{column!r} is not a text")
+            else:
+                yield from _checked(value, place, column, bad)
+    except pyarrow.ArrowException as error:
+        raise OSError(str(error)) from None
 
 
-def _checked(text: Any, place: str, column: str, bad: BadRows) -> Piece:
+def _checked(text: Any, place: str, column: str, bad: BadRows) -> Iterator[Piece]:
     """What one row's column holds, as a document, where it is a text."""
     if not isinstance(text, str):
-        return bad.add(place, f"{column!r} is not a text")
-    if not text.strip():
-        return bad.add(place, "empty")
-    try:
-        return Piece(check_text(text, place), True)
-    except ValueError:
-        return bad.add(place, "not valid UTF-8")
+        yield bad.add(place, f"{column!r} is not a text")
+    elif len(text) > LONGEST_ROW:
+        yield bad.add(place, _TOO_LONG)
+    elif not text.strip():
+        yield bad.add(place, "empty")
+    else:
+        try:
+            check_text(text, place)
+        except ValueError:
+            yield bad.add(place, "not valid UTF-8")
+        else:
+            yield from _cut(text[start : start + _PIECE_CHARACTERS] for start in range(0, len(text), _PIECE_CHARACTERS))
 
 
-@contextlib.contextmanager
-def _open(file: Path) -> Iterator[Iterable[bytes]]:
-    """The lines of a file, decompressed."""
-    if file.suffix != ".zst":
-        with _OPENERS.get(file.suffix, open)(file, "rb") as stream:
-            yield stream
-        return
+def _open_zstd(file: Path, mode: str) -> io.BufferedReader:
     import pyarrow
 
-    with pyarrow.input_stream(str(file), compression="zstd") as stream:
-        try:
-            yield _lines_of(stream)
-        except OSError as error:
-            raise EOFError(str(error)) from None
+    return io.BufferedReader(pyarrow.input_stream(str(file), compression="zstd"))
 
 
-def _lines_of(stream: Any) -> Iterator[bytes]:
-    """Lines of a stream that can only be read."""
-    rest = b""
-    while block := stream.read(_PIECE_BYTES):
-        *lines, rest = (rest + block).split(b"\n")
-        yield from (line + b"\n" for line in lines)
-    if rest:
-        yield rest
+# By the ending of a file's name.
+_OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".zst": _open_zstd}
+
+
+def _open(file: Path) -> io.BufferedReader:
+    """Its bytes, decompressed."""
+    opened: io.BufferedReader = _OPENERS.get(file.suffix, open)(file, "rb")
+    return opened
 
 
 # --- hub data sets and the language reference -----------------------------------------------------------------------
@@ -434,8 +453,15 @@ def _read_hub(name: str, rows: "Dataset | IterableDataset", column: str, bad: Ba
             rows = rows.shard(share.workers, share.worker)
         elif rows.num_shards < share.workers:
             raise ValueError(f"data.workers={share.workers}: {name} has {rows.num_shards} shards for each process")
-    for number, row in enumerate(rows, 1):
-        yield _checked(row.get(column), f"{name}: row {number}", column, bad)
+    mine = iter(rows)
+    for number in itertools.count(1):
+        try:
+            row = next(mine)
+        except StopIteration:
+            return
+        except (ValueError, OSError, OverflowError) as error:  # pyarrow's are among them
+            raise ValueError(f"data: {name}: row {number}: {one_line(error)}") from None
+        yield from _checked(row.get(column), f"{name}: row {number}", column, bad)
 
 
 def _pydoc_topics(part: str) -> Iterator[Piece]:

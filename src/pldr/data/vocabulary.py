@@ -47,7 +47,7 @@ def train_tokenizer(
         text_column: of JSON lines, Parquet files and hub data sets.
         split: of hub data sets.
         interval: which documents, "start:stop" by index or percent; "" for all.
-        strict: refuse bad rows (no text, empty, not valid UTF-8) rather than skip and count them.
+        strict: refuse bad rows (no text, empty, not valid UTF-8, too long) rather than skip and count them.
         overwrite: replace a folder that is not empty.
 
     Raises:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pldr.files import read_text
+from pldr.files import parse_json, read_text
+from pldr.tokenizer import check_text
 
 # Task of the harness to the metric that counts: accuracy by log-likelihood per character where the task has it.
 PAPER_SUITE = {
@@ -178,33 +179,26 @@ def _rows(layout: Layout, questions: Path, labels: Path | None = None) -> Iterat
                 )
     for (where, question), answer in zip(found, answers, strict=True):
         try:
-            yield layout.row(question, answer)
+            row = layout.row(question, answer)
+            check_text(json.dumps(row, ensure_ascii=False), "text")
         except KeyError as error:
             raise ValueError(f"{where}: has no field {error}") from None
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(f"{where}: {error}") from None
+        yield row
 
 
 def _json_objects(file: Path) -> Iterator[tuple[str, Row]]:
     """The objects of a JSON-lines file, or of one JSON array, and where each stands."""
     text = read_text(file)
     if file.suffix == ".json":
-        try:
-            items = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file}, line {error.lineno}: not valid JSON ({error.msg})") from None
+        items = parse_json(text, file)
         if not isinstance(items, list):
             raise ValueError(f"{file}: expected an array of questions")
         numbered = [(f"{file}, question {number}", item) for number, item in enumerate(items, 1)]
     else:
-        numbered = []
-        for number, line in enumerate(text.split("\n"), 1):
-            if not line.strip():
-                continue
-            try:
-                numbered.append((f"{file}, line {number}", json.loads(line)))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{file}, line {number}: not valid JSON ({error.msg})") from None
+        lines = [(f"{file}, line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        numbered = [(where, parse_json(line, where)) for where, line in lines]
     for where, item in numbered:
         if not isinstance(item, dict):
             raise ValueError(f"{where}: expected a JSON object")
