@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 # Workers side by side, one thread each (tests/conftest.py); a file's tests stay together, and so do its fixtures.
 WORKERS := -n logical --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test test-slow test-all test-oldest test-core wheel lint format environments clean
+.PHONY: demo test test-slow test-all test-oldest test-core wheel lint format lock audit environments clean
 
 demo: .venv/installed
 	$(BIN)/pldr demo
@@ -45,12 +45,35 @@ format: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-environments: .venv/installed .ci/envs/oldest/installed .ci/envs/core/installed
+# The locked versions anew, where pyproject.toml or constraints-dev.txt say others; UPGRADE=--upgrade asks for the newest of all.
+LOCK = .ci/envs/tools/bin/uv pip compile --quiet $(UPGRADE) pyproject.toml --extra dev --constraint constraints-dev.txt \
+	--excludes .ci/not-locked.txt --universal --python-version 3.11 --generate-hashes \
+	--custom-compile-command 'make lock, without what .ci/not-locked.txt names' --output-file
 
-# Each environment has PACKAGES at the versions that VERSIONS holds. torch comes first and by its exact version, in
-# whatever build the index serves for this machine (see CONTRIBUTING.md).
+lock: .ci/envs/tools/installed
+	$(LOCK) requirements-dev.lock
+
+# That the lock is what `make lock` would leave, and that it holds nothing with a known vulnerability that a newer version mends.
+audit: .ci/envs/tools/installed
+	cp requirements-dev.lock $(<D)
+	$(LOCK) $(<D)/requirements-dev.lock
+	cmp $(<D)/requirements-dev.lock requirements-dev.lock || { echo "requirements-dev.lock is out of step; run: make lock"; exit 1; }
+	$(<D)/bin/python .ci/audit.py requirements-dev.lock constraints-dev.txt
+
+environments: .venv/installed .ci/envs/oldest/installed .ci/envs/core/installed .ci/envs/tools/installed
+
+.ci/envs/tools/installed: .ci/tools.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --requirement .ci/tools.txt
+	touch $@
+
+# Each environment has PACKAGES at the versions that VERSIONS holds; in development their files, too, are those that
+# requirements-dev.lock knows. torch is installed by its exact version, in whatever build the index serves for this machine
+# (see CONTRIBUTING.md).
 .venv/installed: VERSIONS := constraints-dev.txt
 .venv/installed: PACKAGES := --editable '.[dev]'
+.venv/installed: LOCKED := --no-deps --require-hashes --requirement requirements-dev.lock
+.venv/installed: requirements-dev.lock
 .ci/envs/oldest/installed: VERSIONS := .ci/oldest.txt
 .ci/envs/oldest/installed: PACKAGES := --editable '.[train,eval]' pytest pytest-xdist
 .ci/envs/core/installed: VERSIONS := constraints-dev.txt
@@ -58,6 +81,7 @@ environments: .venv/installed .ci/envs/oldest/installed .ci/envs/core/installed
 .venv/installed .ci/envs/oldest/installed .ci/envs/core/installed: pyproject.toml constraints-dev.txt .ci/oldest.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "pldr needs Python 3.11 or newer; run: make PYTHON=python3.11 ...")'
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(if $(LOCKED),$(@D)/bin/python -m pip install --quiet $(LOCKED))
 	$(@D)/bin/python -m pip install --quiet --constraint $(VERSIONS) $(TORCH)
 	$(@D)/bin/python -m pip install --quiet --constraint $(VERSIONS) $(PACKAGES)
 	touch $@
