@@ -377,6 +377,55 @@ class TestTrain:
         assert losses[1] == pytest.approx(losses[0], rel=1e-3)
         assert losses[2] == pytest.approx(losses[0], rel=1e-3)
 
+    @pytest.mark.parametrize("return_logits", [False, True])
+    @pytest.mark.parametrize("items", [None, 0, torch.tensor(0)])
+    def test_a_batch_without_targets_counts_nothing(self, small_model, ids, return_logits, items):
+        model = small_model().train()
+        labels = torch.full_like(ids, -100)
+        output = model(ids, labels=labels, return_logits=return_logits, num_items_in_batch=items)
+        assert (output.loss.item(), output.accuracy.item()) == (0, 0)
+        output.loss.backward()
+        assert all((p.grad == 0).all() for p in model.parameters())
+
+    @pytest.mark.parametrize("accumulation", [1, 2])
+    def test_rows_of_one_token(self, write_recipe, tmp_path, toy_tokenizer, accumulation):
+        """Padded, they have no target: the loss of such a step is 0, and such a batch is no part of an accuracy."""
+        words = ["the"]
+        while (len(toy_tokenizer(" ".join(words))["input_ids"]) + 1) % 32 != 1:  # and [END]
+            words.append("cat")
+        for name in ("train", "held-out"):
+            (tmp_path / name).write_text(" ".join(words))
+        changes = {"optimization__batch_size": 1, "optimization__accumulation": accumulation, "data__layout": "padded"}
+        recipe = load_recipe(write_recipe(**changes, log_steps=1, eval_steps=5, data__train=[str(tmp_path / "train")],
+                                          data__validation=[str(tmp_path / "held-out")]))  # fmt: skip
+        held_out = cached_rows(Source(recipe.data.validation), toy_tokenizer, recipe.data)
+        assert sorted(len(row["input_ids"]) for row in held_out)[:2] == [1, 32]
+        train(recipe, progress=False)
+        lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").open()]
+        assert all(isinstance(value, (int, float, list)) for line in lines for value in line.values())  # none is null
+        losses = [line["loss"] for line in lines if "loss" in line]
+        assert (accumulation == 1) == (0.0 in losses)
+        first, *_, last = (loss for loss in losses if loss)
+        assert last < first
+
+    def test_accuracy_is_over_targets(self, write_recipe, toy_tokenizer, tmp_path):
+        """Not over batches, of which a short one would count as much as a full one."""
+        recipe = load_recipe(write_recipe(optimization__batch_size=1, data__layout="padded"))
+        model = build_model(recipe, toy_tokenizer).train()
+        trainer = PldrTrainer(recipe, tmp_path, model=model, args=training_arguments(recipe, tmp_path))
+        ids = torch.randint(4, 290, (1, 32), generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            guesses = model(ids).logits[0, :-1].argmax(-1)
+        ids[0, 1:3] = guesses[:2]  # G_LM depends on the ids, so that the guesses may be others now
+        right = (model(ids).logits[0, :-1].argmax(-1) == ids[0, 1:]).float()
+        for kept in (31, 2, 0):
+            labels = ids.clone()
+            labels[0, kept + 1 :] = -100
+            trainer.compute_loss(model, {"input_ids": ids, "labels": labels}, num_items_in_batch=33)
+        assert right.sum() + right[:2].sum() > 0
+        assert trainer.accuracy() == pytest.approx((right.sum() + right[:2].sum()).item() / 33)
+        assert trainer.accuracy() == 0  # no batch since
+
     def test_tokens_are_counted_not_computed(self, write_recipe, tmp_path):
         """The last step of an epoch has fewer batches than the accumulation asks for."""
         recipe = load_recipe(write_recipe(optimization__batch_size=7, optimization__accumulation=5))

@@ -3,24 +3,31 @@
 import json
 import multiprocessing
 import os
+import platform
 import random
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from helpers import toy_recipe, write_texts
 from pldr import load_model, load_tokenizer
 from pldr.data import rows
+from pldr.files import process_mark, write_sums
 from pldr.recipe import load_recipe
-from pldr.training import TrainingInterrupted
+from pldr.training import TrainingInterrupted, checkpoint
 from pldr.training.callbacks import ProgressBar
-from pldr.training.checkpoint import SavedTensors, checkpoints, step_of
+from pldr.training.checkpoint import SUMS, SavedTensors, checkpoints, merge_checkpoint, step_of
 from pldr.training.run import train
 from pldr.training.trainer import PldrTrainer
 
@@ -35,6 +42,7 @@ VARIANTS = {
     "regularised": {"optimization__dag_G_LM": 0.1},
     "handed off before": {"optimization__handoff_step": 4},
     "handed off after": {"optimization__handoff_step": 9},
+    "saved in the background": {"async_save": True, "save_steps": 2, "optimization__handoff_step": 4},
 }  # fmt: skip
 
 
@@ -44,28 +52,60 @@ def small_batches(monkeypatch):
     monkeypatch.setattr(rows, "_BATCH_CHARACTERS", 2000)
 
 
-def losses(folder):
+def log(folder):
+    """Every line, without the one number that no two runs share."""
     lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
-    return [(line["step"], line["loss"], line["accuracy"], line["global_loss"]) for line in lines if "loss" in line]
+    return [{name: value for name, value in line.items() if name != "train_runtime"} for line in lines]
+
+
+def losses(folder):
+    return [(x["step"], x["loss"], x["accuracy"], x["global_loss"]) for x in log(folder) if "loss" in x]
+
+
+def at_step(monkeypatch, step, act):
+    """Do something where a step ends, before it is logged and saved."""
+    original = ProgressBar.on_step_end
+
+    def end(self, args, state, control, **kwargs):
+        original(self, args, state, control, **kwargs)
+        if state.global_step == step:
+            act()
+
+    monkeypatch.setattr(ProgressBar, "on_step_end", end)
 
 
 def stop_at(monkeypatch, step, number=signal.SIGTERM):
-    original = ProgressBar.on_step_end
+    def stop():
+        os.kill(os.getpid(), number)
+        time.sleep(0.01)  # the handler runs between two byte codes of the main thread
 
-    def stop(self, args, state, control, **kwargs):
-        original(self, args, state, control, **kwargs)
-        if state.global_step == step:
-            os.kill(os.getpid(), number)
-            time.sleep(0.01)  # the handler runs between two byte codes of the main thread
+    at_step(monkeypatch, step, stop)
 
-    monkeypatch.setattr(ProgressBar, "on_step_end", stop)
+
+def forked(work):
+    """The exit code of a process that does something with all that is here and patched; -9: it was killed."""
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    process.join(60)
+    return process.exitcode
+
+
+def dead_mark():
+    """`process_mark` of a process that is no more."""
+    done = subprocess.run(["sh", "-c", "echo $$"], capture_output=True, text=True, check=True)
+    return f"{process_mark().rpartition('-')[0]}-{done.stdout.strip()}"
+
+
+def leftovers(folder):
+    """What hides in a folder and beside it, such as locks and half written files."""
+    return [path.name for place in (folder, folder.parent) if place.is_dir() for path in place.glob(".*")]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_resumed_run_is_the_same_run(write_recipe, tmp_path, monkeypatch, variant):
     """Bit for bit, with log lines that span the interruption: the losses, what they sum to, and the weights."""
     changes = VARIANTS[variant] | {"eval_steps": 5, "log_steps": 3}
-    whole = load_recipe(write_recipe(**changes, output=str(tmp_path / "whole")))
+    whole = load_recipe(write_recipe(**(changes | {"async_save": False}), output=str(tmp_path / "whole")))
     expected = train(whole, progress=False)
     recipe = load_recipe(write_recipe(**changes))
     with monkeypatch.context() as patch:
@@ -76,7 +116,7 @@ def test_a_resumed_run_is_the_same_run(write_recipe, tmp_path, monkeypatch, vari
         load_model(recipe.output)  # nothing that looks finished
     torch.manual_seed(0)
     summary = train(recipe, resume=True, progress=False)
-    assert losses(recipe.output) == losses(whole.output)
+    assert log(recipe.output) == log(whole.output)
     one, other = load_model(recipe.output).state_dict(), load_model(whole.output).state_dict()
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
     for name in ("steps", "tokens", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy"):
@@ -89,7 +129,7 @@ def test_older_checkpoints_go_and_the_recipe_must_be_the_same(write_recipe, tmp_
     assert [step_of(path) for path in checkpoints(recipe.output)] == [12, 9]
     assert not [path for path in Path(recipe.output).iterdir() if path.name.startswith(".")]
     for changes, message in [
-        ({"optimization__learning_rate": 1e-4}, r"optimization.learning_rate was 0.003 .* and is 0.0001 now"),
+        ({"optimization__learning_rate": 1e-4}, r"learning_rate was 0.003 for .*checkpoint-12 and is 0.0001 now"),
         ({"seed": 5}, "seed was 1234"),
         ({"data__sequence_length": 16}, "data.sequence_length was 32"),
     ]:
@@ -140,6 +180,10 @@ def test_a_checkpoint_is_a_model_and_holds_no_pickle(write_recipe, tmp_path, run
     assert [path.name for path in saved.iterdir() if path.suffix in (".bin", ".pt", ".pkl", ".pth")] == [
         "rng_state.pth"
     ]
+    modes = {path.stat().st_mode & 0o777 for path in (*saved.iterdir(), *Path(recipe.output).glob("*.*"))}
+    assert modes == {(tmp_path / "recipe.yaml").stat().st_mode & 0o777}, (
+        "others may read what the user's other files are"
+    )
     names = {name.rpartition(".")[0] for name in SavedTensors(saved, "optimizer").names()}
     assert names == {name for name, _ in load_model(saved).named_parameters()}
     code, _, errors = run("merge", saved, tmp_path / "merged")
@@ -203,7 +247,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(write_recipe, monkeypatch):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [step_of(path) for path in checkpoints(recipe.output)] == [5]
-    assert not (Path(recipe.output) / ".partial").exists()
+    assert not list(Path(recipe.output).glob(".*"))
     monkeypatch.undo()
     assert train(recipe, resume=True, progress=False)["steps"] == 12
 
@@ -307,6 +351,404 @@ def test_sigterm_saves_and_says_so(write_recipe, tmp_path):
     (saved,) = checkpoints(tmp_path / "out")
     last = errors.strip().splitlines()[-1]
     assert f"stopped by SIGTERM after step {step_of(saved)} of 5000; saved in" in last
+
+
+class TestTheFolderIsOneRuns:
+    def test_a_second_run_is_refused_and_the_first_goes_on(self, write_recipe, tmp_path, monkeypatch):
+        changes = {"save_steps": 3}
+        whole = load_recipe(write_recipe(**changes, output=str(tmp_path / "whole")))
+        train(whole, progress=False)
+        recipe = load_recipe(write_recipe(**changes))
+        (tmp_path / "link").symlink_to("out")
+        said = multiprocessing.get_context("fork").SimpleQueue()
+
+        def second_runs():
+            for name in ("out", "link"):
+                for how in ({"overwrite": True}, {"resume": True}, {"resume": "auto"}):
+                    try:
+                        train(load_recipe(write_recipe(**changes, output=str(tmp_path / name))), progress=False, **how)
+                    except OSError as error:
+                        said.put(str(error))
+
+        at_step(monkeypatch, 5, lambda: seen.append(forked(second_runs)))
+        seen = []
+        train(recipe, progress=False)
+        assert seen == [0]
+        for _ in range(6):
+            assert re.search(
+                rf"out: another run is in it \(process {os.getpid()} on {platform.node()}, since 20\d\d-.*\); wait for it, "
+                rf"stop it, or choose another output; .*delete {tmp_path}/\.out\.lock-", said.get(),
+            )  # fmt: skip
+        assert said.empty()
+        assert log(recipe.output) == log(whole.output)
+        assert leftovers(tmp_path / "out") == []
+
+    def test_a_dead_run_is_no_obstacle_and_one_elsewhere_is(self, write_recipe, tmp_path):
+        recipe = load_recipe(write_recipe(optimization__steps=3))
+        (tmp_path / f".out.lock-{dead_mark()}").write_text("process 1 on this machine, since yesterday\n")
+        (tmp_path / ".out2.lock-elsewhere-1").write_text("another folder's\n")
+        train(recipe, progress=False)
+        assert leftovers(tmp_path / "out") == [".out2.lock-elsewhere-1"]
+        (tmp_path / ".out.lock-elsewhere-1").write_text("process 1 on elsewhere, since yesterday\n")
+        before = (tmp_path / "out" / "log.jsonl").read_bytes()
+        with pytest.raises(FileExistsError, match="process 1 on elsewhere, since yesterday"):
+            train(recipe, overwrite=True, progress=False)
+        assert (tmp_path / "out" / "log.jsonl").read_bytes() == before
+
+    @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, FloatingPointError])
+    def test_it_is_free_again_however_a_run_ends(self, write_recipe, tmp_path, monkeypatch, error):
+        def fail():
+            raise error
+
+        at_step(monkeypatch, 2, fail)
+        with pytest.raises(error):
+            train(load_recipe(write_recipe(output=str(tmp_path / "a" / "out"))), progress=False)
+        assert not (tmp_path / "a").exists()
+        assert leftovers(tmp_path / "out") == []
+
+    def test_checkpoints_of_another_recipe_are_told(self, write_recipe, tmp_path):
+        """Whatever has happened to the folder: each checkpoint says what it is of."""
+        recipe = load_recipe(write_recipe(save_steps=6))
+        train(recipe, progress=False)
+        other = load_recipe(write_recipe(save_steps=6, seed=5, output=str(tmp_path / "other")))
+        train(other, progress=False)
+        shutil.copytree(tmp_path / "out" / "checkpoint-6", tmp_path / "other" / "checkpoint-6", dirs_exist_ok=True)
+        with pytest.raises(ValueError, match=r"seed was 1234 for .*other/checkpoint-6 and is 5 now"):
+            train(other, resume=tmp_path / "other" / "checkpoint-6", progress=False)
+
+    def test_a_link_to_a_folder_stays_one(self, write_recipe, tmp_path):
+        (tmp_path / "disk").mkdir()
+        (tmp_path / "disk" / "old").touch()
+        (tmp_path / "out").symlink_to("disk")
+        recipe = load_recipe(write_recipe(save_steps=6))
+        train(recipe, overwrite=True, progress=False)
+        assert (tmp_path / "out").is_symlink()
+        assert not (tmp_path / "disk" / "old").exists()
+        train(recipe, resume=tmp_path / "disk" / "checkpoint-6", progress=False)
+        assert load_model(tmp_path / "disk").num_parameters() > 0
+
+    def test_what_killed_runs_left_is_tidied(self, write_recipe, tmp_path, monkeypatch):
+        recipe, out, dead = load_recipe(write_recipe(save_steps=6)), tmp_path / "out", dead_mark()
+        train(recipe, progress=False)
+        kept = (out / "model.safetensors").read_bytes()
+        for place in (out / f".model.partial-{dead}-a", out / f".checkpoint.partial-{dead}-b" / "checkpoint-9"):
+            place.mkdir(parents=True)
+        train(recipe, resume=True, progress=False)
+        assert leftovers(out) == []
+
+        recipe.optimization.learning_rate = 1e-3
+        with monkeypatch.context() as patch:
+            at_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGKILL))
+            assert forked(lambda: train(recipe, overwrite=True, progress=False)) == -signal.SIGKILL
+        assert [name.split("-")[0] for name in leftovers(out)] == [".out.lock", ".out.old"]
+        with pytest.raises(FileExistsError, match="is not empty"):
+            train(recipe, progress=False)
+        assert (out / "model.safetensors").read_bytes() == kept  # it is back
+        assert leftovers(out) == []
+
+        with monkeypatch.context() as patch:
+            at_step(patch, 9, lambda: os.kill(os.getpid(), signal.SIGKILL))
+            assert forked(lambda: train(recipe, overwrite=True, progress=False)) == -signal.SIGKILL
+        train(recipe, resume=True, progress=False)  # the new one, which had a checkpoint
+        assert (out / "model.safetensors").read_bytes() != kept
+        assert leftovers(out) == []
+
+    def test_auto_goes_on_where_there_is_a_checkpoint_and_begins_elsewhere(
+        self, write_recipe, tmp_path, monkeypatch, run
+    ):
+        path = write_recipe(save_steps=6)
+        recipe, out = load_recipe(path), tmp_path / "out"
+        for kill in (3, 9):  # before the first checkpoint, and after
+            with monkeypatch.context() as patch:
+                at_step(patch, kill, lambda: os.kill(os.getpid(), signal.SIGKILL))
+                assert forked(lambda: train(recipe, resume="auto", progress=False)) == -signal.SIGKILL
+            assert bool(checkpoints(out)) == (kill == 9)
+        at_step(monkeypatch, 6, lambda: pytest.fail("began anew"))
+        code, _, errors = run("train", path, "--resume-from", "auto")
+        assert code == 0, errors
+        whole = load_recipe(write_recipe(save_steps=6, output=str(tmp_path / "whole")))
+        monkeypatch.undo()
+        train(whole, resume="auto", progress=False)
+        assert log(out) == log(whole.output)
+        for path in checkpoints(out):
+            shutil.rmtree(path)
+        for folder in (out, tmp_path / "texts"):  # a model, and somebody's texts
+            recipe.output = str(folder)
+            with pytest.raises(FileExistsError, match="is not empty"):
+                train(recipe, resume="auto", progress=False)
+
+    @pytest.mark.parametrize(
+        ("step", "changes"),
+        [
+            (5, {"log_steps": 1}),
+            (5, {"log_steps": 500, "save_steps": 6}),
+            (5, {"log_steps": 500, "save_steps": 6, "async_save": True}),
+            (5, {"log_steps": 500, "eval_steps": 6}),
+            (12, {"log_steps": 500}),
+        ],
+    )
+    def test_a_folder_that_is_removed_ends_the_run(self, write_recipe, tmp_path, monkeypatch, run, step, changes):
+        path = write_recipe(**changes)
+        at_step(monkeypatch, step, lambda: shutil.rmtree(tmp_path / "out"))
+        code, out, errors = run("train", path)
+        *bar, message = errors.splitlines()
+        assert (code, out, len(bar)) == (1, "", 1), errors
+        assert message == f"pldr: {tmp_path}/out: was removed or renamed during the run, which ends here"
+        assert not (tmp_path / "out").exists()
+        assert leftovers(tmp_path / "out") == []
+
+
+class TestTheLogSaysEverythingOnce:
+    def test_also_what_comes_after_the_last_checkpoint(self, write_recipe, tmp_path, monkeypatch):
+        """A run that fails, or is killed, after the evaluation at its end has logged that already."""
+        whole = load_recipe(write_recipe(save_steps=6, eval_steps=6, output=str(tmp_path / "whole")))
+        train(whole, progress=False)
+        recipe = load_recipe(write_recipe(save_steps=6, eval_steps=6))
+        original = PldrTrainer.evaluate
+
+        def evaluate(trainer, *args, **kwargs):
+            found = original(trainer, *args, **kwargs)
+            if not trainer.is_in_train:
+                raise OSError("no room for another word")
+            return found
+
+        with monkeypatch.context() as patch:
+            patch.setattr(PldrTrainer, "evaluate", evaluate)
+            with pytest.raises(OSError, match="no room"):
+                train(recipe, progress=False)
+        train(recipe, resume=True, progress=False)
+        written = [line for line in log(whole.output) if "total_flos" not in line]  # of a call that took steps
+        assert log(recipe.output) == written
+
+    @pytest.mark.parametrize("saved_first", [False, True])
+    def test_in_whichever_order_a_step_is_logged_and_saved(self, write_recipe, monkeypatch, saved_first):
+        recipe = load_recipe(write_recipe(save_steps=6, log_steps=3))
+        original = PldrTrainer._maybe_log_save_evaluate
+
+        def swapped(trainer, *args, **kwargs):
+            should_log, trainer.control.should_log = trainer.control.should_log, False
+            original(trainer, *args, **kwargs)
+            trainer.control.should_log = should_log
+            original(trainer, *args, **kwargs)
+
+        if saved_first:
+            monkeypatch.setattr(PldrTrainer, "_maybe_log_save_evaluate", swapped)
+        with monkeypatch.context() as patch:
+            stop_at(patch, 5)  # noted where step 6 ends
+            with pytest.raises(TrainingInterrupted):
+                train(recipe, progress=False)
+        assert [step for step, *_ in losses(recipe.output)] == [3, 6]
+        train(recipe, resume=True, progress=False)
+        # A line that the checkpoint does not know of is no longer there: the next one has its losses.
+        assert [step for step, *_ in losses(recipe.output)] == ([3, 9, 12] if saved_first else [3, 6, 9, 12])
+
+
+@pytest.fixture(scope="class")
+def finished(tmp_path_factory, toy_model_file):
+    """A folder with a run's recipe, and its output with three checkpoints, for copies to be damaged."""
+    folder = tmp_path_factory.mktemp("finished")
+    changes = {"save_steps": 4, "keep_checkpoints": 3, "output": "out"}
+    (folder / "recipe.yaml").write_text(toy_recipe(write_texts(folder / "texts"), toy_model_file, **changes))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        train(load_recipe("recipe.yaml"), progress=False)
+    return folder
+
+
+def edit(path, change):
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(change(content) or content))
+
+
+def rename_tensor(path):
+    tensors = load_file(path)
+    name = "lm_head.weight.exp_avg"
+    tensors[f"other.{name}"] = tensors.pop(name)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def flip_unlisted(folder):
+    file = folder / "optimizer.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    write_sums(folder, [path for path in folder.iterdir() if path.name not in (SUMS, file.name)], SUMS)
+
+
+class TestDamage:
+    """Of a checkpoint whose sums were made to fit, too."""
+
+    DAMAGES: ClassVar = {
+        "one flipped and not listed": (flip_unlisted, f"{SUMS} does not list optimizer.safetensors"),
+        "a file too many": (lambda c: (c / "model-1-of-1.safetensors").touch(), f"{SUMS} does not list model-1-of-1"),
+        "optimiser renamed": (lambda c: rename_tensor(c / "optimizer.safetensors"),
+                              r"optimizer: 2 tensors are missing, unknown .* the first lm_head.weight.exp_avg"),
+        "no optimiser": (lambda c: save_file({}, c / "optimizer.safetensors"), r"optimizer: \d+ tensors are missing"),
+        "model renamed": (lambda c: rename_tensor(c / "optimizer.safetensors") or
+                          os.replace(c / "optimizer.safetensors", c / "model.safetensors"), "optimizer tensors"),
+        "no random state": (lambda c: (c / "rng_state.pth").unlink(), "rng_state.pth is missing"),
+        "many random states": (lambda c: edit(c / "recipe.json", lambda r: r.update(processes=300_000_000)),
+                               "rng_state_0.pth is missing"),
+        "many shards": (lambda c: (c / "model.safetensors").rename(c / "model-1-of-300000000.safetensors"),
+                        "1 of 300000000 model files are there"),
+        "no recipe": (lambda c: (c / "recipe.json").unlink(), "recipe.json is missing"),
+        "another step": (lambda c: edit(c / "trainer_state.json", lambda s: s.update(global_step=8)),
+                         "it was written after step 8"),
+        "no totals": (lambda c: edit(c / "run.json", lambda s: s.pop("totals") and None), "run.json lacks totals"),
+        "another form": (lambda c: edit(c / "run.json", lambda s: [1]), "run.json is no object"),
+    }  # fmt: skip
+
+    @pytest.mark.parametrize("name", DAMAGES)
+    def test_is_named(self, finished, tmp_path, monkeypatch, name):
+        damage, message = self.DAMAGES[name]
+        shutil.copytree(finished, tmp_path / "run")
+        monkeypatch.chdir(tmp_path / "run")
+        (newest, older, _), recipe = checkpoints("out"), load_recipe("recipe.yaml")
+        damage(newest)
+        if "does not list" not in message:
+            write_sums(newest, [path for path in newest.iterdir() if path.name != SUMS], SUMS)
+        advice = rf"; go on from the one before it: --resume-from {older}"
+        with pytest.raises(ValueError, match=rf"out/checkpoint-12: damaged checkpoint \(.*{message}.*\){advice}"):
+            train(recipe, resume=True, progress=False)
+        with pytest.raises(ValueError, match=message):
+            merge_checkpoint(newest, "merged")
+        assert not Path("merged").exists()
+
+    def test_a_folder_of_another_steps_name(self, finished, tmp_path, monkeypatch):
+        shutil.copytree(finished, tmp_path / "run")
+        monkeypatch.chdir(tmp_path / "run")
+        Path("out/checkpoint-12").rename("out/checkpoint-13")
+        with pytest.raises(ValueError, match=r"checkpoint-13: damaged checkpoint \(it was written after step 12\)"):
+            train(load_recipe("recipe.yaml"), resume=True, progress=False)
+        Path("out/checkpoint-13").rename("out/mine")
+        assert merge_checkpoint("out/mine", "merged").num_parameters() > 0
+
+    def test_weights_that_are_not_finite(self, finished, tmp_path, monkeypatch):
+        shutil.copytree(finished, tmp_path / "run")
+        monkeypatch.chdir(tmp_path / "run")
+        newest = checkpoints("out")[0]
+        tensors = load_file(newest / "model.safetensors")
+        tensors["lm_head.weight"][3, 4] = float("nan")
+        save_file(tensors, newest / "model.safetensors", metadata={"format": "pt"})
+        write_sums(newest, [path for path in newest.iterdir() if path.name != SUMS], SUMS)
+        with pytest.raises(ValueError, match=r"checkpoint-12: tensor lm_head.weight holds NaN or infinite values"):
+            merge_checkpoint(newest, "merged")
+        with pytest.raises(ValueError, match=r"checkpoint-12: tensor lm_head.weight holds NaN or infinite values"):
+            train(load_recipe("recipe.yaml"), resume=True, progress=False)
+
+    @pytest.mark.parametrize("line", ["[1]", "1", '{"loss": 1}', '{"step": "1"}', '{"loss'])
+    def test_a_log_that_is_none(self, finished, tmp_path, monkeypatch, line):
+        shutil.copytree(finished, tmp_path / "run")
+        monkeypatch.chdir(tmp_path / "run")
+        lines = Path("out/log.jsonl").read_text().splitlines()
+        Path("out/log.jsonl").write_text("\n".join([lines[0], line, *lines[1:]]) + "\n")
+        with pytest.raises(ValueError, match=r"out/log.jsonl: line 2 is not an object with a step; remove it"):
+            train(load_recipe("recipe.yaml"), resume=True, progress=False)
+
+
+class TestSavingInTheBackground:
+    """The variant of `test_a_resumed_run_is_the_same_run` says that it changes no number."""
+
+    CHANGES: ClassVar = {"async_save": True, "save_steps": 4, "keep_checkpoints": 3, "log_steps": 1}
+
+    def test_steps_go_on_meanwhile_and_one_copy_is_held(self, write_recipe, monkeypatch):
+        later, original, seen = threading.Event(), checkpoint._save_file, []
+
+        def slow(tensors, file):
+            assert file.parent.name != "checkpoint-4" or later.wait(30), "the training waits for the writer"
+            original(tensors, file)
+
+        def save(writer, *args):
+            seen.append(writer._pending)
+            return original_save(writer, *args)
+
+        original_save = checkpoint.CheckpointWriter.save
+        monkeypatch.setattr(checkpoint, "_save_file", slow)
+        monkeypatch.setattr(checkpoint.CheckpointWriter, "save", save)
+        recipe = load_recipe(write_recipe(**self.CHANGES))
+        at_step(monkeypatch, 7, later.set)
+        train(recipe, progress=False)
+        assert [step_of(path) for path in checkpoints(recipe.output)] == [12, 8, 4]
+        assert seen == [None] * 6  # copies of model and optimiser are made when nothing is being written
+
+    def test_an_error_ends_the_run_after_the_step(self, write_recipe, monkeypatch):
+        original, step = checkpoint._save_file, PldrTrainer.training_step
+
+        def fail(tensors, file):
+            if file.parent.name == "checkpoint-8":
+                raise OSError("no room")
+            original(tensors, file)
+
+        def after_writing(trainer, *args):
+            if trainer.writer._pending is not None:
+                trainer.writer._pending.exception(30)
+            return step(trainer, *args)
+
+        monkeypatch.setattr(checkpoint, "_save_file", fail)
+        monkeypatch.setattr(PldrTrainer, "training_step", after_writing)
+        recipe = load_recipe(write_recipe(**self.CHANGES))
+        with pytest.raises(
+            OSError, match=r"out/checkpoint-8: could not be written \(no room\); .*checkpoint-4 is whole"
+        ):
+            train(recipe, progress=False)
+        assert losses(recipe.output)[-1][0] == 8
+        assert leftovers(Path(recipe.output)) == []
+
+    def test_killed_while_it_writes(self, write_recipe, tmp_path, monkeypatch):
+        """The older checkpoint is whole, and the run goes on from it."""
+        whole = load_recipe(write_recipe(**self.CHANGES, output=str(tmp_path / "whole")))
+        train(whole, progress=False)
+        recipe, original = load_recipe(write_recipe(**self.CHANGES)), checkpoint._save_file
+
+        def killed(tensors, file):
+            original(tensors, file)
+            if file.parent.name == "checkpoint-8":
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "_save_file", killed)
+            assert forked(lambda: train(recipe, progress=False)) == -signal.SIGKILL
+        assert [step_of(path) for path in checkpoints(recipe.output)] == [4]
+        assert ".checkpoint.partial" in " ".join(leftovers(tmp_path / "out"))
+        train(recipe, resume=True, progress=False)
+        assert log(recipe.output) == log(whole.output)
+        assert leftovers(tmp_path / "out") == []
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="this platform has no SIGHUP")
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_terminal_that_hangs_up(write_recipe, monkeypatch, ignored):
+    """As at SIGTERM; under nohup, which ignores it, the run goes on."""
+    stop_at(monkeypatch, 7, signal.SIGHUP)
+    recipe = load_recipe(write_recipe())
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        if ignored:
+            assert train(recipe, progress=False)["steps"] == 12
+        else:
+            with pytest.raises(TrainingInterrupted, match=r"stopped by SIGHUP after step [78] of 12; saved in"):
+                train(recipe, progress=False)
+            assert len(checkpoints(recipe.output)) == 1
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("clock", ["time", "perf_counter"])
+def test_clocks_that_are_set_back_or_stand_still(write_recipe, monkeypatch, clock):
+    """No duration is negative, and none of nothing is divided by."""
+    ticks = iter(range(10**9, 0, -100))
+    monkeypatch.setattr(time, clock, (lambda: float(next(ticks))) if clock == "time" else (lambda: 5.0))
+    recipe = load_recipe(write_recipe(save_steps=6))
+    summary = train(recipe, progress=True)
+    monkeypatch.undo()
+    lines = [json.loads(line) for line in (Path(recipe.output) / "log.jsonl").read_text().splitlines()]
+    (runtime,) = [line["train_runtime"] for line in lines if "train_runtime" in line]
+    assert not [name for line in lines for name in line if "per_second" in name]
+    if clock == "time":
+        assert 0 < runtime == summary["seconds"] < 60
+        assert summary["tokens_per_second"] == pytest.approx(summary["tokens"] / runtime)
+    else:
+        assert runtime == summary["seconds"] == summary["tokens_per_second"] == 0
 
 
 @pytest.mark.slow

@@ -115,7 +115,9 @@ def train(
     overrides: Annotated[list[str] | None, Argument(help="key=value pairs, e.g. optimization.steps=100.")] = None,
     overwrite: Overwrite = False,
     resume: Annotated[bool, Option("--resume", help="Go on from the newest checkpoint in the output.")] = False,
-    resume_from: Annotated[Path | None, Option(help="Go on from this checkpoint.")] = None,
+    resume_from: Annotated[
+        Path | None, Option(help="Go on from this checkpoint; auto: from the newest, or begin if there is none.")
+    ] = None,
     strict: Strict = False,
     as_json: AsJson = False,
 ) -> None:
@@ -131,7 +133,7 @@ def train(
     _quiet()
     from pldr.training.run import train as run
 
-    summary = run(parsed, overwrite=overwrite, resume=resume_from or resume)
+    summary = run(parsed, overwrite=overwrite, resume=str(resume_from) if resume_from else resume)
     if os.environ.get("RANK", "0") != "0":
         return
     if as_json:

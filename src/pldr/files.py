@@ -68,7 +68,7 @@ def whole_folder(path: str | os.PathLike[str], *, overwrite: bool = False, keep:
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-{process_mark()}-", dir=_nearest_folder(path)))
     try:
         yield partial
-        _settle(partial)
+        settle(partial)
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and overwrite:
             _exchange(partial, path)
@@ -109,7 +109,7 @@ def _put(partial: Path, path: Path, keep: bool) -> None:
         raise FileExistsError(f"{path}: something has come there meanwhile; the result is in {beside}") from None
 
 
-def _settle(folder: Path) -> None:
+def settle(folder: Path) -> None:
     """Ordinary permissions, where temporary files have private ones, and everything on the disk."""
     umask = _umask()
     for place in (*folder.rglob("*"), folder):

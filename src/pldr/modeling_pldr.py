@@ -423,6 +423,7 @@ class PldrForCausalLM(PldrPreTrainedModel, GenerationMixin):
         """
         Args:
             labels: [B, T], the same ids as `input_ids` (the shift by one happens here); -100 is left out of the mean.
+                Where nothing is left, loss and accuracy are 0.
             logits_to_keep: number of last positions to compute logits for, or their indices; 0 means all.
             return_logits: False computes the loss without ever holding all logits (they are then None in the output).
             num_items_in_batch: what to divide the summed loss by, in place of the number of targets, where a batch is
@@ -470,8 +471,10 @@ class PldrForCausalLM(PldrPreTrainedModel, GenerationMixin):
             flat = logits.float().flatten(0, 1)  # [B·T, V]
             total = F.cross_entropy(flat, targets, reduction="sum")
             correct = reference.right_guesses(flat.detach(), targets)
-        count = (targets != reference.IGNORED_TARGET).sum()
-        return total / (count if num_items_in_batch is None else num_items_in_batch), correct / count
+        # A batch without targets counts nothing: its loss and gradient are 0, not 0/0.
+        count = (targets != reference.IGNORED_TARGET).sum().clamp(min=1)
+        items = count if num_items_in_batch is None else torch.as_tensor(num_items_in_batch).clamp(min=1)
+        return total / items, correct / count
 
     @staticmethod
     def create_masks_for_generate(

@@ -158,6 +158,8 @@ class Recipe:
             operator each also measures how far G_LM varies over passages, the loss with G_LM frozen, and the DAG losses.
         save_steps: steps between two checkpoints, None for none but that of an interruption or a hand-off.
         keep_checkpoints: how many of the newest are kept.
+        async_save: write checkpoints in the background while training goes on. Host memory then holds, besides what the
+            run needs, one copy of weights and optimiser, which each process has its share of.
         report_to: where else numbers go: any of tensorboard, wandb, trackio.
     """
 
@@ -171,6 +173,7 @@ class Recipe:
     eval_steps: int | None = None
     save_steps: int | None = None
     keep_checkpoints: int = 2
+    async_save: bool = False
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
 
     def __post_init__(self) -> None:

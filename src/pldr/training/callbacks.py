@@ -41,6 +41,7 @@ class Stops(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, *event: object, **more: object) -> None:
+        self.trainer.begun = time.perf_counter()
         if self.trainer.start is not None:
             self.trainer.restore_run()
 
@@ -54,6 +55,7 @@ class Stops(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: object
     ) -> None:
         trainer, step = self.trainer, state.global_step
+        trainer.writer.check()
         at_handoff = step == trainer.recipe.optimization.handoff_step
         trainer.must_hand_off = at_handoff and trainer.model.config.operator == "learned"
         trainer.stopped_by = self._agreed_signal(args, step)
@@ -111,7 +113,8 @@ class ProgressBar(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, *event: object, **more: object) -> None:
         seconds = time.perf_counter() - self.start
-        speed = self.tokens_per_step * (state.global_step - self.first) * args.world_size / seconds
+        tokens = self.tokens_per_step * (state.global_step - self.first) * args.world_size
+        speed = tokens / seconds if seconds else 0.0  # of a coarse clock
         self.bar.update(
             self.task, completed=state.global_step, description=f"loss {self.loss:.3f} · {speed:,.0f} tokens/s"
         )

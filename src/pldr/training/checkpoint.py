@@ -2,60 +2,71 @@
 
 A checkpoint holds the model and the optimiser by parameter name, in safetensors: one file each, or, where a run is
 sharded, one file each a rank (`model-2-of-4.safetensors`), every tensor cut along its first dimension. Either loads on
-any number of ranks.
+any number of ranks. The recipe that it was made with is part of it.
 """
 
 import os
 import re
 import shutil
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from transformers import TrainerState
 from transformers.initialization import no_init_weights
 
 from pldr.checkpoints.load import check_tensors, read_config
-from pldr.files import check_output, read_sums, sha256, sync, whole_folder, write_sums
+from pldr.configuration_pldr import PldrConfig
+from pldr.files import (
+    check_output,
+    one_line,
+    process_mark,
+    read_json,
+    read_sums,
+    settle,
+    sha256,
+    sync,
+    whole_folder,
+    write_sums,
+)
 from pldr.modeling_pldr import PldrForCausalLM
 from pldr.tokenizer import load_tokenizer
+from pldr.training.processes import on_main
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _SHARD = re.compile(r"(?P<kind>\w+)-(?P<rank>\d+)-of-(?P<ranks>\d+)\.safetensors")
 SUMS = "CHECKPOINT.SHA256"
+RECIPE = "recipe.json"  # and the number of processes
+STATE = "run.json"  # what the Trainer forgets
+_STATE_KEYS = {"totals", "guesses", "tr_loss", "last", "last_logged", "log_lines"}
+SCHEDULER = "scheduler.json"
+_TRAINER_STATE = "trainer_state.json"
 
 
 def checkpoints(run: str | os.PathLike[str]) -> list[Path]:
     """The checkpoints of a run, newest first."""
-    found = [(int(match[1]), path) for path in Path(run).glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found, reverse=True)]
+    return sorted(
+        (p for p in Path(run).glob("checkpoint-*") if _step_in(p.name) is not None), key=step_of, reverse=True
+    )
 
 
 def step_of(checkpoint: Path) -> int:
     """The step that a checkpoint was written after."""
-    match = _NAME.fullmatch(checkpoint.name)
-    assert match is not None
-    return int(match[1])
+    step = _step_in(checkpoint.name)
+    assert step is not None
+    return step
 
 
-def commit_checkpoint(partial: Path, checkpoint: Path, keep: int) -> None:
-    """Move a finished checkpoint to its place, and drop all but the newest `keep` ones.
-
-    Raises:
-        OSError: the disk is full, or the like; older checkpoints are then still there.
-    """
-    written = [path for path in partial.rglob("*") if path.is_file()]
-    write_sums(partial, written, SUMS)
-    for path in (*written, partial):
-        sync(path)
-    os.replace(partial, checkpoint)
-    sync(checkpoint.parent)
-    for old in checkpoints(checkpoint.parent)[keep:]:
-        # Out of sight first: what is half removed must not look like a checkpoint.
-        os.replace(old, old.with_name(f".{old.name}.old"))
-    for hidden in checkpoint.parent.glob(".checkpoint-*.old"):  # those of a killed run too
-        shutil.rmtree(hidden)
+def _step_in(name: str) -> int | None:
+    match = _NAME.fullmatch(name)
+    return int(match[1]) if match else None
 
 
 def abandon_newer(checkpoint: Path) -> None:
@@ -68,66 +79,262 @@ def abandon_newer(checkpoint: Path) -> None:
             os.replace(newer, target)
 
 
+# --- is it whole? ---------------------------------------------------------------------------------------------------
+
+
 def check_checkpoint(checkpoint: Path) -> None:
     """
     Raises:
-        ValueError: a file is missing or does not match its sum; the checkpoint before is named, if there is one.
+        ValueError: a file is missing, was added or does not match its sum; or what is in them does not belong together.
+            The checkpoint before is named, if there is one.
     """
     fault = _fault(checkpoint)
     if fault is None:
         return
-    older = [path for path in checkpoints(checkpoint.parent) if step_of(path) < step_of(checkpoint)]
+    step = _step_in(checkpoint.name)
+    older = [path for path in checkpoints(checkpoint.parent) if step is not None and step_of(path) < step]
     whole = next((path for path in older if _fault(path) is None), None)
     advice = f"go on from the one before it: --resume-from {whole}" if whole else "no older checkpoint is whole"
     raise ValueError(f"{checkpoint}: damaged checkpoint ({fault}); {advice}")
 
 
 def _fault(checkpoint: Path) -> str | None:
+    try:
+        return _wrong_file(checkpoint) or _missing_file(checkpoint) or _wrong_content(checkpoint)
+    except (ValueError, OSError, SafetensorError) as error:
+        return one_line(error)
+    except (KeyError, TypeError, AttributeError) as error:  # JSON of another form
+        return f"{type(error).__name__}: {one_line(error)}"
+
+
+def _wrong_file(checkpoint: Path) -> str | None:
     if not (checkpoint / SUMS).is_file():
         return f"no {SUMS}"
     sums = read_sums(checkpoint, SUMS)
-    if not sums:
-        return f"{SUMS} is empty"
-    for name, digest in sums.items():
-        if not (checkpoint / name).is_file():
+    files = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if not path.is_dir()} - {SUMS}
+    for name in sorted(sums.keys() | files):
+        if name not in files:
             return f"{name} is missing"
-        if sha256(checkpoint / name) != digest:
+        if name not in sums:
+            return f"{SUMS} does not list {name}"
+        if sha256(checkpoint / name) != sums[name]:
             return f"{name} does not match its sum"
     return None
+
+
+def _missing_file(checkpoint: Path) -> str | None:
+    def names() -> Iterator[str]:
+        yield from ("config.json", RECIPE, STATE, SCHEDULER, _TRAINER_STATE)
+        processes = read_json(checkpoint / RECIPE)["processes"]
+        yield from ["rng_state.pth"] if processes == 1 else (f"rng_state_{rank}.pth" for rank in range(processes))
+
+    for name in names():
+        if not (checkpoint / name).is_file():
+            return f"{name} is missing"
+    for kind in ("model", "optimizer"):
+        try:
+            SavedTensors(checkpoint, kind)
+        except ValueError as error:
+            return one_line(error)
+    return None
+
+
+def _wrong_content(checkpoint: Path) -> str | None:
+    state = read_json(checkpoint / STATE)
+    if not isinstance(state, dict):
+        return f"{STATE} is no object"
+    if lacking := sorted(_STATE_KEYS - state.keys()):
+        return f"{STATE} lacks {lacking[0]}"
+    step = TrainerState.load_from_json(str(checkpoint / _TRAINER_STATE)).global_step
+    if step != _step_in(checkpoint.name.removeprefix("abandoned-")) is not None:
+        return f"it was written after step {step}"
+    config, model = read_config(checkpoint), SavedTensors(checkpoint, "model")
+    check_tensors(model.shapes(), config, "model")
+    found, expected = SavedTensors(checkpoint, "optimizer").shapes(), _optimizer_shapes(config)
+    untouched = not found and state["totals"]["skipped"] == step  # no step was taken
+    wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+    if not wrong or untouched:
+        return None
+    return f"optimizer: {len(wrong)} tensors are missing, unknown or mis-shaped, the first {wrong[0]}"
+
+
+def _optimizer_shapes(config: PldrConfig) -> dict[str, tuple[int, ...]]:
+    """What `optimizer_tensors` gives of a model, by name and shape."""
+    with torch.device("meta"):
+        parameters = {name: tuple(p.shape) for name, p in PldrForCausalLM(config).named_parameters()}
+    moments = {f"{name}.{key}": shape for name, shape in parameters.items() for key in ("exp_avg", "exp_avg_sq")}
+    return moments | {f"{name}.step": () for name in parameters}
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run, one after the other: at once, or in the background while training goes on.
+
+    In the background, a checkpoint is a copy of weights and optimiser on the host (of this process's share) until it is
+    written. The next one waits for it, so that there is one copy at most. A context: its end waits, too.
+
+    Args:
+        run: folder of the run.
+        process: this process among those of the run, which all write at the same steps.
+        keep: how many of the newest checkpoints stay.
+        background: whether the training goes on meanwhile.
+    """
+
+    def __init__(self, run: Path, process: PartialState, *, keep: int, background: bool) -> None:
+        self.run, self.process, self.keep = run, process, keep
+        self._tensors: list[tuple[Path, dict[str, torch.Tensor]]] = []  # to be written in the background
+        self._pool = ThreadPoolExecutor(1, "checkpoint") if background else None
+        self._pending: Future[None] | None = None
+        # The threads of several processes wait for each other, apart from what the training sends.
+        together = background and process.num_processes > 1
+        self._group = torch.distributed.new_group(backend="gloo", timeout=timedelta(hours=24)) if together else None
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()  # which waits
+        if kind is None:
+            self.wait()
+
+    @contextmanager
+    def checkpoint(self, step: int) -> Iterator[Path]:
+        """A folder to fill with the checkpoint of a step. It moves to its place when the block ends or, in the background, later.
+
+        Raises:
+            OSError: the disk is full, or the like; older checkpoints are then still there. In the background, the next
+                `check` or `wait` raises it.
+        """
+        self.wait()
+        target = self.run / f"checkpoint-{step}"
+        with _explained(target):
+            partial = on_main(self.process, lambda: _make_partial(target))
+            try:
+                yield partial
+            except BaseException:
+                self._drop(partial)
+                raise
+        if self._pool is None:
+            self._finish(partial, target)
+        else:
+            self._pending = self._pool.submit(self._finish, partial, target)
+
+    def save(self, tensors: dict[str, torch.Tensor], partial: Path, kind: str) -> None:
+        """Write this process's share of tensors, whole or distributed, into the folder of a checkpoint; or copy it, to write.
+
+        Args:
+            tensors: whole or distributed (DTensor, cut along its first dimension) ones.
+            partial: the folder of `checkpoint`.
+            kind: first part of the file's name.
+        """
+        for file, share in _shares(tensors, kind, self.process).items():
+            if self._pool is None:
+                _save_file({name: tensor.cpu().contiguous() for name, tensor in share.items()}, partial / file)
+            else:
+                copies = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in share.items()}
+                self._tensors.append((partial / file, copies))
+
+    def check(self) -> None:
+        """
+        Raises:
+            OSError: what was written in the background could not be.
+        """
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until nothing is being written any more.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _finish(self, partial: Path, target: Path) -> None:
+        try:
+            with _explained(target):
+                while self._tensors:
+                    file, tensors = self._tensors.pop()
+                    _save_file(tensors, file)
+                self._meet()
+                if self.process.is_main_process:
+                    _commit(partial, target, self.keep)
+                self._meet()
+        finally:
+            self._tensors.clear()
+            self._drop(partial)
+
+    def _meet(self) -> None:
+        """Wait until every process is here."""
+        if self._group is None:
+            self.process.wait_for_everyone()
+        else:
+            torch.distributed.barrier(self._group)
+
+    def _drop(self, partial: Path) -> None:
+        if self.process.is_main_process:
+            shutil.rmtree(partial.parent, ignore_errors=True)
+
+
+@contextmanager
+def _explained(target: Path) -> Iterator[None]:
+    """Errors of writing say which checkpoint it was, and which one is whole."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        saved = checkpoints(target.parent)
+        last = f"{saved[0]} is whole" if saved else "there is none before it"
+        raise OSError(f"{target}: could not be written ({one_line(error)}); {last}") from error
+
+
+def _make_partial(target: Path) -> Path:
+    """A hidden folder in the run's, and in it one of the checkpoint's name; `pldr.files.sweep` knows its form."""
+    hidden = Path(tempfile.mkdtemp(prefix=f".checkpoint.partial-{process_mark()}-", dir=target.parent))
+    partial = hidden / target.name
+    partial.mkdir()
+    return partial
+
+
+def _commit(partial: Path, target: Path, keep: int) -> None:
+    """Move a finished checkpoint to its place, and all but the newest `keep` ones out of sight, to where it was."""
+    written = [path for path in partial.rglob("*") if path.is_file()]
+    write_sums(partial, written, SUMS)
+    if missing := _missing_file(partial):  # somebody has removed it
+        raise FileNotFoundError(missing)
+    settle(partial)
+    os.replace(partial, target)
+    sync(target.parent)
+    for old in checkpoints(target.parent)[keep:]:
+        os.replace(old, partial.with_name(old.name))
+
+
+def _save_file(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{file}: could not be written ({error})") from None
 
 
 # --- tensors, whole or sharded --------------------------------------------------------------------------------------
 
 
-def save_tensors(tensors: dict[str, torch.Tensor], folder: Path, kind: str, *, rank: int, main: bool) -> None:
-    """Write tensors under their names: this rank's shards of distributed ones, or, on the main process, whole ones.
-
-    Args:
-        tensors: whole or distributed (DTensor, cut along its first dimension) ones.
-        folder: where to write; exists.
-        kind: first part of the file's name.
-        rank: of this process.
-        main: whether this process writes what is not distributed.
-
-    Raises:
-        OSError: the file could not be written.
-    """
-    shards, ranks = {}, 1
+def _shares(tensors: dict[str, torch.Tensor], kind: str, process: PartialState) -> dict[str, dict[str, torch.Tensor]]:
+    """What this process writes of tensors, by file: its shards of distributed ones; whole ones, if it is the main one."""
+    files: dict[str, dict[str, torch.Tensor]] = {}
+    if process.is_main_process:
+        whole = {name: tensor.detach() for name, tensor in tensors.items() if _shard_place(tensor) is None}
+        if whole or not tensors:
+            files[f"{kind}.safetensors"] = whole
     for name, tensor in tensors.items():
-        if (place := _shard_place(tensor)) is None:
-            continue
-        shard, ranks, writes = place
-        if writes:
-            rank = shard
-            shards[name] = tensor.to_local().detach().cpu().contiguous()  # type: ignore[attr-defined]
-    whole = {name: t.detach().cpu().contiguous() for name, t in tensors.items() if _shard_place(t) is None}
-    try:
-        if shards:
-            save_file(shards, folder / f"{kind}-{rank + 1}-of-{ranks}.safetensors", metadata={"format": "pt"})
-        if main and whole:
-            save_file(whole, folder / f"{kind}.safetensors", metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(f"{folder}: {kind} could not be written ({error})") from None
+        if (place := _shard_place(tensor)) is not None and place[2]:
+            shards = files.setdefault(f"{kind}-{place[0] + 1}-of-{place[1]}.safetensors", {})
+            shards[name] = tensor.to_local().detach()  # type: ignore[attr-defined]
+    return files
 
 
 def _shard_place(tensor: torch.Tensor) -> tuple[int, int, bool] | None:
@@ -155,7 +362,7 @@ class SavedTensors:
             for path in folder.glob(f"{kind}-*.safetensors")
             if (match := _SHARD.fullmatch(path.name)) and match["kind"] == kind
         )
-        if shards and [rank for rank, _, _ in shards] != list(range(1, shards[0][1] + 1)):
+        if shards and [shard[:2] for shard in shards] != [(rank + 1, len(shards)) for rank in range(len(shards))]:
             raise ValueError(f"{folder}: {len(shards)} of {shards[0][1]} {kind} files are there")
         self._files = [path for _, _, path in shards] + ([whole] if whole.is_file() else [])
         if not self._files:
@@ -172,6 +379,17 @@ class SavedTensors:
     def names(self) -> Iterable[str]:
         return self._places
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every whole tensor, from the headers alone."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for path in self._files:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (not a dictionary)
+                    shape = tuple(file.get_slice(name).get_shape())
+                    rows = shapes[name][0] if name in shapes else 0
+                    shapes[name] = (rows + shape[0], *shape[1:]) if shape else ()
+        return shapes
+
     def __getitem__(self, name: str) -> torch.Tensor:
         parts = []
         for path in self._places[name]:
@@ -181,10 +399,17 @@ class SavedTensors:
 
 
 def load_weights(model: torch.nn.Module, checkpoint: Path) -> None:
-    """Copy the weights of a checkpoint into a model, whole or distributed, which must have the same ones."""
+    """Copy the weights of a checkpoint into a model, whole or distributed, which must have the same ones.
+
+    Raises:
+        ValueError: one is NaN or infinite.
+    """
     saved = SavedTensors(checkpoint, "model")
     for name, tensor in model.state_dict().items():
-        _copy_into(tensor, saved[name])
+        source = saved[name]
+        if not bool(torch.isfinite(source).all()):
+            raise ValueError(f"{checkpoint}: tensor {name} holds NaN or infinite values")
+        _copy_into(tensor, source)
 
 
 @torch.no_grad()
@@ -256,11 +481,8 @@ def merge_checkpoint(
     if not (checkpoint / "config.json").is_file():
         raise FileNotFoundError(f"{checkpoint}: no config.json; this is not a training checkpoint")
     check_checkpoint(checkpoint)
-    config = read_config(checkpoint)
-    saved = SavedTensors(checkpoint, "model")
-    check_tensors({name: tuple(saved[name].shape) for name in saved.names()}, config, str(checkpoint))
     with no_init_weights():
-        model = PldrForCausalLM(config)
+        model = PldrForCausalLM(read_config(checkpoint))
     load_weights(model, checkpoint)
     with whole_folder(destination, overwrite=overwrite) as folder:
         model.save_pretrained(folder)

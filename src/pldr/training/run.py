@@ -1,10 +1,7 @@
 """Training: a recipe to a model, in a folder that a stopped run can go on from."""
 
 import contextlib
-import dataclasses
-import json
 import os
-import shutil
 import signal
 import sys
 import tempfile
@@ -25,20 +22,16 @@ from pldr.configuration_pldr import PldrConfig
 from pldr.data.rows import TokenRows, TokenStream, cached_rows, collate
 from pldr.data.sources import Source
 from pldr.data.vocabulary import train_pieces
-from pldr.files import check_output, one_line, read_json, read_text, write_json, write_text
+from pldr.files import one_line, process_mark, read_json, settle, sync
 from pldr.modeling_pldr import PldrForCausalLM
 from pldr.operator import freeze
 from pldr.recipe import DataRecipe, Recipe
 from pldr.tokenizer import load_tokenizer
 from pldr.training import TrainingInterrupted
 from pldr.training.callbacks import ProgressBar
-from pldr.training.checkpoint import abandon_newer, check_checkpoint, checkpoints, load_weights, step_of
+from pldr.training.checkpoint import checkpoints, load_weights, step_of
+from pldr.training.folder import run_folder
 from pldr.training.trainer import ADVICE, PROBED, PldrTrainer, dag_coefficients, training_arguments
-
-_RECIPE = "recipe.json"
-# What may change when a run goes on: everything that does not change its losses.
-_FREE = ("output", "log_steps", "eval_steps", "save_steps", "keep_checkpoints", "report_to", "distributed",
-         "optimization.compile", "optimization.gradient_checkpointing", "data.cache")  # fmt: skip
 
 
 def train(
@@ -52,7 +45,8 @@ def train(
     Args:
         recipe: what to train, on what, and how.
         overwrite: replace an output folder that is not empty.
-        resume: go on from the newest checkpoint in the output folder, or from the one named.
+        resume: go on from the newest checkpoint in the output folder, or from the one named; "auto": from the newest if
+            there is one, else begin (also where a run broke off that had left none).
         progress: show a progress bar.
 
     Returns:
@@ -61,26 +55,19 @@ def train(
         test_accuracy (nats per token and fractions, with G_LM learned: computed from each full sequence).
 
     Raises:
-        ValueError, OSError: a recipe, data, checkpoint or output folder that can not work, before any training; a disk
-            that is full, with the older checkpoints left whole.
+        ValueError, OSError: a recipe, data, checkpoint or output folder that can not work, or another run is in that
+            folder, before any training; a disk that is full, with the older checkpoints left whole.
         FloatingPointError: the loss became NaN or infinite more often than the recipe allows.
-        TrainingInterrupted: SIGTERM or SIGINT came, and a checkpoint was written.
+        TrainingInterrupted: SIGTERM, SIGINT or SIGHUP came, and a checkpoint was written.
     """
     # The others wait for as long as the main process tokenises.
     process = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=24))
-    output = Path(recipe.output)
-    start = _checkpoint_to_resume(recipe, resume, process.num_processes)
-    if start is None and process.is_main_process:
-        check_output(output, overwrite=overwrite)
     _check_distributed(recipe, process.num_processes)
-    set_seed(recipe.seed)
-    with _run_folder(output, start, process) as folder:
+    with run_folder(recipe, process, overwrite=overwrite, resume=resume) as (folder, start):
+        set_seed(recipe.seed)
         tokenizer = _tokenizer(recipe, folder, process)
         model = build_model(recipe, tokenizer)
         data = _datasets(recipe, tokenizer, process)
-        if process.is_main_process:
-            write_json(folder / _RECIPE, dataclasses.asdict(recipe) | {"processes": process.num_processes})
-            _cut_log(folder / "log.jsonl", 0 if start is None else step_of(start))
         done = _Done()
         trainer = _trainer(recipe, model, data, folder, start)
         _run(trainer, done, progress=progress and process.is_main_process)
@@ -113,7 +100,7 @@ def _run(trainer: PldrTrainer, done: _Done, *, progress: bool) -> None:
         return
     bar = ProgressBar(trainer.recipe, enabled=progress)
     trainer.add_callback(bar)
-    with _stop_on_signals(trainer), bar:
+    with _stop_on_signals(trainer), bar, trainer.writer:
         result = trainer.train(resume_from_checkpoint=None if start is None else str(start))
     done.sequences += trainer.new_sequences
     done.seconds += result.metrics["train_runtime"]
@@ -264,11 +251,14 @@ def _write_model(model: PldrForCausalLM, tokenizer: PreTrainedTokenizerFast, fol
 
     Until then nothing takes the folder for a model.
     """
-    with tempfile.TemporaryDirectory(prefix=".model-", dir=folder) as partial_folder:
+    # A name that `pldr.files.sweep` knows, where the process is killed.
+    with tempfile.TemporaryDirectory(prefix=f".model.partial-{process_mark()}-", dir=folder) as partial_folder:
         model.save_pretrained(partial_folder)
         tokenizer.save_pretrained(partial_folder)
+        settle(Path(partial_folder))
         for file in sorted(Path(partial_folder).iterdir(), key=lambda file: file.name == "config.json"):
             os.replace(file, folder / file.name)
+    sync(folder)
 
 
 def _tokenizer(recipe: Recipe, folder: Path, process: PartialState) -> PreTrainedTokenizerFast:
@@ -322,99 +312,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> PldrForCa
     return model
 
 
-# --- the run's folder, its resumption and its interruption ----------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _run_folder(output: Path, start: Path | None, process: PartialState) -> Iterator[Path]:
-    """The output folder. One that is overwritten comes back if the run leaves nothing to go on from."""
-    aside = None
-    made: list[Path] = []  # folders above it that were not there
-    if process.is_main_process:
-        if start is None:
-            for left in sorted(output.absolute().parent.glob(f".{output.name}.old-*")):
-                _say(f"{left}: what a killed run was to replace; move it back, or delete it")
-            made = [folder for folder in output.absolute().parents if not folder.exists()]
-            if output.is_dir():
-                aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.old-", dir=output.absolute().parent))
-                os.replace(output, aside / output.name)
-            output.mkdir(parents=True)
-        else:
-            abandon_newer(start)
-    process.wait_for_everyone()
-    try:
-        yield output
-    except BaseException:
-        if start is None and process.is_main_process:
-            _discard(output, aside, made)
-        raise
-    if aside is not None:
-        shutil.rmtree(aside)
-
-
-def _discard(output: Path, aside: Path | None, made: list[Path]) -> None:
-    """After a failure: remove what nothing can be done with, and bring back what was there before."""
-    if checkpoints(output) or (output / "config.json").is_file():
-        if aside is not None:
-            shutil.rmtree(aside)
-        return
-    shutil.rmtree(output, ignore_errors=True)
-    if aside is not None:
-        os.replace(aside / output.name, output)
-        aside.rmdir()
-    for folder in made:  # innermost first; other runs may be in them by now
-        with contextlib.suppress(OSError):
-            folder.rmdir()
-
-
-def _checkpoint_to_resume(recipe: Recipe, resume: bool | str | os.PathLike[str], processes: int) -> Path | None:
-    """
-    Raises:
-        ValueError: there is no checkpoint, it is damaged, or the run was another one.
-    """
-    if resume is False:
-        return None
-    output = Path(recipe.output)
-    if resume is True:
-        found = checkpoints(output)
-        if not found:
-            raise ValueError(f"{output}: holds no checkpoint to go on from; leave out --resume to begin anew")
-        start = found[0]
-    else:
-        start = Path(resume)
-        if start not in checkpoints(output):
-            raise ValueError(f"{start}: is not a checkpoint in the output folder {output}")
-    check_checkpoint(start)
-    earlier = read_json(output / _RECIPE)
-    before = earlier.pop("processes", processes)
-    if recipe.data.streaming and before != processes:
-        raise ValueError(
-            f"data.streaming: {output} was begun by {before} processes, which share the stream; use as many"
-        )
-    now = dataclasses.asdict(recipe)
-    # Another number of processes may share the same step in another way.
-    for fields, count in ((earlier, before), (now, processes)):
-        fields["sequences per step"] = (
-            fields["optimization"].pop("batch_size") * fields["optimization"].pop("accumulation") * count
-        )
-    for name, old, new in _differences(earlier, now):
-        raise ValueError(
-            f"recipe: {name} was {old!r} when {output} was begun and is {new!r} now; go on with the recipe as it was"
-        )
-    return start
-
-
-def _differences(old: object, new: object, name: str = "") -> Iterator[tuple[str, object, object]]:
-    """Place, old and new value of every field that changes the losses of a run."""
-    if name in _FREE:
-        return
-    if isinstance(old, dict) and isinstance(new, dict):
-        # A key that an earlier version did not know had its default; the model's own fields are only what was written.
-        keys = old.keys() | new.keys() if name == "model.config" else old.keys() & new.keys()
-        for key in sorted(keys):
-            yield from _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
-    elif old != new:
-        yield name, old, new
+# --- processes and signals ------------------------------------------------------------------------------------------
 
 
 def _check_distributed(recipe: Recipe, processes: int) -> None:
@@ -425,21 +323,9 @@ def _check_distributed(recipe: Recipe, processes: int) -> None:
         raise ValueError("recipe: distributed.cpu_offload needs GPUs to offload from")
 
 
-def _cut_log(log_file: Path, step: int) -> None:
-    """Forget what was logged after a step: it will be done again."""
-    if not log_file.is_file():
-        return
-    kept = []
-    for line in read_text(log_file).splitlines():
-        with contextlib.suppress(json.JSONDecodeError):  # a line that a killed run left half written
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-    write_text(log_file, "".join(kept))
-
-
 @contextlib.contextmanager
 def _stop_on_signals(trainer: PldrTrainer) -> Iterator[None]:
-    """SIGTERM and the first SIGINT end the run after a checkpoint; the second SIGINT ends it at once."""
+    """SIGTERM, SIGHUP and the first SIGINT end the run after a checkpoint; the second SIGINT ends it at once."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may listen
         return
@@ -449,7 +335,11 @@ def _stop_on_signals(trainer: PldrTrainer) -> Iterator[None]:
             raise KeyboardInterrupt
         trainer.stop_signal = number
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    # Windows has none, and under nohup it stays ignored.
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield
     finally:

@@ -1,14 +1,14 @@
 """transformers' Trainer for PLDR-LLMs: the published optimisation, what to log, and checkpoints that can be trusted."""
 
-import json
 import math
-import shutil
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.initialization import no_init_weights
@@ -16,24 +16,26 @@ from transformers.initialization import no_init_weights
 from pldr.data.rows import TokenRows, TokenStream
 from pldr.deductive import dag_loss
 from pldr.evaluation.modes import operator_metrics
-from pldr.files import one_line, read_json, read_text, to_json, write_json
+from pldr.files import read_json, write_json
 from pldr.modeling_pldr import PldrForCausalLM
 from pldr.recipe import DistributedRecipe, OptimizationRecipe, Recipe
 from pldr.training.callbacks import ClipByValue, Stops, tensorboard_callback
 from pldr.training.checkpoint import (
+    RECIPE,
+    SCHEDULER,
+    STATE,
+    CheckpointWriter,
     SavedTensors,
     checkpoints,
-    commit_checkpoint,
     load_optimizer,
     optimizer_tensors,
-    save_tensors,
     step_of,
 )
+from pldr.training.folder import add_to_log, described, log_lines
 
 # Held-out passages that an evaluation measures the operator on.
 PROBED = 16
 ADVICE = "lower optimization.learning_rate or raise optimization.warmup_steps"
-_STATE = "run.json"
 
 
 def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
@@ -143,8 +145,14 @@ class PldrTrainer(Trainer):
         self.must_hand_off = False
         self.broken_step = False  # its gradients are dropped
         self.dag_coefficients = {name: value for name, value in dag_coefficients(recipe.optimization).items() if value}
-        self._staging: Path | None = None  # where a checkpoint is being written
-        self._guesses = torch.zeros(2, device=self.args.device)  # accuracy summed over batches, batches
+        self.begun = time.perf_counter()  # where the steps of this call begin
+        self.writer = CheckpointWriter(
+            folder, PartialState(), keep=recipe.keep_checkpoints, background=recipe.async_save
+        )
+        self._partial: Path | None = None  # the checkpoint that is being written
+        # Sums over batches: accuracy times targets, targets. Those of a full batch are 1, so that both stay exact.
+        self._guesses = torch.zeros(2, device=self.args.device)
+        self._most_targets = recipe.optimization.batch_size * (recipe.data.sequence_length - 1)
         self._losses: list[tuple[int, torch.Tensor, torch.Tensor]] = []  # step, loss, rows: not looked at yet
         self._last: dict[str, float] | None = None  # loss and accuracy of the last log line
         if recipe.optimization.clip_value is not None:
@@ -199,8 +207,8 @@ class PldrTrainer(Trainer):
         if regularised:
             inputs["output_deductive_outputs"] = True
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        self._guesses[0] += outputs.accuracy.detach()
-        self._guesses[1] += 1
+        targets = (inputs["labels"][:, 1:] != -100).sum() / self._most_targets
+        self._guesses += torch.stack((outputs.accuracy.detach() * targets, targets))
         if regularised:
             for name, coefficient in self.dag_coefficients.items():
                 X = torch.stack([getattr(layer, name) for layer in outputs.deductive_outputs])
@@ -301,14 +309,14 @@ class PldrTrainer(Trainer):
                     outputs = model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"),
                                     labels=labels, return_logits=False, num_items_in_batch=1)  # fmt: skip
                 targets = (labels[:, 1:] != -100).sum()
-                sums += torch.stack((outputs.loss, (outputs.accuracy * targets).nan_to_num(), targets)).double()
+                sums += torch.stack((outputs.loss, outputs.accuracy * targets, targets)).double()
             loss, correct, targets = self.accelerator.reduce(sums, "sum").tolist()
             if not math.isfinite(loss):
                 where = f"step {self.state.global_step}; {self._last_checkpoint()}"
                 raise FloatingPointError(f"the held-out loss became {loss} at {where}; {ADVICE}")
             metrics = {
-                f"{metric_key_prefix}_loss": loss / targets,
-                f"{metric_key_prefix}_accuracy": correct / targets,
+                f"{metric_key_prefix}_loss": loss / max(targets, 1),
+                f"{metric_key_prefix}_accuracy": correct / max(targets, 1),
             }
             passages = rows.full_rows(PROBED)
             extra = {}
@@ -334,54 +342,42 @@ class PldrTrainer(Trainer):
             if self.totals["skipped"]:
                 logs["skipped_steps"] = self.totals["skipped"]
         logs.pop("train_loss", None)  # of this call alone, and of a resumed run's in another way in each release
+        if "train_runtime" in logs:  # by a clock that may be set back, as are the speeds that the summary has, too
+            for name in [name for name in logs if name.endswith("_per_second")]:
+                del logs[name]
+            logs["train_runtime"] = round(time.perf_counter() - self.begun, 4)
         flat = {k: v for k, v in logs.items() if not isinstance(v, list)}
         flat |= {f"{k}/layer_{i}": x for k, v in logs.items() if isinstance(v, list) for i, x in enumerate(v)}
-        super().log(flat, *args, **kwargs)
+        # First, because it says in one line where the folder is gone, and TensorBoard's thread in many.
         if self.is_world_process_zero():
-            with (self.folder / "log.jsonl").open("a", encoding="utf-8") as stream:
-                stream.write(to_json({"step": self.state.global_step, **logs}) + "\n")
+            add_to_log(self.folder, {"step": self.state.global_step, **logs})
+        super().log(flat, *args, **kwargs)
 
     def accuracy(self) -> float:
-        """Mean over the batches since the last call, and over processes."""
+        """Mean over the targets since the last call, of all processes; 0 where there was none, as the loss is then."""
         summed, count = self.accelerator.reduce(self._guesses, "sum").tolist()
         self._guesses.zero_()
-        return summed / count if count else math.nan
+        return summed / count if count else 0.0
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def _get_output_dir(self, trial: object) -> str:
-        return str(self._staging or self.folder)
+        return str(self.folder if self._partial is None else self._partial.parent)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
         self.check_losses()
         self._check_weights()
-        name = f"checkpoint-{self.state.global_step}"
         # The mean over processes, which each then goes on from.
         tr_loss = self.accelerator.reduce(self._tr_loss.clone(), "mean").item()
         guesses = self.accelerator.reduce(self._guesses.clone(), "mean").tolist()
-        self._staging = self.folder / ".partial"
-        try:
-            if self.is_world_process_zero():
-                shutil.rmtree(self._staging, ignore_errors=True)
-                (self._staging / name).mkdir(parents=True)
-            self.accelerator.wait_for_everyone()
+        with self.writer.checkpoint(self.state.global_step) as self._partial:
             super()._save_checkpoint(model, trial)
             if self.is_world_process_zero():
-                state = {"totals": self.totals, "guesses": guesses, "tr_loss": tr_loss,
-                         "last_logged": self._globalstep_last_logged}  # fmt: skip
-                write_json(self._staging / name / _STATE, state)
-            self.accelerator.wait_for_everyone()
-            if self.is_world_process_zero():
-                commit_checkpoint(self._staging / name, self.folder / name, self.recipe.keep_checkpoints)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-            saved = checkpoints(self.folder)
-            last = f"{saved[0]} is whole" if saved else "there is none before it"
-            raise OSError(f"{self.folder / name}: could not be written ({one_line(error)}); {last}") from error
-        finally:
-            if self.is_world_process_zero():
-                shutil.rmtree(self._staging, ignore_errors=True)
-            self._staging = None
-        self.accelerator.wait_for_everyone()
+                state = {"totals": self.totals, "guesses": guesses, "tr_loss": tr_loss, "last": self._last,
+                         "last_logged": self._globalstep_last_logged, "log_lines": log_lines(self.folder)}  # fmt: skip
+                write_json(self._partial / STATE, state)
+                write_json(self._partial / RECIPE, described(self.recipe, self.args.world_size))
+        self._partial = None
 
     def _check_weights(self) -> None:
         """
@@ -400,20 +396,17 @@ class PldrTrainer(Trainer):
         return f"last good checkpoint: {saved[0]}" if saved else "no checkpoint was written yet"
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The model's tensors and configuration, each rank its own shards."""
-        folder = Path(output_dir or self.folder)
-        self._save_tensors(self.model.state_dict(), folder, "model")
+        """The model's tensors and configuration into the checkpoint that is being written, each rank its own shards."""
+        assert self._partial is not None
+        self.writer.save(self.model.state_dict(), self._partial, "model")
         if self.is_world_process_zero():
-            self.model.config.save_pretrained(folder)
-
-    def _save_tensors(self, tensors: dict[str, torch.Tensor], folder: Path, kind: str) -> None:
-        save_tensors(tensors, folder, kind, rank=self.args.process_index, main=self.is_world_process_zero())
+            self.model.config.save_pretrained(self._partial)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        self._save_tensors(optimizer_tensors(self._names(), self.optimizer), Path(output_dir), "optimizer")
+        self.writer.save(optimizer_tensors(self._names(), self.optimizer), Path(output_dir), "optimizer")
         if self.is_world_process_zero():
             state = {k: v for k, v in self.lr_scheduler.state_dict().items() if k != "lr_lambdas"}
-            write_json(Path(output_dir) / "scheduler.json", state)
+            write_json(Path(output_dir) / SCHEDULER, state)
 
     def _names(self) -> dict[torch.Tensor, str]:
         return {parameter: name for name, parameter in self.model.named_parameters()}
@@ -426,7 +419,7 @@ class PldrTrainer(Trainer):
             return
         folder = Path(checkpoint)
         load_optimizer(self._names(), self.optimizer, SavedTensors(folder, "optimizer"))
-        state = read_json(folder / "scheduler.json")
+        state = read_json(folder / SCHEDULER)
         self.lr_scheduler.load_state_dict({**state, "lr_lambdas": [None] * len(state["base_lrs"])})
         for group, rate in zip(self.optimizer.param_groups, state["_last_lr"], strict=True):
             group["lr"] = rate
@@ -434,8 +427,8 @@ class PldrTrainer(Trainer):
     def restore_run(self) -> None:
         """What the Trainer forgets of the checkpoint it goes on from: sums that the next log line continues."""
         assert self.start is not None
-        state = read_json(self.start / _STATE)
-        self.totals = state["totals"]
+        state = read_json(self.start / STATE)
+        self.totals, self._last = state["totals"], state["last"]
         self._guesses += torch.tensor(state["guesses"], device=self._guesses.device)
         self._tr_loss += state["tr_loss"]
         self._globalstep_last_logged = state["last_logged"]
@@ -448,13 +441,8 @@ class PldrTrainer(Trainer):
         self.restore_run()
 
     def last_losses(self) -> dict[str, float]:
-        """Loss and accuracy of the last log line; of all steps since, where this call has written none."""
+        """Loss and accuracy of the last log line; of all steps, where there is none."""
         if self._last is not None:
             return self._last
-        steps = self.state.global_step - self._globalstep_last_logged
-        if steps:
-            loss = self.accelerator.reduce(self._tr_loss.clone(), "mean").item() / steps
-            return {"loss": loss, "accuracy": self.accuracy()}
-        lines = map(json.loads, read_text(self.folder / "log.jsonl").splitlines())
-        *_, last = (line for line in lines if "learning_rate" in line)
-        return {name: last[name] for name in ("loss", "accuracy")}
+        loss = self.accelerator.reduce(self._tr_loss.clone(), "mean").item() / self.state.global_step
+        return {"loss": loss, "accuracy": self.accuracy()}
