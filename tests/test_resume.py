@@ -98,7 +98,7 @@ def dead_mark():
 
 def leftovers(folder):
     """What hides in a folder and beside it, such as locks and half written files."""
-    return [path.name for place in (folder, folder.parent) if place.is_dir() for path in place.glob(".*")]
+    return sorted(path.name for place in (folder, folder.parent) if place.is_dir() for path in place.glob(".*"))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
