@@ -68,6 +68,9 @@ def test_recipes_are_found_where_the_package_is(tmp_path, monkeypatch):
         (("train", "laptop", "data.train=[x.txt]"), "train"),
         (("eval", pldr.STORIES, "--tasks", "piqa"), "eval"),
         (("plot", "run"), "train"),
+        (("merge", "run", "merged"), "train"),
+        (("demo",), "train"),
+        (("reproduce", "caching"), "train"),
     ],
 )
 def test_what_needs_an_extra_names_it(run, tmp_path, monkeypatch, command, extra):

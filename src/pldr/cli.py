@@ -177,6 +177,7 @@ def merge(
 ) -> None:
     """Make a model folder of a training checkpoint."""
     _quiet()
+    require("train", "accelerate")
     from pldr.training.checkpoint import merge_checkpoint
 
     model = merge_checkpoint(checkpoint, destination, overwrite=overwrite)
@@ -399,6 +400,7 @@ def demo(
 ) -> None:
     """Cache and freeze the operator of the model that ships with pldr, and compare; with --train, of a new one too."""
     _quiet()
+    require("train", "accelerate", "matplotlib")
     from pldr.study.demo import run_demo
 
     _print(run_demo(output, recipe if train else None), as_json)

@@ -65,7 +65,7 @@ def run_demo(output: str | os.PathLike[str] = "demo-output", recipe_name: str | 
         ValueError: a recipe without validation data or without a learned operator.
         ModuleNotFoundError: it needs the extra "train".
     """
-    require("train", "accelerate", "matplotlib")
+    require("train", "matplotlib")
     output = Path(output)
     start = time.perf_counter()
     recipe = None if recipe_name is None else _checked_recipe(recipe_name, output)
