@@ -177,6 +177,8 @@ def merge(
 ) -> None:
     """Make a model folder of a training checkpoint."""
     _quiet()
+    from pldr.files import require
+
     require("train", "accelerate")
     from pldr.training.checkpoint import merge_checkpoint
 
@@ -400,6 +402,8 @@ def demo(
 ) -> None:
     """Cache and freeze the operator of the model that ships with pldr, and compare; with --train, of a new one too."""
     _quiet()
+    from pldr.files import require
+
     require("train", "accelerate", "matplotlib")
     from pldr.study.demo import run_demo
 
