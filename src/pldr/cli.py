@@ -41,7 +41,8 @@ Strict = Annotated[bool, Option("--strict", help="Refuse bad rows of the data, r
 
 def _verb(example: str, name: str | None = None, group: typer.Typer = app) -> Callable[[Any], Any]:
     """A command whose help ends with an example."""
-    return group.command(name, epilog=f"Example: [bold]pldr {example}[/bold]")
+    shown = example.replace("[", r"\[")  # no markup
+    return group.command(name, epilog=f"Example: [bold]pldr {shown}[/bold]")
 
 
 @app.callback(invoke_without_command=True)
@@ -109,7 +110,7 @@ def _model_and_prompt(model: str, prompt: str | None) -> tuple[Path, str]:
     return Path(model), sys.stdin.read() if prompt == "-" else prompt
 
 
-@_verb("train laptop 'data.train=[my-book.txt]' optimization.steps=200")
+@_verb("train laptop 'data.train=[my-book.txt]'")
 def train(
     recipe: Annotated[str, Argument(help="Recipe file, or the name of one that ships with pldr.")],
     overrides: Annotated[list[str] | None, Argument(help="key=value pairs, e.g. optimization.steps=100.")] = None,
@@ -419,7 +420,7 @@ def main() -> NoReturn:
     Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. PLDR_TRACEBACK=1 shows the traceback of a failure.
     """
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="pldr", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         _report("interrupted")
         sys.exit(130)
