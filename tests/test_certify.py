@@ -1,4 +1,5 @@
 import copy
+import functools
 import json
 import shutil
 import warnings
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import pldr
 from helpers import FIXTURES, SENTENCE
 from pldr import freeze, load_model, load_tokenizer
 from pldr.checkpoints.certificate import read_certificate, weights_digest, with_checksum, write_certificate
@@ -14,7 +16,7 @@ from pldr.data.rows import read_passages
 from pldr.data.sources import Source
 from pldr.deductive import deductive_outputs, variation
 from pldr.models.shipped import HELD_OUT
-from pldr.study.certify import Thresholds, compare_modes
+from pldr.study.certify import Certificate, Thresholds, compare_modes
 
 
 @pytest.fixture
@@ -147,9 +149,19 @@ def test_every_number_against_a_plain_computation(small_model, passages):
 
 
 class TestCertificate:
-    def test_the_checksum_shows_changes(self, tmp_path):
-        write_certificate(tmp_path, {"report": {"certified": False}, "loss": 1e-9})
-        assert read_certificate(tmp_path)["loss"] == 1e-9
+    @pytest.fixture
+    def fields(self, small_model, passages):
+        """What a certificate of the toy model says."""
+        report, frozen = compare_modes(small_model(), passages[1:], passages[:1])
+        digest = weights_digest(frozen.state_dict())
+        return json.loads(json.dumps(Certificate(
+            model="toy", weights=digest, frozen_weights=digest, data={"sources": []}, device="cpu", date="2026-01-02",
+            report=report, frozen=frozen, tokenizer=None,
+        ).to_json()))  # fmt: skip
+
+    def test_the_checksum_shows_changes(self, tmp_path, fields):
+        write_certificate(tmp_path, fields)
+        assert read_certificate(tmp_path) == with_checksum(fields)
         fields = json.loads((tmp_path / "certificate.json").read_text())
         fields["report"]["certified"] = True
         (tmp_path / "certificate.json").write_text(json.dumps(fields))
@@ -162,6 +174,34 @@ class TestCertificate:
         assert read_certificate(tmp_path / "nowhere") is None
         with pytest.raises(ValueError, match=r"NaN|nan|JSON"):
             with_checksum({"loss": float("nan")})
+
+    def test_every_field_must_be_there_and_of_its_type(self, tmp_path, fields):
+        """Its checksum being right."""
+
+        def places(value, path=()):
+            for key, item in value.items():
+                yield (*path, key)
+                if isinstance(item, dict) and key not in ("data", "versions"):
+                    yield from places(item, (*path, key))
+
+        found = list(places(fields))
+        assert len(found) > 40
+        for *path, key in found:
+            for value in (None, "\x1b[31m", [None], {}, 10**400):
+                changed = copy.deepcopy(fields)
+                part = functools.reduce(dict.get, path, changed)
+                if value is None:
+                    del part[key]
+                elif type(value) is type(part[key]) and key != "kind":
+                    continue
+                else:
+                    part[key] = value
+                write_certificate(tmp_path, changed)
+                name = ".".join([*path, key])
+                with pytest.raises(
+                    ValueError, match=rf"certificate \({name}(\.\w+)* is missing, or not what it should be\)"
+                ):
+                    read_certificate(tmp_path)
 
     def test_digest_is_of_names_shapes_types_and_bytes(self):
         a = {"x": torch.arange(6.0), "y": torch.ones(2, dtype=torch.bfloat16)}
@@ -197,6 +237,11 @@ class TestCertificate:
         shutil.copy(out / "certificate.json", changed)
         with pytest.warns(UserWarning, match="says nothing about them"):
             load_model(changed)
+        with pytest.warns(UserWarning, match="says nothing about them"):
+            code, shown, _ = run("info", changed)
+        assert "certificate of other weights; certify these again" in " ".join(shown.split())
+        with pytest.warns(UserWarning, match="says nothing about them"):
+            assert pldr.info(out).facts["certified_weights"] > pldr.info(changed).facts["certified_weights"]
         with pytest.warns(UserWarning, match="says nothing about them"):
             code, shown, _ = run(*arguments, "--frozen", changed)
         assert code == 1

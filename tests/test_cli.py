@@ -91,6 +91,8 @@ class TestGenerate:
             (["the", "--temperature", "0"], "temperature: must be positive, got 0.0"),
             (["the", "--temperature=-1"], "temperature: must be positive"),
             (["the", "--temperature", "nan"], "temperature: must be positive"),
+            (["the", "--temperature", "inf"], "temperature: must be positive, got inf: at least 1e-06 and finite"),
+            (["the", "--temperature", "1e-300"], "temperature: must be positive, got 1e-300: at least 1e-06"),
             (["the", "--top-p", "0"], "top_p: must be in (0, 1]"),
             (["the", "--top-p", "1.1"], "top_p: must be in (0, 1]"),
             (["the", "--top-k=-1"], "top_k: must be 0 (all tokens) or more"),

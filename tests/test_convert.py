@@ -354,7 +354,7 @@ class TestStrictness:
         state = load_file(file)
         state["final_layer.bias"] = state["final_layer.bias"].bfloat16()
         save_file(state, file, metadata={"format": "pt"})
-        with pytest.raises(ValueError, match="must have one dtype, found BF16, F32"):
+        with pytest.raises(ValueError, match="must have one dtype, found bfloat16, float32"):
             load_model(tmp_path / "m" / "hub")
         content = torch.load(tmp_path / "m" / "model-checkpoint.pth", weights_only=True)
         content["model_state_dict"]["final_layer.bias"] = state["final_layer.bias"]
@@ -366,7 +366,7 @@ class TestStrictness:
     def test_nonsense_in_a_pth(self, tmp_path, state):
         shutil.copytree(FIXTURES / "v51G-random", tmp_path / "m")
         torch.save({"model_state_dict": state}, tmp_path / "m" / "model-checkpoint.pth")
-        with pytest.raises(ValueError, match="no model_state_dict of named, dense tensors"):
+        with pytest.raises(ValueError, match=r"no model_state_dict of named tensors|refused to load .*sparse_tensor"):
             load_model(tmp_path / "m")
 
     @pytest.mark.parametrize("content", [5, None, [()], {"a": 1}, torch.tensor(1.0), [torch.tensor(1.0)], ["ab"]])

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pldr.checkpoints.info import model_facts
+from pldr.files import printable
 from pldr.plots import plot_operators
 from pldr.study.statistics import Analysis, analyse_model, summarise
 from pldr.tables import (
@@ -19,8 +20,9 @@ from pldr.tables import (
     show,
 )
 
-# A file's or a task's name that rich would take for markup, for an error in markup or for a picture.
-NAMES = ["[red]x[/red]", "[/]", "[link=x", ":smile:", "a\\[b]"]
+# A file's or a task's name that rich would take for markup, for an error in markup or for a picture, or that a terminal
+# would obey.
+NAMES = ["[red]x[/red]", "[/]", "[link=x", ":smile:", "a\\[b]", "\x1b[31mx\x07\x9b\u202e"]
 
 
 def certificate(name="model", reasons=()):
@@ -117,21 +119,26 @@ class TestPrintable:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_names_are_no_markup(small_model, printed, name):
-    assert name in printed(facts_view(facts(small_model, name)))
-    assert printed(certificate_view(certificate(name, [name]))).count(name) == 2
+def test_names_are_only_names(small_model, printed, name):
+    shown = printable(name)
+    assert shown.isprintable()
+    assert shown in printed(facts_view(facts(small_model, name)))
+    assert printed(certificate_view(certificate(name, [name]))).count(shown) == 2
     # The model; the task among scores and differences, its metric twice, its group; the text.
-    assert printed(evaluation_view(evaluation(name))).count(name) == 7
-    assert printed(analysis_view(analysis(name, source=name))).count(name) == 2
+    assert printed(evaluation_view(evaluation(name))).count(shown) == 7
+    assert printed(analysis_view(analysis(name, source=name))).count(shown) == 2
     # The prompt and the text that continues it; the folder in two files and two commands.
-    assert printed(demo_view(demo(name, name))).count(name) == 6
+    assert printed(demo_view(demo(name, name))).count(shown) == 6
 
 
 def test_facts(small_model, printed):
-    lines = lines_of(printed(facts_view(facts(small_model) | {"certificate": certificate()})))
+    certified = facts(small_model) | {"certificate": certificate(), "certified_weights": True}
+    lines = lines_of(printed(facts_view(certified)))
     assert "KV-cache 512 bytes per token" in lines
     assert "G-cache 4,096 bytes per sequence" in lines
     assert "certificate certified 2026-01-02, frozen -2.0e-08 nats per token" in lines
+    lines = lines_of(printed(facts_view(certified | {"certified_weights": False})))
+    assert "certificate of other weights; certify these again" in lines
 
 
 def test_certificate(printed):

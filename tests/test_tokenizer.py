@@ -1,3 +1,6 @@
+import base64
+import json
+import os
 import unicodedata
 
 import pytest
@@ -99,6 +102,107 @@ def test_bad_files(tmp_path):
         load_tokenizer(tmp_path / "bad.model")
 
 
+def pieces_of(file):
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+    model = ModelProto()
+    model.ParseFromString(file.read_bytes())
+    return model
+
+
+@pytest.mark.parametrize("lengths", [[513], [100_000], [400] * 500, [20] * 20_000])
+def test_pieces_that_are_too_long(pair, toy_model_file, tmp_path, lengths):
+    """They take hundreds of times as much memory as they are long, in either kind of file."""
+    model = pieces_of(toy_model_file)
+    for index, length in enumerate(lengths):
+        model.pieces.add(piece=f"{index:x}".rjust(length, "x"), score=-9.0)
+    (tmp_path / "long.model").write_bytes(model.SerializeToString())
+    with pytest.raises(
+        ValueError, match=rf"long\.model: damaged .*\(pieces of {lengths[0]} characters, \d+ in the mean"
+    ):
+        load_tokenizer(tmp_path / "long.model")
+    pair[0].save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "tokenizer.json").read_text())
+    fields["model"]["vocab"] += [[piece.piece, piece.score] for piece in model.pieces[290:]]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=rf"damaged .* tokenizer \(pieces of {lengths[0]} characters, \d+ in the mean"):
+        load_tokenizer(tmp_path)
+
+
+def test_long_pieces_within_reason(toy_model_file, tmp_path):
+    model = pieces_of(toy_model_file)
+    for length in (512, 64, 64):
+        model.pieces.add(piece=f"{len(model.pieces)}".rjust(length, "x"), score=-9.0)
+    (tmp_path / "long.model").write_bytes(model.SerializeToString())
+    assert len(load_tokenizer(tmp_path / "long.model")) == 293
+
+
+def test_pieces_that_are_no_text(toy_model_file, tmp_path):
+    (tmp_path / "bad.model").write_bytes(toy_model_file.read_bytes().replace(b"[UNK]", b"[\xff\xfeK]"))
+    with pytest.raises(ValueError, match=r"bad\.model: damaged SentencePiece model"):
+        load_tokenizer(tmp_path / "bad.model")
+
+
+def test_a_panic_is_one_line(pair, tmp_path, capfd):
+    """The library prints where it was, by itself, and raises what is no Exception."""
+    pair[0].save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "tokenizer.json").read_text())
+    (table,) = (step for step in fields["normalizer"]["normalizers"] if step["type"] == "Precompiled")
+    table["precompiled_charsmap"] = 0
+    (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=r"damaged or unsupported tokenizer \(Precompiled: Error.*\)$"):
+        load_tokenizer(tmp_path)
+    assert capfd.readouterr().err == ""
+    os.write(2, b"still heard")
+    assert capfd.readouterr().err == "still heard"
+
+
+def test_a_table_of_characters_that_is_cut_off(pair, toy_model_file, tmp_path):
+    """The library would make room for the four thousand million bytes that it says it has."""
+    table = b"\xfc\xff\xff\xff" + bytes(8)
+    model = pieces_of(toy_model_file)
+    model.normalizer_spec.precompiled_charsmap = table
+    (tmp_path / "cut.model").write_bytes(model.SerializeToString())
+    pair[0].save_pretrained(tmp_path / "folder")
+    file = tmp_path / "folder" / "tokenizer.json"
+    fields = json.loads(file.read_text())
+    for step in fields["normalizer"]["normalizers"]:
+        if step["type"] == "Precompiled":
+            step["precompiled_charsmap"] = base64.b64encode(table).decode()
+    file.write_text(json.dumps(fields))
+    for place in ("cut.model", "folder"):
+        with pytest.raises(ValueError, match=rf"{place}: damaged .*a table of characters that is cut off"):
+            load_tokenizer(tmp_path / place)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("model_max_length", "many"), ("eos_token", "\ud800"), ("padding_side", "up")]
+)
+def test_settings_that_would_fail_later(pair, tmp_path, name, value):
+    """In the first text, or where the tokenizer is saved."""
+    pair[0].save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
+    with pytest.raises(ValueError, match=rf"{tmp_path}: damaged or unsupported tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+def test_what_is_said_while_loading_is_heard(pair, tmp_path, capfd, monkeypatch):
+    pair[0].save_pretrained(tmp_path)
+    monkeypatch.setattr(
+        "transformers.AutoTokenizer.from_pretrained", lambda *_, **__: os.write(2, b"a warning") and pair[0]
+    )
+    assert load_tokenizer(tmp_path) is pair[0]
+    assert capfd.readouterr().err == "a warning"
+
+
+def test_the_configuration_beside_it_is_not_read(pair, tmp_path):
+    """It may be of any model: here it would make as many labels as it says."""
+    pair[0].save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "bert", "num_labels": "many"}')
+    assert len(load_tokenizer(tmp_path)) == 290
+
+
 def test_impossible_vocabulary_leaves_nothing(tmp_path):
     with pytest.raises(ValueError, match="vocab_size=5000 does not work for this text"):
         train_sentencepiece(["a few words only"], tmp_path / "t.model", vocab_size=5000)
@@ -129,7 +233,6 @@ def test_streamed_pieces_add_up(pair):
 def test_a_tokenizer_folder_runs_no_code(tmp_path, monkeypatch):
     """Even where standard input would say yes to transformers' question."""
     import io
-    import json
 
     marker = tmp_path / "owned"
     (tmp_path / "tokenizer.json").write_text("{}")

@@ -1,6 +1,7 @@
 """The `pldr` command: a verb parses, calls one function of the library, and prints. Heavy imports happen inside the verbs."""
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer import Argument, Option
 
-from pldr.files import one_line
+from pldr.files import one_line, printable
 from pldr.training import TrainingInterrupted
 
 _EXPECTED = (ValueError, OSError, FloatingPointError, ModuleNotFoundError)
@@ -41,8 +42,7 @@ Strict = Annotated[bool, Option("--strict", help="Refuse bad rows of the data, r
 
 def _verb(example: str, name: str | None = None, group: typer.Typer = app) -> Callable[[Any], Any]:
     """A command whose help ends with an example."""
-    shown = example.replace("[", r"\[")  # no markup
-    return group.command(name, epilog=f"Example: [bold]pldr {shown}[/bold]")
+    return group.command(name, epilog=f"Example: [bold]pldr {example}[/bold]")
 
 
 @app.callback(invoke_without_command=True)
@@ -110,7 +110,7 @@ def _model_and_prompt(model: str, prompt: str | None) -> tuple[Path, str]:
     return Path(model), sys.stdin.read() if prompt == "-" else prompt
 
 
-@_verb("train laptop 'data.train=[my-book.txt]'")
+@_verb("train laptop 'data.train=[my-book.txt]' optimization.steps=200")
 def train(
     recipe: Annotated[str, Argument(help="Recipe file, or the name of one that ships with pldr.")],
     overrides: Annotated[list[str] | None, Argument(help="key=value pairs, e.g. optimization.steps=100.")] = None,
@@ -419,8 +419,11 @@ def main() -> NoReturn:
 
     Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. PLDR_TRACEBACK=1 shows the traceback of a failure.
     """
+    for stream in (sys.stdout, sys.stderr):  # names of files need not be UTF-8
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        code = app(prog_name="pldr", standalone_mode=False)
+        code = app(standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         _report("interrupted")
         sys.exit(130)
@@ -456,7 +459,7 @@ def _errors_exit(code: int) -> Iterator[None]:
 
 
 def _report(message: str) -> None:
-    print("pldr:", " ".join(message.split()), file=sys.stderr)  # noqa: T201
+    print("pldr:", printable(" ".join(message.split())), file=sys.stderr)  # noqa: T201
 
 
 def _described(error: Exception) -> str:

@@ -15,6 +15,10 @@ PLGA_LAYER_TYPE = "power_law_graph_attention"
 OPERATORS = ("learned", "constant")
 OPERATOR_INITS = ("identity", "random", "external")
 ROPE_PAIRINGS = ("adjacent", "halves")
+# Of weights.
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+# By any other name transformers may fetch a kernel and run it.
+ATTENTIONS = ("eager", "sdpa", "flex_attention")
 
 _V51_110M = {"num_hidden_layers": 5, "num_attention_heads": 14, "hidden_size": 896, "intermediate_size": 2389}
 _V51_104M = {"num_hidden_layers": 7, "num_attention_heads": 12, "hidden_size": 768, "intermediate_size": 2048}
@@ -96,23 +100,27 @@ class PldrConfig(PreTrainedConfig):
         translated, kwargs = hub_fields_to_ours(kwargs)
         for name, value in translated.items():
             setattr(self, name, value)
-        for name in ("hidden_size", "num_attention_heads"):  # before anything is derived from them
-            if getattr(self, name) < 1:
-                raise ValueError(f"PldrConfig: {name} must be at least 1, got {getattr(self, name)}")
+        self._check_sizes()  # before anything is derived from them
         if self.intermediate_size is None:
             self.intermediate_size = self.hidden_size * 8 // 3
         if kwargs.pop("head_dim", self.head_dim) != self.head_dim:
             raise ValueError("PldrConfig: head_dim must be hidden_size / num_attention_heads")
         kwargs.pop("auto_map", None)  # points at a hub folder's own code, which is never run
         before = set(vars(self))
-        super().__post_init__(**kwargs)
-        # The base class turns any keyword into an attribute; a misspelt field would then be ignored without a word.
-        unknown = sorted((set(vars(self)) - before) & set(kwargs))
-        unknown = [name for name in unknown if not name.startswith("_") and name not in _HUGGING_FACE_EXTRAS]
+        unknown = sorted(_HUGGING_FACE_REFUSED & set(kwargs))
+        if not unknown:
+            super().__post_init__(**kwargs)
+            # The base class turns any keyword into an attribute; a misspelt field would be ignored without a word.
+            unknown = sorted((set(vars(self)) - before) & set(kwargs))
+            unknown = [name for name in unknown if not name.startswith("_") and name not in _HUGGING_FACE_EXTRAS]
         if unknown:
             close = get_close_matches(unknown[0], [name for name in before if not name.startswith("_")], n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"PldrConfig: unknown field(s) {', '.join(unknown)}{hint}")
+        if self._attn_implementation not in (None, *ATTENTIONS):
+            raise ValueError(
+                f"PldrConfig: attn_implementation must be one of {ATTENTIONS}, got {self._attn_implementation!r}"
+            )
         self._check()
 
     @classmethod
@@ -149,16 +157,15 @@ class PldrConfig(PreTrainedConfig):
 
     def _check(self) -> None:
         # Called at construction as well, before the base class would wrap the ValueError in an error of its own.
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                     "max_position_embeddings", "metric_learner_units", "metric_learner_glus",
-                     "metric_learner_width"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"PldrConfig: {name} must be at least 1, got {getattr(self, name)}")
+        self._check_sizes()
         if self.hidden_size % (2 * self.num_attention_heads):
             raise ValueError(
                 f"PldrConfig: hidden_size ({self.hidden_size}) must be num_attention_heads "
                 f"({self.num_attention_heads}) times an even head dimension"
             )
+        dtype = str(self.dtype).removeprefix("torch.")
+        if self.dtype is not None and dtype not in DTYPES:
+            raise ValueError(f"PldrConfig: dtype must be one of {DTYPES}, got {dtype}")
         for name, allowed in (("operator", OPERATORS), ("operator_init", OPERATOR_INITS),
                               ("rope_pairing", ROPE_PAIRINGS), ("hidden_act", ("silu",)),
                               ("tie_word_embeddings", (False,))):  # fmt: skip
@@ -172,7 +179,32 @@ class PldrConfig(PreTrainedConfig):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"PldrConfig: {name} must be positive and finite, got {getattr(self, name)}")
 
+    def _check_sizes(self) -> None:
+        for name, most in _MOST.items():
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"PldrConfig: {name} must be at least 1, got {value}")
+            if value is not None and value > most:
+                raise ValueError(f"PldrConfig: {name} must be at most {most:,}, got {value:,}")
+        if self.max_position_embeddings * self.head_dim > _MOST_ROTARY:
+            raise ValueError(
+                f"PldrConfig: max_position_embeddings={self.max_position_embeddings:,} with head_dim={self.head_dim:,} makes "
+                f"a rotary table of more than {_MOST_ROTARY:,} numbers"
+            )
 
+
+# The most that sizes may be, far above any model: a file that says more would fill the memory, or take for ever, before
+# its tensors show that it is wrong.
+_MOST = {
+    "vocab_size": 1 << 24, "hidden_size": 1 << 20, "intermediate_size": 1 << 20, "num_hidden_layers": 1 << 12,
+    "num_attention_heads": 1 << 12, "max_position_embeddings": 1 << 24, "metric_learner_units": 1 << 12,
+    "metric_learner_glus": 1 << 12, "metric_learner_width": 1 << 20,
+}  # fmt: skip
+# Numbers of the rotary table, which no stored tensor bounds: 512 MiB.
+_MOST_ROTARY = 1 << 27
+
+# Keys of transformers' base class that a PLDR-LLM has no use for: labels of a classifier, layers of several shapes.
+_HUGGING_FACE_REFUSED = frozenset({"num_labels", "per_layer_config"})
 # Keys that transformers itself writes into config.json or passes along, beyond PreTrainedConfig's declared fields.
 _HUGGING_FACE_EXTRAS = frozenset({"model_type", "transformers_version", "quantization_config", "torch_dtype",
                                   "finetuning_task", "task_specific_params", "is_causal"})  # fmt: skip

@@ -24,8 +24,13 @@ def check_output(path: str | os.PathLike[str], *, overwrite: bool = False) -> Pa
     Raises:
         FileExistsError: it exists and holds something, and `overwrite` is False.
         OSError: it can not be created or written.
+        ValueError: its name is not valid UTF-8.
     """
     path = Path(path)
+    try:
+        str(path.absolute()).encode("utf-8")
+    except UnicodeEncodeError:  # it could be written, but safetensors would not read it
+        raise ValueError(f"{path}: is not valid UTF-8; choose another output folder") from None
     if path.resolve() == Path.cwd() or path.is_mount():
         raise FileExistsError(
             f"{path}: is the current folder or a mount point, which can not be replaced; name one inside"
@@ -226,8 +231,12 @@ def read_text(file: str | os.PathLike[str]) -> str:
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:
-    """JSON that every reader takes: infinities and NaN, which it has no number for, become null."""
-    return json.dumps(json_safe(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    """JSON that every reader takes: infinities and NaN, which it has no number for, become null.
+
+    Bytes that are not UTF-8, in names of files, become the escapes that JSON has for them.
+    """
+    text = json.dumps(json_safe(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def json_safe(value: Any) -> Any:
@@ -268,6 +277,21 @@ def parse_json(text: str, name: object) -> Any:
         raise ValueError(f"{name}: not valid JSON ({one_line(error)})") from None
 
 
+def check_regular(path: Path) -> None:
+    """
+    Raises:
+        FileNotFoundError: there is nothing at `path`.
+        OSError: it, or something one or two levels down in a folder, is neither file nor folder: a pipe or a device,
+            which can keep its reader waiting or never end. A link counts as what it points to.
+    """
+    places = [path, *path.glob("*"), *path.glob("*/*")] if path.is_dir() else [path]
+    for place in places:
+        if place.exists() and not (place.is_file() or place.is_dir()):
+            raise OSError(f"{place}: is a pipe or a device; only files are read")
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+
+
 # --- sums -----------------------------------------------------------------------------------------------------------
 
 CHECKSUMS = "SHA256SUMS"
@@ -275,6 +299,7 @@ CHECKSUMS = "SHA256SUMS"
 
 def sha256(path: str | os.PathLike[str]) -> str:
     """Of a file's bytes, in hexadecimal."""
+    check_regular(Path(path))
     with Path(path).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -294,9 +319,14 @@ def read_sums(folder: Path, name: str = CHECKSUMS) -> dict[str, str]:
 
 
 def one_line(error: BaseException, limit: int = 200) -> str:
-    """What an error says, in one line of at most `limit` characters; its kind, where it says nothing."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    """What an error says, in one printable line of at most `limit` characters; its kind, where it says nothing."""
+    text = printable(" ".join(str(error).split())) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def printable(text: str) -> str:
+    """The text with every character that a terminal would obey or could not show as its Python escape, but line ends."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def require(extra: str, *packages: str) -> None:

@@ -1,5 +1,6 @@
 """Text in, text out: one function for the command line and for scripts, with the input checked before any work."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ from pldr.tokenizer import check_text, check_vocabulary
 CACHE_MODES = {"kv+g": (True, True), "kv": (True, False), "g": (False, True), "none": (False, False)}
 # Weights can be finite and still be too large for the numbers that a forward works with.
 NOT_FINITE = "the model's logits are NaN or infinite; its weights are damaged, or too large for this dtype"
+
+# Logits are divided by the temperature, and must stay finite.
+_LEAST_TEMPERATURE = 1e-6
 
 
 @dataclass
@@ -62,7 +66,7 @@ def generate_text(
         prompt: the text to continue; no special token is put before it, as in training.
         max_new_tokens: most tokens to add; 64, or as many as the context holds, by default.
         cache: "kv+g", "kv", "g" or "none".
-        temperature: softmax temperature, positive.
+        temperature: softmax temperature, at least 1e-6 and finite.
         top_k: sample among the k most probable tokens; 0 means all.
         top_p: sample among the most probable tokens whose mass reaches this, in (0, 1].
         beams: beam-search width; 1 means no beam search.
@@ -127,8 +131,11 @@ def _checked_length(prompt: int, context: int, new: int | None) -> int:
 
 
 def _sampling(temperature: float | None, top_k: int | None, top_p: float | None, beams: int) -> dict[str, Any]:
-    if temperature is not None and not temperature > 0:
-        raise ValueError(f"temperature: must be positive, got {temperature}; leave it out for greedy decoding")
+    if temperature is not None and not _LEAST_TEMPERATURE <= temperature < math.inf:
+        raise ValueError(
+            f"temperature: must be positive, got {temperature}: at least {_LEAST_TEMPERATURE} and finite; leave it out for "
+            "greedy decoding"
+        )
     if top_k is not None and top_k < 0:
         raise ValueError(f"top_k: must be 0 (all tokens) or more, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:

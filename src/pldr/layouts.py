@@ -5,6 +5,7 @@
 the hub keeps a predefined G_LM as one more tensor, the reference as a pickle beside the weights.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +81,16 @@ def published_to_ours(names: Iterable[str]) -> dict[str, str]:
 def ours_to_published(names: Iterable[str]) -> dict[str, str]:
     """Our tensor name → published, for each of our names in `names`."""
     return _rename(names, source=0)
+
+
+def tensor_count(config: "PldrConfig") -> int:
+    """How many tensors a model of this configuration has, without making it."""
+    repeats = (config.num_hidden_layers, config.metric_learner_units, config.metric_learner_glus)
+    counts = {ours: math.prod(repeats[: ours.count("{}")]) for ours, _ in TENSOR_NAMES}
+    if config.operator == "learned":
+        return sum(counts.values())
+    kept = sum(count for ours, count in counts.items() if ".operator." not in ours)
+    return kept + config.num_hidden_layers
 
 
 # --- configuration fields -------------------------------------------------------------------------------------------
@@ -167,9 +178,9 @@ def hyperparameters_to_ours(hyperparameters: Mapping[str, Any]) -> dict[str, Any
     wanted = _HYPERPARAMETERS | (_METRIC_LEARNER if learned else {})
     missing = sorted(set(wanted) - set(hyperparameters))
     if missing:
-        raise ValueError(f"hyperparameters: missing {', '.join(missing)}")
+        raise ValueError(f"missing {', '.join(missing)}")
     if hyperparameters.get("activation", "silu") != "silu":
-        raise ValueError(f"hyperparameters: activation must be F.silu, got {hyperparameters['activation']!r}")
+        raise ValueError(f"activation must be F.silu, got {hyperparameters['activation']!r}")
     fields = {ours: hyperparameters[theirs] for theirs, ours in wanted.items()}
     fields |= {"operator": "learned"} if learned else {"operator": "constant", "operator_init": "external"}
     if "reference_rope" in hyperparameters:

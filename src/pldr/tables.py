@@ -11,11 +11,12 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
+from rich import text as rich_text
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
-from rich.text import Text
 
 from pldr.deductive import RANK_TOLERANCES
+from pldr.files import printable
 
 if TYPE_CHECKING:
     from pldr.study.statistics import Analysis, Statistics
@@ -23,6 +24,16 @@ if TYPE_CHECKING:
 
 # Columns of text where there is no terminal to ask.
 _WIDTH = 120
+
+
+class Text(rich_text.Text):
+    """Text in which a character that a terminal would obey is shown as an escape."""
+
+    def __init__(self, text: str = "", *args: Any, **kwargs: Any) -> None:
+        super().__init__(printable(text), *args, **kwargs)
+
+    def append(self, text: rich_text.Text | str, style: Any = None) -> rich_text.Text:
+        return super().append(printable(text) if isinstance(text, str) else text, style)
 
 
 class Printable:
@@ -92,7 +103,8 @@ def facts_view(facts: dict[str, Any]) -> RenderableType:
         report = certificate["report"]
         verdict = "certified" if report["certified"] else "not certified"
         difference = report["modes"]["frozen"]["loss_difference"]
-        rows.append(("certificate", f"{verdict} {certificate['date']}, frozen {difference:+.1e} nats per token"))
+        about = f"{verdict} {certificate['date']}, frozen {difference:+.1e} nats per token"
+        rows.append(("certificate", about if facts["certified_weights"] else "of other weights; certify these again"))
     rows += [(name, str(value)) for name, value in facts["config"].items()]
     return _table(["", ""], [], rows, show_header=False, box=None, padding=(0, 2))
 
@@ -139,7 +151,7 @@ def _certificate_table(report: dict[str, Any]) -> Table:
     return table
 
 
-def _verdict(report: dict[str, Any]) -> Text:
+def _verdict(report: dict[str, Any]) -> RenderableType:
     limits = report["thresholds"]
     words = (
         [("certified", "green")]

@@ -1,16 +1,21 @@
 """Tokenizers: the published checkpoints' SentencePiece model as a transformers fast tokenizer, and its training."""
 
+import base64
+import json
 import math
 import os
 import re
-from collections.abc import Iterable
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from pldr.files import one_line, whole_file
+from pldr.files import check_regular, one_line, read_json, whole_file
 
 if TYPE_CHECKING:
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
@@ -25,6 +30,11 @@ _FOUND_IN_TEXT = (1, 4)
 _UNIGRAM, _BPE = 1, 2
 # Lines that a tokenizer is trained on at most, a random sample of more: what keeps memory small.
 _MOST_LINES = 2_000_000
+# Characters of the longest piece and, of any but small vocabularies, of a piece in the mean. SentencePiece makes pieces of 16
+# unless asked for more, and never of more than 512.
+_LONGEST_PIECE, _MEAN_PIECE, _SLACK = 512, 16, 1 << 16
+# Only one thread at a time listens to what is printed.
+_STDERR = threading.Lock()
 # Characters that SentencePiece's "nfkc" tables leave alone, each with a noncharacter that no text holds.
 _NOT_NFKC = {"\uff5e": "\ufdd0", "\u0344": "\ufdd1"}
 
@@ -37,17 +47,15 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
 
     Raises:
         FileNotFoundError: there is no tokenizer at `path`.
-        ValueError: the SentencePiece file is damaged or of an unsupported kind.
+        OSError: see `pldr.files.check_regular`.
+        ValueError: a damaged tokenizer, or a SentencePiece file of an unsupported kind.
     """
     path = Path(path)
+    if path.exists():
+        check_regular(path)
     if path.is_dir():
         if (path / "tokenizer.json").is_file():
-            from transformers import AutoTokenizer  # which brings torch
-
-            try:
-                return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-            except Exception as error:  # noqa: BLE001 (damaged files raise anything; each is the file's fault)
-                raise ValueError(f"{path}: damaged or unsupported tokenizer ({one_line(error)})") from None
+            return _from_folder(path)
         candidates = sorted(path.glob("*.model"))
         if len(candidates) != 1:
             found = f"{len(candidates)} *.model files" if candidates else "no *.model file"
@@ -56,6 +64,86 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such tokenizer file")
     return from_sentencepiece(path)
+
+
+def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
+    from transformers import AutoTokenizer  # which brings torch
+
+    from pldr.configuration_pldr import PldrConfig
+
+    try:
+        fields, settings = read_json(folder / "tokenizer.json"), folder / "tokenizer_config.json"
+        vocabulary = fields["model"]["vocab"]  # a dictionary, or a list of pieces with their scores
+        _check_lengths(vocabulary if isinstance(vocabulary, dict) else (piece for piece, _ in vocabulary))
+        for table in _tables(fields["normalizer"]):
+            _check_table(table)
+        if settings.exists():
+            check_text(json.dumps(read_json(settings), ensure_ascii=False), "settings")
+        with _panics():
+            # With a configuration it reads none, which may be of any model and hold anything.
+            tokenizer = AutoTokenizer.from_pretrained(folder, config=PldrConfig(), trust_remote_code=False)
+            tokenizer("settings of other types show up here")
+            return tokenizer
+    except Exception as error:  # noqa: BLE001 (damaged files raise anything; each is the file's fault)
+        raise ValueError(f"{folder}: damaged or unsupported tokenizer ({one_line(error)})") from None
+
+
+def _tables(normalizer: Any) -> Iterator[bytes]:
+    """The tables of characters in a normalizer of a tokenizer.json."""
+    if isinstance(normalizer, dict):
+        if isinstance(table := normalizer.get("precompiled_charsmap"), str):
+            yield base64.b64decode(table)
+        for step in normalizer.get("normalizers") or ():
+            yield from _tables(step)
+
+
+def _check_table(table: bytes) -> None:
+    """
+    Raises:
+        ValueError: a table of characters says that it is longer than it is; the tokenizers library would make room for it.
+    """
+    if len(table) < 4 or int.from_bytes(table[:4], "little") > len(table) - 4:
+        raise ValueError("a table of characters that is cut off")
+
+
+def _check_lengths(pieces: Iterable[str]) -> None:
+    """
+    Raises:
+        ValueError: pieces so long that a small file would take much memory: some 400 bytes for each of their characters.
+    """
+    lengths = [len(piece) for piece in pieces]
+    if max(lengths, default=0) > _LONGEST_PIECE or sum(lengths) > _MEAN_PIECE * len(lengths) + _SLACK:
+        raise ValueError(
+            f"pieces of {max(lengths)} characters, {sum(lengths) / len(lengths):.0f} in the mean; at most {_LONGEST_PIECE} and "
+            f"{_MEAN_PIECE} are read"
+        )
+
+
+@contextmanager
+def _panics() -> Iterator[None]:
+    """Make a panic of the tokenizers library, which is no Exception and prints pages by itself, an error like others.
+
+    Raises:
+        ValueError: the library panicked.
+    """
+    with _STDERR, tempfile.TemporaryFile() as printed:
+        try:
+            stderr = os.dup(2)
+        except OSError:  # it is closed
+            stderr = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(printed.fileno(), 2)
+        try:
+            yield
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":
+                raise
+            printed.truncate(0)
+            raise ValueError(one_line(error)) from None
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            printed.seek(0)
+            os.write(2, printed.read())  # what else was said meanwhile
 
 
 def from_sentencepiece(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
@@ -68,11 +156,19 @@ def from_sentencepiece(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
         ValueError: not a SentencePiece model, or one of another kind.
     """
     model = _read_sentencepiece(path)
-    tokenizer = Tokenizer(_unigram(model) if model.trainer_spec.model_type == _UNIGRAM else _bpe(model))
     try:
-        tokenizer.normalizer = _normalizer(model)
-    except Exception as error:  # noqa: BLE001 (the Rust library's own kind of error)
-        raise ValueError(f"{path}: damaged SentencePiece model ({error})") from None
+        with _panics():
+            tokenizer = _fast_tokenizer(model)
+    except Exception as error:  # noqa: BLE001 (the Rust library's own kinds of error, and pieces that are not UTF-8)
+        raise ValueError(f"{path}: damaged SentencePiece model ({one_line(error)})") from None
+    tokenizer.name_or_path = str(path)
+    return tokenizer
+
+
+def _fast_tokenizer(model: "ModelProto") -> PreTrainedTokenizerFast:
+    _check_lengths(piece.piece for piece in model.pieces)
+    tokenizer = Tokenizer(_unigram(model) if model.trainer_spec.model_type == _UNIGRAM else _bpe(model))
+    tokenizer.normalizer = _normalizer(model)
     tokenizer.pre_tokenizer = _pre_tokenizer(model)
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -149,6 +245,7 @@ def _normalizer(model: "ModelProto") -> normalizers.Normalizer | None:
             steps += [normalizers.Replace(character, aside) for character, aside in _NOT_NFKC.items()]
             steps.append(normalizers.NFKC())
             steps += [normalizers.Replace(aside, character) for character, aside in _NOT_NFKC.items()]
+        _check_table(spec.precompiled_charsmap)
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
         steps += [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
@@ -191,7 +288,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> Non
     if len(tokenizer) != vocab_size:
         raise ValueError(
             f"tokenizer: has {len(tokenizer)} tokens, the model has vocab_size={vocab_size}; name the tokenizer that "
-            "the model was trained with (--tokenizer)"
+            f"the model was trained with (--tokenizer), in place of {tokenizer.name_or_path or 'this one'}"
         )
 
 

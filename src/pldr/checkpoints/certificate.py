@@ -16,6 +16,29 @@ from pldr.files import one_line, read_json, write_json
 
 FILE = "certificate.json"
 
+# What a certificate says, as `pldr.study.certify` writes it: types, lists of one, and what is always the same.
+_CHANGE = {"kl_mean": float, "agreement": float, "logit_difference": float}
+_COMPARISON = _CHANGE | {"loss_difference": float, "loss_interval": [float], "kl_99": float, "kl_max": float}
+_REPORT = {
+    "passages": int,
+    "tokens": int,
+    "loss": float,
+    "modes": {"cached": _COMPARISON, "frozen": _COMPARISON},
+    "variation": [float],
+    "calibration": {"loss_difference": [float], "spread": float},
+    "causality": {"learned": _CHANGE, "frozen": _CHANGE},
+    "thresholds": {"loss": float, "agreement": float},
+    "reasons": [str],
+    "certified": bool,
+}
+_CERTIFICATE = {
+    "kind": "pldr certificate 1",
+    **dict.fromkeys(("model", "weights", "frozen_weights", "device", "date", "dtype"), str),
+    "data": {},
+    "versions": {},
+    "report": _REPORT,
+}
+
 
 def weights_digest(tensors: dict[str, torch.Tensor]) -> str:
     """SHA-256 over name, dtype, shape and bytes of every tensor, in the order of their names.
@@ -50,18 +73,43 @@ def read_certificate(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     """The certificate beside a model, or None where there is none.
 
     Raises:
-        ValueError: it is damaged, or was changed after it was written.
+        ValueError: it is damaged, was changed after it was written, or does not say what a certificate says.
     """
     file = Path(folder) / FILE
-    if not file.is_file():
+    if not os.path.lexists(file):
         return None
     try:
         certificate = read_json(file)
         if certificate != with_checksum(certificate):
             raise ValueError("its contents do not match its checksum")
+        _check_shape(certificate, _CERTIFICATE)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file}: not a valid certificate ({one_line(error)}); certify the model again") from None
     return certificate
+
+
+def _check_shape(value: Any, shape: Any, name: str = "") -> None:
+    """
+    Raises:
+        ValueError: a field is missing or not of its type; the first one is named.
+    """
+    parts: list[tuple[Any, Any, Any]] = []
+    if isinstance(shape, dict) and isinstance(value, dict):
+        parts = [(value.get(key), part, key) for key, part in shape.items()]
+    elif isinstance(shape, list) and isinstance(value, list):
+        parts = [(item, shape[0], index) for index, item in enumerate(value)]
+    # A whole number is a number as well, if it is not too long for one.
+    elif not (
+        value == shape or type(value) is shape or (shape is float and type(value) is int and abs(value) < 1 << 53)
+    ):
+        raise ValueError(f"{name.removeprefix('.')} is missing, or not what it should be")
+    for item, part, key in parts:
+        _check_shape(item, part, f"{name}.{key}")
+
+
+def is_about(certificate: dict[str, Any], tensors: dict[str, torch.Tensor]) -> bool:
+    """Whether these are the weights that a certificate is about."""
+    return bool(certificate["frozen_weights"] == weights_digest(tensors))
 
 
 def warn_unless_certified_weights(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -71,7 +119,7 @@ def warn_unless_certified_weights(folder: Path, tensors: dict[str, torch.Tensor]
     except ValueError as error:
         warnings.warn(str(error), stacklevel=3)
         return
-    if certificate is not None and certificate.get("frozen_weights") != weights_digest(tensors):
+    if certificate is not None and not is_about(certificate, tensors):
         warnings.warn(
             f"{folder}: the weights are not those of {FILE}, so that it says nothing about them; certify them again",
             stacklevel=3,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from rich.console import RenderableType
 
-from pldr.checkpoints.certificate import read_certificate
+from pldr.checkpoints.certificate import is_about, read_certificate
 from pldr.checkpoints.load import load_model
 from pldr.modeling_pldr import PldrForCausalLM
 from pldr.tables import Printable, facts_view
@@ -19,7 +19,8 @@ class Info(Printable):
     """What `info` shows.
 
     Attributes:
-        facts: see `model_facts`; and "certificate", where one lies beside the model.
+        facts: see `model_facts`; and where a certificate lies beside the model, "certificate", and "certified_weights":
+            whether it is about these weights.
     """
 
     facts: dict[str, Any]
@@ -48,9 +49,12 @@ def info(
     """
     if isinstance(model, PldrForCausalLM):
         return Info(model_facts(model))
-    facts = model_facts(load_model(model, rope_pairing=rope, G_LM=g_lm))
+    loaded = load_model(model, rope_pairing=rope, G_LM=g_lm)
+    facts = model_facts(loaded)
     certificate = read_certificate(Path(model))
-    return Info(facts | ({"certificate": certificate} if certificate else {}))
+    if certificate is not None:
+        facts |= {"certificate": certificate, "certified_weights": is_about(certificate, loaded.state_dict())}
+    return Info(facts)
 
 
 def model_facts(model: PldrForCausalLM) -> dict[str, Any]:

@@ -6,13 +6,13 @@ reference layout of the published training code. Files from elsewhere are data: 
 
 import copy
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
@@ -24,11 +24,14 @@ from pldr.checkpoints.reference import (
     read_pickled_tensors,
     read_pth,
 )
-from pldr.configuration_pldr import PldrConfig
-from pldr.files import CHECKSUMS, one_line, read_json, read_sums, sha256
+from pldr.configuration_pldr import DTYPES, PldrConfig
+from pldr.files import CHECKSUMS, check_regular, one_line, read_json, read_sums, sha256
 from pldr.modeling_pldr import PldrForCausalLM
 from pldr.operator import check_operator_tensor, stored_operator
 from pldr.tokenizer import check_vocabulary, load_tokenizer
+
+# What says that an adapter of the peft library lies beside the weights.
+_ADAPTER = "adapter_config.json"
 
 
 def load_model(
@@ -47,7 +50,7 @@ def load_model(
     Args:
         path: a folder in this library's or the hub's layout, a folder in the reference layout, or a ``.pth`` file with
             its ``*hyperparameters.py`` beside it.
-        dtype: of the weights; "auto" keeps the stored one.
+        dtype: of the weights; "auto": what config.json says, or as they are stored.
         device: where to put the model.
         rope_pairing: for a reference checkpoint of a v52 model, "halves"; that layout does not say. Others say so
             themselves.
@@ -55,36 +58,55 @@ def load_model(
             ``predefined_G_LM.pkl`` in the same folder.
 
     Raises:
-        FileNotFoundError: the folder or a file in it is missing.
-        ValueError: damaged files; unknown, missing or mis-shaped tensors, listed; values that are not finite.
+        OSError: the folder or a file in it is missing, or is no file: see `pldr.files.check_regular`.
+        ValueError: damaged files; unknown, missing or mis-shaped tensors, listed; values that are not finite, or no
+            floating-point numbers; an adapter beside the weights.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such model folder")
+    check_regular(path)
     if path.is_dir() and (path / "config.json").is_file():
         if rope_pairing is not None or G_LM is not None:
             raise ValueError(
                 "rope_pairing and G_LM apply to the reference layout only; this folder's config.json decides"
             )
-        config = read_config(path)
-        check_tensors(_read_shapes(path), config, str(path))
-        _check_sums(path)
-        model, report = PldrForCausalLM.from_pretrained(
-            path, config=config, dtype=dtype, use_safetensors=True, attn_implementation="sdpa", output_loading_info=True
-        )
-        # check_tensors has looked at the same files.
-        assert report["missing_keys"] <= _optional(config), report
-        assert not report["unexpected_keys"], report
+        config, state = _read_folder(path)
     elif path.suffix == ".pth" or (path.is_dir() and any(path.glob("*.pth"))):
-        model = _load_reference(path, dtype, rope_pairing, G_LM)
+        config, state = _read_reference(path, rope_pairing, G_LM)
     else:
         raise FileNotFoundError(f"{path}: neither config.json nor a .pth file; this is not a model folder")
-    for name, tensor in model.state_dict().items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"{path}: tensor {name} holds NaN or infinite values; the file is damaged")
+    model = _model_of(config, state, dtype, path)
     if path.is_dir() and dtype == "auto":
         warn_unless_certified_weights(path, model.state_dict())
     return model.to(device).eval()
+
+
+def _model_of(
+    config: PldrConfig, state: dict[str, torch.Tensor], dtype: str | torch.dtype, path: Path
+) -> PldrForCausalLM:
+    """The model of tensors that `check_tensors` has found to be its own.
+
+    Raises:
+        ValueError: values that are not finite.
+    """
+    stored = _check_one_dtype(state.values(), str(path))
+    # Without a path the library looks at no file: no adapter, generation settings or other weights that may lie there.
+    model, report = PldrForCausalLM.from_pretrained(
+        None,
+        config=config,
+        state_dict=state,
+        dtype=(config.dtype or stored) if dtype == "auto" else dtype,
+        attn_implementation="sdpa",
+        output_loading_info=True,
+    )
+    assert report["missing_keys"] <= _optional(config), report
+    assert not report["unexpected_keys"], report
+    for name, tensor in model.state_dict().items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{path}: tensor {name} holds NaN or infinite values; the file is damaged")
+    model.name_or_path = model.config.name_or_path = str(path)
+    return model
 
 
 def load_with_tokenizer(
@@ -171,19 +193,18 @@ def load_predefined_G(path: str | os.PathLike[str]) -> torch.Tensor:
         [L, H, D, D], on the CPU.
 
     Raises:
-        FileNotFoundError: no such file.
+        OSError: see `pldr.files.check_regular`.
         ValueError: anything but tensors in the file, or tensors of other dimensions.
     """
     path = Path(path)
+    check_regular(path)
     if path.is_dir():
         model = load_model(path)
         if model.config.operator != "constant":
             raise ValueError(f"{path}: this model computes its G_LM; freeze it first (pldr freeze)")
         return stored_operator(model)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file or folder")
-    layers = _read_safetensors_G(path) if path.suffix == ".safetensors" else read_pickled_tensors(path)
-    rows = isinstance(layers, (list, tuple)) or (isinstance(layers, torch.Tensor) and layers.dim() > 0)
+    layers = _operator_among(path) if path.suffix == ".safetensors" else read_pickled_tensors(path)
+    rows = isinstance(layers, (list, tuple)) or (isinstance(layers, torch.Tensor) and layers.dim() > 0 < layers.numel())
     if not rows or not all(isinstance(row, (torch.Tensor, list, tuple)) for row in layers):
         raise ValueError(f"{path}: not one tensor per layer")
     picked = [layer[-1] if isinstance(layer, (tuple, list)) and layer else layer for layer in layers]
@@ -192,17 +213,29 @@ def load_predefined_G(path: str | os.PathLike[str]) -> torch.Tensor:
     squeezed = [layer[0] if layer.dim() == 4 and layer.shape[0] == 1 else layer for layer in picked]
     if any(layer.dim() != 3 or layer.shape != squeezed[0].shape for layer in squeezed):
         raise ValueError(f"{path}: G_LM must be [layers, heads, head_dim, head_dim]")
-    return torch.stack(squeezed)
+    _check_one_dtype(squeezed, str(path))
+    G_LM = torch.stack(squeezed)
+    if not bool(torch.isfinite(G_LM).all()):
+        raise ValueError(f"{path}: holds NaN or infinite values")
+    return G_LM
 
 
-def _read_safetensors_G(path: Path) -> torch.Tensor:
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: damaged safetensors file ({error})") from None
+def _operator_among(path: Path) -> torch.Tensor:
+    tensors = _read_safetensors(path)
     if "G_LM" not in tensors and len(tensors) != 1:
         raise ValueError(f"{path}: holds no tensor G_LM, but {', '.join(tensors)}")
     return tensors.get("G_LM", next(iter(tensors.values())))
+
+
+def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """
+    Raises:
+        ValueError: a damaged file.
+    """
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: damaged safetensors file ({one_line(error)})") from None
 
 
 # --- folders with a config.json -------------------------------------------------------------------------------------
@@ -234,7 +267,9 @@ def read_config(folder: Path) -> PldrConfig:
 def _weight_files(folder: Path) -> list[str]:
     """Names of the safetensors files that hold the weights, in a folder of one file or of shards with an index."""
     index = folder / layouts.WEIGHTS_INDEX
-    if not index.is_file():
+    if not os.path.lexists(index):
+        if not (folder / layouts.WEIGHTS).is_file():
+            raise FileNotFoundError(f"{folder}: neither {layouts.WEIGHTS} nor {layouts.WEIGHTS_INDEX}")
         return [layouts.WEIGHTS]
     if (folder / layouts.WEIGHTS).is_file():
         raise ValueError(
@@ -248,36 +283,63 @@ def _weight_files(folder: Path) -> list[str]:
         raise ValueError(f"{index}: damaged index ({one_line(error)})") from None
     if outside:
         raise ValueError(f"{index}: names a file outside the folder: {outside[0]}")
+    missing = [name for name in files if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{index}: names {missing[0]}, which is missing")
     return files
 
 
-def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every stored tensor, from the headers alone."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    dtypes: set[str] = set()
+def _read_folder(folder: Path) -> tuple[PldrConfig, dict[str, torch.Tensor]]:
+    """Configuration and tensors of a folder in this library's or the hub's layout, under our names."""
+    if os.path.lexists(folder / _ADAPTER):
+        raise ValueError(f"{folder / _ADAPTER}: adapters are not applied; merge it into the weights, or remove it")
+    config = read_config(folder)
+    stored: dict[str, torch.Tensor] = {}
     for name in _weight_files(folder):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name}: missing")
-        try:
-            with safe_open(folder / name, framework="pt") as tensors:
-                for key in tensors.keys():  # noqa: SIM118 (not a dictionary)
-                    shapes[key] = tuple(tensors.get_slice(key).get_shape())
-                    if key != layouts.HUB_G_STATUS:
-                        dtypes.add(tensors.get_slice(key).get_dtype())
-        except SafetensorError as error:
-            raise ValueError(f"{folder / name}: damaged safetensors file ({one_line(error)})") from None
-    _check_one_dtype(dtypes, str(folder))
-    return shapes
+        stored |= _read_safetensors(folder / name)
+    state = _under_our_names(stored, config, folder)
+    check_tensors({name: tuple(tensor.shape) for name, tensor in state.items()}, config, str(folder))
+    _check_sums(folder)
+    return config, state
 
 
-def _check_one_dtype(dtypes: Iterable[Any], where: str) -> None:
-    """
+def _under_our_names(stored: dict[str, torch.Tensor], config: PldrConfig, path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of any layout as this library calls them.
+
     Raises:
-        ValueError: tensors of several dtypes, which one model can not hold without rounding some of them.
+        ValueError: one comes twice, or a packed G_LM is not that of the configuration.
     """
-    names = sorted({str(dtype).removeprefix("torch.") for dtype in dtypes})
-    if len(names) != 1:
-        raise ValueError(f"{where}: the tensors must have one dtype, found {', '.join(names) or 'none'}")
+    stored = {name: tensor for name, tensor in stored.items() if name != layouts.HUB_G_STATUS}
+    packed = stored.pop(layouts.HUB_G, None)
+    renamed = layouts.published_to_ours(stored)
+    pairs = [(renamed.get(name, name), tensor) for name, tensor in stored.items()]
+    if packed is not None:
+        heads, head_dim = config.num_attention_heads, config.head_dim
+        expected = (config.num_hidden_layers, 3, 1, heads, head_dim, head_dim)
+        if packed.shape != expected:
+            raise ValueError(f"{path}: {layouts.HUB_G} must be {expected}, got {tuple(packed.shape)}")
+        pairs += [(layouts.OUR_G.format(i), layer[layouts.HUB_G_SLOT, 0].clone()) for i, layer in enumerate(packed)]
+    state = dict(pairs)
+    if len(state) != len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"{path}: holds {twice} twice, under this name and a published one")
+    return state
+
+
+def _check_one_dtype(tensors: Iterable[torch.Tensor], where: str) -> torch.dtype:
+    """The dtype of all tensors.
+
+    Raises:
+        ValueError: they have several, which one model can not hold without rounding some of them, or one that is no
+            weight's.
+    """
+    dtypes = {tensor.dtype for tensor in tensors}
+    names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)) or "none"
+    if len(dtypes) != 1:
+        raise ValueError(f"{where}: the tensors must have one dtype, found {names}")
+    if names not in DTYPES:
+        raise ValueError(f"{where}: the tensors are {names}; weights are {', '.join(DTYPES)}")
+    return dtypes.pop()
 
 
 def check_tensors(stored: Mapping[str, tuple[int, ...]], config: PldrConfig, where: str) -> None:
@@ -285,26 +347,18 @@ def check_tensors(stored: Mapping[str, tuple[int, ...]], config: PldrConfig, whe
     Raises:
         ValueError: the stored tensors are not exactly those of the model, by name and shape.
     """
+    asked = layouts.tensor_count(config)
+    if asked > 2 * len(stored):  # so many that making them, or listing what is missing, is no use
+        raise ValueError(f"{where}: the configuration asks for {asked:,} tensors, and {len(stored):,} are stored")
     with torch.device("meta"):
         expected = {name: tuple(tensor.shape) for name, tensor in PldrForCausalLM(config).state_dict().items()}
-    found: dict[str, tuple[int, ...]] = {}
-    renamed = layouts.published_to_ours(stored)
-    for name, shape in stored.items():
-        if name == layouts.HUB_G_STATUS:
-            continue
-        if name == layouts.HUB_G:
-            if shape[1:3] != (3, 1):
-                raise ValueError(f"{where}: {name} must be [layers, 3, 1, heads, head_dim, head_dim], got {shape}")
-            found |= {layouts.OUR_G.format(layer): shape[3:] for layer in range(shape[0])}
-        else:
-            found[renamed.get(name, name)] = shape
     problems = [
-        *_listed("missing", expected.keys() - found.keys() - _optional(config)),
-        *_listed("unknown", found.keys() - expected.keys()),
+        *_listed("missing", expected.keys() - stored.keys() - _optional(config)),
+        *_listed("unknown", stored.keys() - expected.keys()),
         *_listed(
             "mis-shaped",
-            (f"{name} {found[name]} instead of {expected[name]}"
-             for name in expected.keys() & found.keys() if found[name] != expected[name]),
+            (f"{name} {stored[name]} instead of {expected[name]}"
+             for name in expected.keys() & stored.keys() if stored[name] != expected[name]),
         ),
     ]  # fmt: skip
     if problems:
@@ -328,7 +382,7 @@ def _check_sums(folder: Path) -> None:
     Raises:
         ValueError: a weight file differs from what this library wrote. Published folders carry no sums to compare.
     """
-    if not (folder / CHECKSUMS).is_file():
+    if not os.path.lexists(folder / CHECKSUMS):
         return
     sums = read_sums(folder)
     unlisted = [name for name in _weight_files(folder) if name not in sums]
@@ -347,33 +401,35 @@ def _check_sums(folder: Path) -> None:
 # --- the reference layout -------------------------------------------------------------------------------------------
 
 
-def _load_reference(
-    path: Path, dtype: str | torch.dtype, rope_pairing: str | None, G_LM: str | os.PathLike[str] | None
-) -> PldrForCausalLM:
+def _read_reference(
+    path: Path, rope_pairing: str | None, G_LM: str | os.PathLike[str] | None
+) -> tuple[PldrConfig, dict[str, torch.Tensor]]:
+    """Configuration and tensors of a checkpoint in the reference layout, under our names."""
     weights, hyperparameters = find_reference_files(path)
-    fields = layouts.hyperparameters_to_ours(read_hyperparameters(hyperparameters))
-    if rope_pairing is not None:
-        fields["rope_pairing"] = rope_pairing
+    found = read_hyperparameters(hyperparameters)
     try:
+        fields = layouts.hyperparameters_to_ours(found)
+        if rope_pairing is not None:
+            fields["rope_pairing"] = rope_pairing
         config = PldrConfig(**fields)
     except (StrictDataclassError, ValueError, TypeError) as error:
         raise ValueError(f"{hyperparameters}: {one_line(error)}") from None
-    published = read_pth(weights)
-    _check_one_dtype((tensor.dtype for tensor in published.values()), str(weights))
-    renamed = layouts.published_to_ours(published)
-    state = {renamed.get(name, name): tensor for name, tensor in published.items()}
+    state = _under_our_names(read_pth(weights), config, weights)
+    stored = _check_one_dtype(state.values(), str(weights))
     if config.operator == "constant":
         file = Path(G_LM) if G_LM is not None else weights.with_name(layouts.REFERENCE_G)
         if not file.is_file():
             raise FileNotFoundError(
                 f"{file}: a v51G checkpoint needs its predefined operator; name its file with --g-lm"
             )
-        stored = next(iter(state.values())).dtype
-        for index, layer in enumerate(check_operator_tensor(load_predefined_G(file), config)):
-            state[layouts.OUR_G.format(index)] = layer.to(stored)
+        operator = load_predefined_G(file)
+        try:
+            check_operator_tensor(operator, config)
+        except ValueError as error:
+            raise ValueError(f"{file}, with {hyperparameters.name}: {error}") from None
+        state |= {layouts.OUR_G.format(index): layer.to(stored) for index, layer in enumerate(operator)}
     elif G_LM is not None:
         raise ValueError("G_LM: this checkpoint has a learned operator; convert it first, then use pldr freeze --g-lm")
-    check_tensors({name: tuple(tensor.shape) for name, tensor in state.items()}, config, str(weights))
-    if dtype == "auto":
-        dtype = next(iter(state.values())).dtype
-    return PldrForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    check_tensors(shapes, config, f"{weights}, with {hyperparameters.name}")
+    return config, state

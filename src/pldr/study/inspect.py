@@ -10,8 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pldr.checkpoints.load import load_predefined_G, load_with_tokenizer
 from pldr.data.rows import read_passages
-from pldr.data.sources import Source, names_of
-from pldr.evaluation.modes import name_of
+from pldr.data.sources import Source
 from pldr.modeling_pldr import PldrForCausalLM
 from pldr.models.shipped import HELD_OUT
 from pldr.study.page import write_report
@@ -22,7 +21,7 @@ _PASSAGES, _LENGTH = 32, 512
 
 def inspect(
     model: str | os.PathLike[str] | PldrForCausalLM,
-    data: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
+    data: Sequence[str] = (),
     *,
     passages: int | None = None,
     length: int | None = None,
@@ -67,11 +66,11 @@ def inspect(
         assert text_tokenizer is not None
         context = loaded.config.max_position_embeddings
         # The excerpts that ship with pldr have one form; text_column is about the user's own data.
-        names = names_of(data)
-        source = Source(names, text_column) if names else Source([str(HELD_OUT)])
+        source = Source(list(data), text_column) if data else Source([str(HELD_OUT)])
         ids = _first_passages(source, text_tokenizer, context, passages, length)
-        about = ", ".join(names) if names else "held-out excerpts that ship with pldr"
-        analysis = replace(analyse_model(loaded, ids), model=name_of(model), source=about)
+        name = loaded.name_or_path if isinstance(model, PldrForCausalLM) else model
+        about = ", ".join(data) if data else "held-out excerpts that ship with pldr"
+        analysis = replace(analyse_model(loaded, ids), model=str(name), source=about)
     if html is not None:
         write_report(analysis, html, title=Path(analysis.model).resolve().name, source=analysis.source)
     return analysis
