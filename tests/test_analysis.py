@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from helpers import FIXTURES, SENTENCE, assert_close, fails, shared
-from pldr import deductive_outputs, freeze, load_model, load_tokenizer
+from pldr import deductive_outputs, evaluate, freeze, inspect, load_model, load_tokenizer
 from pldr.checkpoints.load import load_predefined_G
 from pldr.data.rows import read_passages
 from pldr.data.sources import Source
@@ -360,3 +360,18 @@ class TestCommand:
         fails(run("inspect", folder, tmp_path / "none.txt"), "matches no file")
         fails(run("inspect", tmp_path / "nowhere"), "no such model folder")
         fails(run("inspect", FIXTURES / "v51-small", "--tokenizer", folder), "the model has vocab_size=97")
+
+
+def test_data_may_be_one_name_or_several_texts_or_paths(folder, text, toy_tokenizer):
+    """Of every function that takes data; and a model in memory is not named after the current folder."""
+    model, settings = load_model(folder), {"passages": 2, "length": 16}
+    found = [
+        inspect(model, data, tokenizer=toy_tokenizer, **settings) for data in (str(text), text, [str(text)], [text])
+    ]
+    assert len({analysis.source for analysis in found}) == 1
+    assert found[0].model == str(folder)
+    assert len(repr(found[0])) < 200
+    made = type(model)(type(model.config)(**{**model.config.to_diff_dict(), "name_or_path": ""}))
+    assert inspect(made, text, tokenizer=toy_tokenizer, **settings).model == "model"
+    for data in (str(text), text, [text]):
+        assert list(evaluate(model, data, tokenizer=toy_tokenizer, window=16, calibration=data).texts) == [str(text)]

@@ -220,7 +220,7 @@ def test_runs_in_processes_of_their_own(lab_of_processes):
     assert here.load("good") is not None
     assert here.diverged("bad") is not None
     assert here.load("bad") is None
-    with pytest.raises(RuntimeError, match=r"broken: .*matches no file"):
+    with pytest.raises(ChildProcessError, match=r"broken: .*matches no file"):
         here.train({"broken": {"data.train": ["nothing.txt"]}})
 
 

@@ -42,7 +42,8 @@ Strict = Annotated[bool, Option("--strict", help="Refuse bad rows of the data, r
 
 def _verb(example: str, name: str | None = None, group: typer.Typer = app) -> Callable[[Any], Any]:
     """A command whose help ends with an example."""
-    return group.command(name, epilog=f"Example: [bold]pldr {example}[/bold]")
+    shown = example.replace("[", r"\[")  # no markup
+    return group.command(name, epilog=f"Example: [bold]pldr {shown}[/bold]")
 
 
 @app.callback(invoke_without_command=True)
@@ -110,7 +111,7 @@ def _model_and_prompt(model: str, prompt: str | None) -> tuple[Path, str]:
     return Path(model), sys.stdin.read() if prompt == "-" else prompt
 
 
-@_verb("train laptop 'data.train=[my-book.txt]' optimization.steps=200")
+@_verb("train laptop 'data.train=[my-book.txt]'")
 def train(
     recipe: Annotated[str, Argument(help="Recipe file, or the name of one that ships with pldr.")],
     overrides: Annotated[list[str] | None, Argument(help="key=value pairs, e.g. optimization.steps=100.")] = None,
@@ -423,7 +424,7 @@ def main() -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="pldr", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         _report("interrupted")
         sys.exit(130)

@@ -12,6 +12,7 @@ import io
 import itertools
 import json
 import lzma
+import os
 import re
 import zlib
 from collections import Counter
@@ -95,6 +96,11 @@ class BadRows:
             f"{count:,} skipped: {fault} (first: {self.first[fault]})" for fault, count in self.counts.items()
         )
         return line.encode("utf-8", "backslashreplace").decode("utf-8")  # a file's name need not be UTF-8
+
+
+def names_of(data: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[str]:
+    """Data as a user gives it, one name or several, as the names of a `Source`."""
+    return [str(name) for name in ([data] if isinstance(data, (str, os.PathLike)) else data)]
 
 
 @dataclass(frozen=True)

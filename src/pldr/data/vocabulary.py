@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pldr.data.sources import BadRows, Source, read_pieces
+from pldr.data.sources import BadRows, Source, names_of, read_pieces
 from pldr.files import whole_folder
 from pldr.tokenizer import load_tokenizer, train_sentencepiece
 
@@ -26,7 +26,7 @@ class TrainedTokenizer:
 
 
 def train_tokenizer(
-    sources: Iterable[str],
+    sources: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
     output: str | os.PathLike[str],
     *,
     vocab_size: int = 32000,
@@ -56,7 +56,7 @@ def train_tokenizer(
             pieces.
         FileExistsError, OSError: the folder can not be written.
     """
-    names = [sources] if isinstance(sources, str) else list(sources)
+    names = names_of(sources)
     with whole_folder(output, overwrite=overwrite) as folder:
         source = Source(names, text_column, split, interval)
         skipped = train_pieces(source, folder / "tokenizer.model", vocab_size, model, strict=strict)

@@ -12,7 +12,8 @@ from rich.console import RenderableType
 from transformers import PreTrainedTokenizerFast
 
 from pldr.checkpoints.load import load_with_tokenizer
-from pldr.evaluation.modes import MODES
+from pldr.data.sources import names_of
+from pldr.evaluation.modes import MODES, name_of
 from pldr.evaluation.perplexity import check_window, evaluate_texts
 from pldr.evaluation.published import SUITES, suite_report
 from pldr.evaluation.scoring import Scorer, make_scorers, mode_disagreement, read_calibration
@@ -98,7 +99,7 @@ class Evaluation(Printable):
 
 def evaluate(
     model: str | os.PathLike[str] | PldrForCausalLM,
-    files: Sequence[str | os.PathLike[str]] = (),
+    files: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
     *,
     tasks: str | Sequence[str] = (),
     suite: str | None = None,
@@ -111,7 +112,7 @@ def evaluate(
     batch_size: int | str = "auto",
     window: int | None = None,
     stride: int | None = None,
-    calibration: Sequence[str] | None = None,
+    calibration: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
     text_column: str = "text",
     threshold: float = 0.01,
     tokenizer: str | os.PathLike[str] | PreTrainedTokenizerFast | None = None,
@@ -154,7 +155,7 @@ def evaluate(
         raise ValueError(f"num_fewshot: must be 0 or more, got {num_fewshot}")
     if data_dir is not None and not Path(data_dir).is_dir():
         raise ValueError(f"data_dir: {data_dir} is not a folder")
-    texts = {str(file): read_text(file) for file in files}
+    texts = {name: read_text(name) for name in names_of(files)}
     if names:
         require("eval", "lm_eval")
         from pldr.evaluation.harness import check_limit, load_tasks, run_tasks
@@ -174,13 +175,13 @@ def evaluate(
     )
 
     report = Evaluation(
-        model=str(loaded.name_or_path or "model" if isinstance(model, PldrForCausalLM) else model),
+        model=name_of(model),
         operator=loaded.config.operator, modes=[], device=str(loaded.device), dtype=dtype, threshold=threshold,
     )  # fmt: skip
     passages = None
     if loaded.config.operator == "learned":
-        passages = read_calibration(text_tokenizer, context, calibration, text_column)
-        report.calibration = list(calibration) if calibration else "ships with pldr"
+        passages = read_calibration(text_tokenizer, context, names_of(calibration or ()), text_column)
+        report.calibration = names_of(calibration) if calibration else "ships with pldr"
     scorers = make_scorers(loaded, passages, batch_size=batch_size)
     chosen = scorers if compare else {operator: scorers[operator]}
     report.modes = list(chosen)
@@ -208,7 +209,7 @@ def _task_names(tasks: str | Sequence[str], suite: str | None) -> list[str]:
     return names + [name for name in SUITES.get(suite or "", ()) if name not in names]
 
 
-def _check_modes(model: PldrForCausalLM, operator: str, compare: bool, calibration: Sequence[str] | None) -> None:
+def _check_modes(model: PldrForCausalLM, operator: str, compare: bool, calibration: object) -> None:
     """
     Raises:
         ValueError: an unknown mode; options that need a learned operator.

@@ -32,6 +32,7 @@ from pldr.evaluation.modes import cache_settings
 from pldr.evaluation.perplexity import windows
 from pldr.evaluation.published import LAYOUTS, read_benchmark
 from pldr.evaluation.scoring import Scorer, progress, read_calibration
+from pldr.files import one_line
 
 # The harness's settings for the parts of a data set, and their names in `pldr.evaluation.published`.
 _SPLITS = {"training_split": "train", "validation_split": "validation", "test_split": "test"}
@@ -249,7 +250,7 @@ def load_tasks(
             with _harness():
                 part: dict[str, Any] = dict(_task_manager().load([spec]))
         except Exception as error:  # whatever the hub and its libraries raise, the user needs one line
-            reason = " ".join(str(error).split())[:200] or "no question to ask"
+            reason = one_line(error) if str(error) else "no question to ask"
             raise ValueError(
                 f"eval: {name}: could not be loaded ({type(error).__name__}: {reason}){_hint(name)}"
             ) from error

@@ -8,6 +8,7 @@ Shapes: B sequences, T tokens, V vocabulary, L layers, H heads, D head dimension
 """
 
 import copy
+import os
 import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -28,6 +29,11 @@ MODES = ("learned", "cached", "frozen")
 def modes_of(model: PldrForCausalLM) -> tuple[str, ...]:
     """All modes with a learned operator, "frozen" alone with a constant one."""
     return MODES if model.config.operator == "learned" else ("frozen",)
+
+
+def name_of(model: str | os.PathLike[str] | PldrForCausalLM) -> str:
+    """Of a model for people: its folder or file, as it was given or as it was loaded from; "model" where there is none."""
+    return str((model.name_or_path if isinstance(model, PldrForCausalLM) else model) or "model")
 
 
 def check_mode(model: PldrForCausalLM, mode: str) -> None:

@@ -27,9 +27,9 @@ from pldr import __version__
 from pldr.checkpoints.certificate import weights_digest, write_certificate
 from pldr.checkpoints.load import load_model, load_with_tokenizer
 from pldr.data.rows import read_passages
-from pldr.data.sources import Source
+from pldr.data.sources import Source, names_of
 from pldr.deductive import deductive_outputs, variation
-from pldr.evaluation.modes import OperatorModes, frozen_copy
+from pldr.evaluation.modes import OperatorModes, frozen_copy, name_of
 from pldr.files import check_output, whole_folder
 from pldr.modeling_pldr import PldrForCausalLM
 from pldr.tables import Printable, certificate_view
@@ -225,7 +225,7 @@ def certify(
     stored, text_tokenizer = load_with_tokenizer(model, tokenizer, device=device, rope=rope)
     assert text_tokenizer is not None
     _check_learned(stored)
-    sources = [str(name) for name in ([data] if isinstance(data, (str, os.PathLike)) else data)]
+    sources = names_of(data)
     rows = _spread_passages(Source(sources, text_column), text_tokenizer, stored, passages + calibration, length)
     constant = None if frozen is None else load_model(frozen, device=stored.device)
     if constant is not None and constant.config.vocab_size != stored.config.vocab_size:
@@ -240,7 +240,7 @@ def certify(
         progress=lambda items: track(items, "certifying", console=Console(stderr=True), transient=True),
     )
     certificate = Certificate(
-        model=_name(model),
+        model=Path(name_of(model)).resolve().name,
         weights=weights_digest(stored.state_dict()),
         frozen_weights=frozen_weights or weights_digest(constant.state_dict()),
         data={
@@ -255,10 +255,6 @@ def certify(
     elif certificate.certified and frozen is not None:
         write_certificate(Path(frozen), certificate.to_json())
     return certificate
-
-
-def _name(model: str | os.PathLike[str] | PldrForCausalLM) -> str:
-    return Path(model.name_or_path if isinstance(model, PldrForCausalLM) else model).resolve().name
 
 
 def _check_learned(model: PldrForCausalLM) -> None:

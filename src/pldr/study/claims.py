@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pldr.cache import make_cache
 from pldr.checkpoints.load import load_model
+from pldr.data.sources import names_of
 from pldr.deductive import deductive_outputs, log_determinant
 from pldr.evaluation.modes import MODES, OperatorModes, frozen_copy
 from pldr.files import require
@@ -483,7 +484,7 @@ def run_claim(claim: str, lab: Lab) -> Finding:
 
     Raises:
         ValueError: an unknown claim, or data or a model that can not work.
-        RuntimeError: a run failed.
+        ChildProcessError: a run failed.
     """
     if claim not in CLAIMS:
         raise ValueError(f"reproduce: no claim {claim!r}; choose one of {', '.join(CLAIMS)}")
@@ -497,8 +498,8 @@ def reproduce(
     *,
     size: str = "tiny",
     output: str | os.PathLike[str] = "reproduced",
-    train: Sequence[str] | None = None,
-    validation: Sequence[str] | None = None,
+    train: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
+    validation: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
     model: str | os.PathLike[str] | None = None,
     parallel: int = 1,
@@ -524,7 +525,7 @@ def reproduce(
         A finding for each claim.
 
     Raises:
-        ValueError, RuntimeError: see `run_claim`; an option outside its range.
+        ValueError, ChildProcessError: see `run_claim`; an option outside its range.
         ModuleNotFoundError: it needs the extra "train".
     """
     require("train", "accelerate", "matplotlib")
@@ -540,7 +541,7 @@ def reproduce(
     for name in CLAIMS if claim == "all" else [claim]:
         data = default_data(size, held_out=name in OF_A_MODEL and model is None)
         if train is not None and validation is not None:
-            data = {"train": list(train), "validation": list(validation), "tokenizer": data["tokenizer"]}
+            data = {"train": names_of(train), "validation": names_of(validation), "tokenizer": data["tokenizer"]}
         if tokenizer is not None:
             data["tokenizer"] = str(tokenizer)
         lab = Lab(

@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from pldr.checkpoints.load import load_predefined_G, load_with_tokenizer
 from pldr.data.rows import read_passages
-from pldr.data.sources import Source
+from pldr.data.sources import Source, names_of
+from pldr.evaluation.modes import name_of
 from pldr.modeling_pldr import PldrForCausalLM
 from pldr.models.shipped import HELD_OUT
 from pldr.study.page import write_report
@@ -21,7 +22,7 @@ _PASSAGES, _LENGTH = 32, 512
 
 def inspect(
     model: str | os.PathLike[str] | PldrForCausalLM,
-    data: Sequence[str] = (),
+    data: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
     *,
     passages: int | None = None,
     length: int | None = None,
@@ -66,11 +67,11 @@ def inspect(
         assert text_tokenizer is not None
         context = loaded.config.max_position_embeddings
         # The excerpts that ship with pldr have one form; text_column is about the user's own data.
-        source = Source(list(data), text_column) if data else Source([str(HELD_OUT)])
+        names = names_of(data)
+        source = Source(names, text_column) if names else Source([str(HELD_OUT)])
         ids = _first_passages(source, text_tokenizer, context, passages, length)
-        name = loaded.name_or_path if isinstance(model, PldrForCausalLM) else model
-        about = ", ".join(data) if data else "held-out excerpts that ship with pldr"
-        analysis = replace(analyse_model(loaded, ids), model=str(name), source=about)
+        about = ", ".join(names) if names else "held-out excerpts that ship with pldr"
+        analysis = replace(analyse_model(loaded, ids), model=name_of(model), source=about)
     if html is not None:
         write_report(analysis, html, title=Path(analysis.model).resolve().name, source=analysis.source)
     return analysis

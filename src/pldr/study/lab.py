@@ -144,7 +144,7 @@ class Lab:
         """Train the runs that are not there yet, `parallel` at once, each in a process of its own.
 
         Raises:
-            RuntimeError: a run failed for another reason than a loss that is not finite.
+            ChildProcessError: a run failed for another reason than a loss that is not finite.
         """
         waiting = {name: changes for name, changes in runs.items() if not self._done(name, changes)}
         self.say(f"{len(runs)} runs, {len(runs) - len(waiting)} done before")
@@ -173,7 +173,7 @@ class Lab:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise RuntimeError(f"{name}: {last}")
+            raise ChildProcessError(f"{name}: {last}")
         self.say(f"{name}: {time.perf_counter() - start:.0f} s{' (diverged)' if self.diverged(name) else ''}")
 
     # --- measuring ---

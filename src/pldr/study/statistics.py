@@ -88,7 +88,7 @@ class Statistics:
     example: torch.Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Analysis(Printable):
     """Statistics of each deductive output that there is; prints as tables, in a notebook too.
 
