@@ -306,7 +306,7 @@ def test_operators_that_do_not_fit_name_their_file(tmp_path):
     with pytest.raises(ValueError, match=r"predefined_G_LM\.pkl, with hyperparameters\.py: G_LM: has 3 layers"):
         load_model(tmp_path / "m")
     file.write_bytes(pickle.dumps(list(torch.full((2, 2, 16, 16), torch.nan))))
-    with pytest.raises(ValueError, match=r"predefined_G_LM\.pkl: holds NaN or infinite values"):
+    with pytest.raises(ValueError, match=r"predefined_G_LM\.pkl: G_LM: layer 0, head 0 holds NaN or infinite"):
         load_model(tmp_path / "m")
 
 

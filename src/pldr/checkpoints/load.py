@@ -215,8 +215,8 @@ def load_predefined_G(path: str | os.PathLike[str]) -> torch.Tensor:
         raise ValueError(f"{path}: G_LM must be [layers, heads, head_dim, head_dim]")
     _check_one_dtype(squeezed, str(path))
     G_LM = torch.stack(squeezed)
-    if not bool(torch.isfinite(G_LM).all()):
-        raise ValueError(f"{path}: holds NaN or infinite values")
+    for layer, head in (~torch.isfinite(G_LM).flatten(2).all(2)).nonzero().tolist():
+        raise ValueError(f"{path}: G_LM: layer {layer}, head {head} holds NaN or infinite values")
     return G_LM
 
 
