@@ -59,6 +59,7 @@ pytestmark = [
     pytest.mark.skipif(
         sys.platform != "linux", reason="processes are forked, and their memory is bounded, as on Linux"
     ),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="a process that has used a GPU can not be forked"),
 ]
 
 SEED = os.environ.get("PLDR_FUZZ_SEED", "0")
