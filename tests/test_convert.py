@@ -99,6 +99,7 @@ def test_sharded_weights(tmp_path):
     model.save_pretrained(tmp_path, max_shard_size="100KB")
     assert (tmp_path / "model.safetensors.index.json").exists()
     assert same_state(load_model(tmp_path), model)
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1  # who may read one may read all
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     index["weight_map"]["lm_head.weight"] = "../elsewhere.safetensors"
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -11,6 +11,7 @@ Shapes, here and in the comments below:
 
 import math
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -272,7 +273,11 @@ class PldrPreTrainedModel(PreTrainedModel):
         except SafetensorError as error:
             raise OSError(f"{save_directory}: the weights could not be written ({error})") from None
         if kwargs.get("is_main_process", True):
-            write_sums(Path(save_directory), Path(save_directory).glob("*.safetensors"))
+            folder = Path(save_directory)
+            weights = list(folder.glob("*.safetensors"))
+            for file in weights:  # which are written for their owner alone
+                shutil.copymode(folder / "config.json", file)
+            write_sums(folder, weights)
 
 
 class PldrModel(PldrPreTrainedModel):

@@ -75,7 +75,7 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
         fields, settings = read_json(folder / "tokenizer.json"), folder / "tokenizer_config.json"
         vocabulary = fields["model"]["vocab"]  # a dictionary, or a list of pieces with their scores
         _check_lengths(vocabulary if isinstance(vocabulary, dict) else (piece for piece, _ in vocabulary))
-        for table in _tables(fields["normalizer"]):
+        for table in _tables(fields.get("normalizer")):
             _check_table(table)
         if settings.exists():
             check_text(json.dumps(read_json(settings), ensure_ascii=False), "settings")
