@@ -343,7 +343,10 @@ class TestStrictness:
         with pytest.raises(ValueError, match=r"config\.json"):
             load_model(folder)
 
-    @pytest.mark.parametrize("index", ["[]", '{"weight_map": {"a": 5}}', "{", '{"weight_map": []}'])
+    @pytest.mark.parametrize(
+        "index",
+        ["[]", '{"weight_map": {"a": 5}}', "{", '{"weight_map": []}', json.dumps({"weight_map": {"a": "x" * 5000}})],
+    )
     def test_nonsense_in_the_index(self, folder, index):
         (folder / "model.safetensors.index.json").write_text(index)
         with pytest.raises(ValueError, match=r"damaged index|not valid JSON"):

@@ -279,11 +279,11 @@ def _weight_files(folder: Path) -> list[str]:
     try:
         files = sorted(set(content["weight_map"].values()))
         outside = [name for name in files if Path(name).name != name]
-    except (KeyError, AttributeError, TypeError) as error:
+        missing = [name for name in files if not (folder / name).is_file()]
+    except (KeyError, AttributeError, TypeError, OSError) as error:
         raise ValueError(f"{index}: damaged index ({one_line(error)})") from None
     if outside:
         raise ValueError(f"{index}: names a file outside the folder: {outside[0]}")
-    missing = [name for name in files if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(f"{index}: names {missing[0]}, which is missing")
     return files
