@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,20 +14,32 @@ import torch
 
 from helpers import TINY, toy_recipe, write_texts
 from pldr import load_model
+from pldr.files import read_sums
 from pldr.recipe import load_recipe
-from pldr.training.checkpoint import checkpoints, merge_checkpoint, step_of
+from pldr.training.checkpoint import SUMS, check_checkpoint, checkpoints, merge_checkpoint, step_of
 from pldr.training.run import train
 
 pytestmark = pytest.mark.slow
 
-# The rounding of sums differs between one process and two. A high rate from the start on amplifies that.
-SHARED = {"optimization__learning_rate": 1e-5, "optimization__warmup_steps": 2, "log_steps": 1, "eval_steps": 6}
+# Two processes sum in another order than one, and so round otherwise. A constant operator does not mind. A learned one
+# does: AdamW divides each gradient by its own size, so that those which are all rounding become whole steps, and the power
+# law multiplies what they change. With an epsilon far above the gradients a step is proportional to the gradient: twenty
+# steps then differ by 3e-6 at most with either order of the sums (four seeds), and by 3e-4 or more where half of the
+# gradient is left out, or is not divided by two. So the comparison of a learned operator is made there.
+SHARED = {
+    "optimization__steps": 20, "optimization__learning_rate": 1e-5, "optimization__epsilon": 1.0,
+    "optimization__warmup_steps": 2, "log_steps": 1, "eval_steps": 6,
+}  # fmt: skip
 VARIANTS = {
-    "dag": {"optimization__dag_G_LM": 0.1},
+    "dag": {"optimization__dag_G_LM": 0.1, "optimization__learning_rate": 3e-6},
     "learned": {"save_steps": 3, "keep_checkpoints": 4},
-    "constant": {"model__config": TINY | {"operator": "constant", "operator_init": "random"}},
+    "constant": {
+        "model__config": TINY | {"operator": "constant", "operator_init": "random"},
+        "optimization__learning_rate": 1e-3, "optimization__epsilon": 1e-5,
+    },
     "handed off": {"optimization__handoff_step": 6},
-}
+}  # fmt: skip
+RESTARTED = {"optimization__steps": 150, "save_steps": 5, "distributed": {"sharding": "none"}, "async_save": True}
 # Two processes of half the batch each: the same run as one.
 PAIRS = {
     (variant, sharding): changes | {"distributed": {"sharding": sharding}}
@@ -37,6 +48,8 @@ PAIRS = {
 } | {
     # Two replicas of one shard each: the code path, on two processes.
     ("learned", "hybrid"): {"distributed": {"sharding": "hybrid", "replicas": 2}, "save_steps": 3},
+    ("learned", "background"): VARIANTS["learned"] | {"distributed": {"sharding": "full"}, "async_save": True},
+    ("learned", "unbroken"): RESTARTED,
     ("learned", "bf16"): {
         "distributed": {"sharding": "full"}, "optimization__clip_value": None, "optimization__clip_norm": 1.0,
         "optimization__precision": "bf16",
@@ -61,20 +74,18 @@ for path in sys.argv[1:]:
 """
 
 
-def launch(*arguments):
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port),
-               *map(str, arguments)]  # fmt: skip
-    environment = os.environ | {"PLDR_TRACEBACK": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+def launch(*arguments, restarts=0):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+               "--max-restarts", str(restarts), *map(str, arguments)]  # fmt: skip
+    environment = os.environ | {"PLDR_TRACEBACK": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+                                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # fmt: skip
     return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
 
 @contextlib.contextmanager
-def launched(*arguments):
+def launched(*arguments, restarts=0):
     """Two processes, which end with the block: SIGTERM reaches them through torchrun, SIGKILL would not."""
-    run = launch(*arguments)
+    run = launch(*arguments, restarts=restarts)
     try:
         yield run
     finally:
@@ -140,13 +151,28 @@ def test_two_processes_train_as_one(alone, pairs, sharding, variant):
         assert summary[name] == pytest.approx(expected[name], abs=1e-5), name
     reference = load_model(one).state_dict()
     for name, tensor in load_model(two).state_dict().items():
-        assert torch.allclose(tensor, reference[name], atol=1e-4), name
+        assert torch.allclose(tensor, reference[name], atol=1e-6 if variant in ("dag", "learned") else 1e-4), name
 
 
 def test_hybrid_sharding_and_bf16(alone, pairs):
     (one, _), (hybrid, _), (bf16, _) = alone["learned"], pairs["learned", "hybrid"], pairs["learned", "bf16"]
     assert logged(hybrid) == pytest.approx(logged(one), abs=1e-5)
     assert logged(bf16) == pytest.approx(logged(one), abs=0.05)
+
+
+def test_saving_in_the_background_changes_nothing(pairs):
+    """Threads of two processes, each with its shards, that wait for each other."""
+    (at_once, _), (background, _) = pairs["learned", "full"], pairs["learned", "background"]
+    assert logged(background) == logged(at_once)
+    assert [step_of(path) for path in checkpoints(background)] == [20, 18, 15, 12]
+    for saved in checkpoints(background):
+        check_checkpoint(saved)
+        files = {path.name for path in saved.glob("*.safetensors")}
+        assert len(files) == 5
+        assert {read_sums(saved, SUMS)[name] for name in files} == {
+            read_sums(at_once / saved.name, SUMS)[name] for name in files
+        }
+    assert not list(background.glob(".*"))
 
 
 def test_what_two_processes_can_not_do(pairs):
@@ -161,13 +187,13 @@ def test_sharded_checkpoints_load_on_another_number_of_processes(alone, pairs, t
     """Of two processes, on one; and merged to a model that one process can use."""
     (one, _), (two, _) = alone["learned"], pairs["learned", "full"]
     copy = shutil.copytree(two, tmp_path / "copy")
-    saved = copy / "checkpoint-9"
+    saved = copy / "checkpoint-12"
     assert sorted(file.name for file in saved.glob("*.safetensors")) == [
         "model-1-of-2.safetensors", "model-2-of-2.safetensors", "optimizer-1-of-2.safetensors",
         "optimizer-2-of-2.safetensors", "optimizer.safetensors",
     ]  # fmt: skip
     merge_checkpoint(saved, tmp_path / "merged")
-    reference = load_model(one / "checkpoint-9").state_dict()
+    reference = load_model(one / "checkpoint-12").state_dict()
     for name, tensor in load_model(tmp_path / "merged").state_dict().items():
         assert torch.allclose(tensor, reference[name], atol=1e-4), name
 
@@ -197,3 +223,30 @@ def test_sigterm_to_both_saves_one_checkpoint(write_recipe, tmp_path):
         finish(run)
     assert logged(out, "step") == list(range(1, 61))
     assert load_model(out).config.operator == "learned"
+
+
+def test_a_run_survives_the_loss_of_a_process(pairs, runs):
+    """First of the main one, whose lock stays behind, then of the other: torchrun starts both again, and each time they
+    go on from the last checkpoint, to what an unbroken run comes to."""
+    whole, _ = pairs["learned", "unbroken"]
+    file, out = runs("learned", "restarted", optimization__batch_size=2, **RESTARTED)
+
+    def main_process():
+        return {int(path.name.rpartition("-")[2]) for path in out.parent.glob(f".{out.name}.lock-*-*")}
+
+    with launched("-m", "pldr", "train", file, "--resume-from", "auto", restarts=3) as run:
+        killed = set()
+        for lost in ("main", "other"):
+            reached = step_of(checkpoints(out)[0]) if checkpoints(out) else 0
+            while not (main_process() - killed and checkpoints(out) and step_of(checkpoints(out)[0]) > reached):
+                assert run.poll() is None, run.communicate()[1]
+                time.sleep(0.01)
+            (main,) = main_process() - killed
+            children = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True, check=True).stdout
+            victim = main if lost == "main" else next(pid for pid in map(int, children.split()) if pid != main)
+            os.kill(victim, signal.SIGKILL)
+            killed.add(main)
+        finish(run)
+    assert logged(out, "step") == list(range(1, 151))
+    assert logged(out) == logged(whole)
+    assert not list(out.parent.glob(f".{out.name}*"))
