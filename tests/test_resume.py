@@ -1,11 +1,11 @@
 """Nothing is lost: runs that are stopped, killed, damaged or out of disk go on as if nothing had happened."""
 
+import contextlib
 import json
 import multiprocessing
 import os
 import platform
 import random
-import re
 import resource
 import shutil
 import signal
@@ -87,6 +87,8 @@ def forked(work):
     process = multiprocessing.get_context("fork").Process(target=work)
     process.start()
     process.join(60)
+    process.kill()  # if it still runs
+    process.join()
     return process.exitcode
 
 
@@ -360,26 +362,23 @@ class TestTheFolderIsOneRuns:
         train(whole, progress=False)
         recipe = load_recipe(write_recipe(**changes))
         (tmp_path / "link").symlink_to("out")
-        said = multiprocessing.get_context("fork").SimpleQueue()
 
         def second_runs():
+            monkeypatch.undo()
             for name in ("out", "link"):
                 for how in ({"overwrite": True}, {"resume": True}, {"resume": "auto"}):
-                    try:
-                        train(load_recipe(write_recipe(**changes, output=str(tmp_path / name))), progress=False, **how)
-                    except OSError as error:
-                        said.put(str(error))
+                    again = load_recipe(write_recipe(**changes, output=str(tmp_path / name)))
+                    with pytest.raises(FileExistsError, match=message):
+                        train(again, progress=False, **how)
 
-        at_step(monkeypatch, 5, lambda: seen.append(forked(second_runs)))
+        message = (
+            rf"out: another run is in it \(process {os.getpid()} on {platform.node()}, since 20\d\d-.*\); wait for it, stop "
+            rf"it, or choose another output; if there is no such process any more, delete {tmp_path}/\.out\.lock-"
+        )
         seen = []
+        at_step(monkeypatch, 5, lambda: seen.append(forked(second_runs)))
         train(recipe, progress=False)
         assert seen == [0]
-        for _ in range(6):
-            assert re.search(
-                rf"out: another run is in it \(process {os.getpid()} on {platform.node()}, since 20\d\d-.*\); wait for it, "
-                rf"stop it, or choose another output; .*delete {tmp_path}/\.out\.lock-", said.get(),
-            )  # fmt: skip
-        assert said.empty()
         assert log(recipe.output) == log(whole.output)
         assert leftovers(tmp_path / "out") == []
 
@@ -651,7 +650,9 @@ class TestSavingInTheBackground:
 
     CHANGES: ClassVar = {"async_save": True, "save_steps": 4, "keep_checkpoints": 3, "log_steps": 1}
 
-    def test_steps_go_on_meanwhile_and_one_copy_is_held(self, write_recipe, monkeypatch):
+    def test_steps_go_on_meanwhile_and_one_copy_is_held(self, write_recipe, tmp_path, monkeypatch):
+        at_once = load_recipe(write_recipe(**(self.CHANGES | {"async_save": False}), output=str(tmp_path / "whole")))
+        train(at_once, progress=False)
         later, original, seen = threading.Event(), checkpoint._save_file, []
 
         def slow(tensors, file):
@@ -668,8 +669,11 @@ class TestSavingInTheBackground:
         recipe = load_recipe(write_recipe(**self.CHANGES))
         at_step(monkeypatch, 7, later.set)
         train(recipe, progress=False)
-        assert [step_of(path) for path in checkpoints(recipe.output)] == [12, 8, 4]
         assert seen == [None] * 6  # copies of model and optimiser are made when nothing is being written
+        assert [step_of(path) for path in checkpoints(recipe.output)] == [12, 8, 4]
+        for saved in checkpoints(recipe.output):  # they are of the step, whatever came after it
+            for name in ("model.safetensors", "optimizer.safetensors"):
+                assert (saved / name).read_bytes() == (tmp_path / "whole" / saved.name / name).read_bytes()
 
     def test_an_error_ends_the_run_after_the_step(self, write_recipe, monkeypatch):
         original, step = checkpoint._save_file, PldrTrainer.training_step
@@ -731,6 +735,29 @@ def test_a_terminal_that_hangs_up(write_recipe, monkeypatch, ignored):
             assert len(checkpoints(recipe.output)) == 1
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="no terminals that can be made")
+def test_a_terminal_that_is_closed(write_recipe, tmp_path):
+    """With the progress bar in it, and nowhere left to say that a checkpoint was written."""
+    import pty
+
+    path, log_file = write_recipe(optimization__steps=50000, log_steps=1), tmp_path / "out" / "log.jsonl"
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execv(sys.executable, [sys.executable, "-m", "pldr", "train", str(path)])
+    while not log_file.is_file():
+        os.set_blocking(terminal, False)
+        with contextlib.suppress(BlockingIOError):
+            os.read(terminal, 4096)  # or it would be full
+        assert os.waitpid(child, os.WNOHANG) == (0, 0)
+        time.sleep(0.05)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGHUP
+    (saved,) = checkpoints(tmp_path / "out")
+    assert losses(tmp_path / "out")[-1][0] == step_of(saved)
+    assert leftovers(tmp_path / "out") == []
 
 
 @pytest.mark.parametrize("clock", ["time", "perf_counter"])

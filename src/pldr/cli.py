@@ -433,7 +433,8 @@ def main() -> NoReturn:
             _report(f"{message} See: pldr --help" if not message.startswith("Usage") else message)
         sys.exit(error.exit_code)
     except TrainingInterrupted as error:
-        _report(str(error))
+        with contextlib.suppress(OSError):  # at SIGHUP the terminal is gone
+            _report(str(error))
         sys.exit(128 + error.signal)
     except Exception as error:
         if os.environ.get("PLDR_TRACEBACK"):

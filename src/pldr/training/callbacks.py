@@ -97,7 +97,8 @@ class ProgressBar(TrainerCallback):
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._exit.close()  # also after an error, or the terminal would keep the bar
+        with contextlib.suppress(OSError):  # of a terminal that has hung up
+            self._exit.close()  # also after an error, or the terminal would keep the bar
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *event: object, **more: object) -> None:
         from rich.console import Console
