@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from helpers import toy_recipe, write_texts
 from pldr import load_model, load_tokenizer
+from pldr.cli import main
 from pldr.data import rows
 from pldr.files import process_mark, write_sums
 from pldr.recipe import load_recipe
@@ -186,7 +187,7 @@ def test_a_checkpoint_is_a_model_and_holds_no_pickle(write_recipe, tmp_path, run
     assert modes == {(tmp_path / "recipe.yaml").stat().st_mode & 0o777}, (
         "others may read what the user's other files are"
     )
-    names = {name.rpartition(".")[0] for name in SavedTensors(saved, "optimizer").names()}
+    names = {name.rpartition(".")[0] for name in SavedTensors(saved, "optimizer").shapes()}
     assert names == {name for name, _ in load_model(saved).named_parameters()}
     code, _, errors = run("merge", saved, tmp_path / "merged")
     assert code == 0, errors
@@ -340,15 +341,21 @@ def test_broken_weights_are_no_checkpoint(write_recipe, monkeypatch):
 
 
 def test_sigterm_saves_and_says_so(write_recipe, tmp_path):
-    path = write_recipe(optimization__steps=5000)
-    run = subprocess.Popen([sys.executable, "-m", "pldr", "train", str(path)], stderr=subprocess.PIPE, text=True)
-    log = tmp_path / "out" / "log.jsonl"
-    while not log.is_file() or '"loss"' not in log.read_text():
-        assert run.poll() is None, run.stderr.read()
+    def command():
+        sys.stderr = (tmp_path / "errors").open("w", buffering=1)
+        sys.argv = ["pldr", "train", str(write_recipe(optimization__steps=5000))]
+        main()
+
+    run = multiprocessing.get_context("fork").Process(target=command)
+    run.start()
+    log_file = tmp_path / "out" / "log.jsonl"
+    while not log_file.is_file() or '"loss"' not in log_file.read_text():
+        assert run.is_alive(), (tmp_path / "errors").read_text()
         time.sleep(0.05)
-    run.send_signal(signal.SIGTERM)
-    _, errors = run.communicate(timeout=60)
-    assert run.returncode == 143
+    os.kill(run.pid, signal.SIGTERM)
+    run.join(60)
+    assert run.exitcode == 143
+    errors = (tmp_path / "errors").read_text()
     assert "Traceback" not in errors
     (saved,) = checkpoints(tmp_path / "out")
     last = errors.strip().splitlines()[-1]

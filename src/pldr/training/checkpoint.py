@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
@@ -146,7 +146,8 @@ def _wrong_content(checkpoint: Path) -> str | None:
     if lacking := sorted(_STATE_KEYS - state.keys()):
         return f"{STATE} lacks {lacking[0]}"
     step = TrainerState.load_from_json(str(checkpoint / _TRAINER_STATE)).global_step
-    if step != _step_in(checkpoint.name.removeprefix("abandoned-")) is not None:
+    named = _step_in(checkpoint.name.removeprefix("abandoned-"))
+    if named is not None and named != step:
         return f"it was written after step {step}"
     config, model = read_config(checkpoint), SavedTensors(checkpoint, "model")
     check_tensors(model.shapes(), config, "model")
@@ -172,8 +173,8 @@ def _optimizer_shapes(config: PldrConfig) -> dict[str, tuple[int, ...]]:
 class CheckpointWriter:
     """Writes the checkpoints of a run, one after the other: at once, or in the background while training goes on.
 
-    In the background, a checkpoint is a copy of weights and optimiser on the host (of this process's share) until it is
-    written. The next one waits for it, so that there is one copy at most. A context: its end waits, too.
+    In the background, weights and optimiser (this process's share) are copied to the host and written from there. The
+    next checkpoint waits for that, so that there is one copy at most. Use it as a context, whose end waits, too.
 
     Args:
         run: folder of the run.
@@ -202,7 +203,7 @@ class CheckpointWriter:
 
     @contextmanager
     def checkpoint(self, step: int) -> Iterator[Path]:
-        """A folder to fill with the checkpoint of a step. It moves to its place when the block ends or, in the background, later.
+        """A folder to fill with the checkpoint of a step, which moves to its place after the block.
 
         Raises:
             OSError: the disk is full, or the like; older checkpoints are then still there. In the background, the next
@@ -223,7 +224,7 @@ class CheckpointWriter:
             self._pending = self._pool.submit(self._finish, partial, target)
 
     def save(self, tensors: dict[str, torch.Tensor], partial: Path, kind: str) -> None:
-        """Write this process's share of tensors, whole or distributed, into the folder of a checkpoint; or copy it, to write.
+        """Write this process's share of tensors; in the background, copy it now.
 
         Args:
             tensors: whole or distributed (DTensor, cut along its first dimension) ones.
@@ -301,7 +302,7 @@ def _make_partial(target: Path) -> Path:
 
 
 def _commit(partial: Path, target: Path, keep: int) -> None:
-    """Move a finished checkpoint to its place, and all but the newest `keep` ones out of sight, to where it was."""
+    """Move a finished checkpoint to its place; all but the newest `keep` ones go where it was, which is then removed."""
     written = [path for path in partial.rglob("*") if path.is_file()]
     write_sums(partial, written, SUMS)
     if missing := _missing_file(partial):  # somebody has removed it
@@ -375,9 +376,6 @@ class SavedTensors:
 
     def __contains__(self, name: str) -> bool:
         return name in self._places
-
-    def names(self) -> Iterable[str]:
-        return self._places
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every whole tensor, from the headers alone."""

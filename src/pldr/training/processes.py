@@ -1,7 +1,7 @@
 """What the processes of a run do together."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
@@ -15,16 +15,14 @@ def on_main(process: PartialState, work: Callable[[], T]) -> T:
     Raises:
         ValueError, OSError: the work's.
     """
-    outcome: list[T | None] = [None]
-    error: list[Exception | None] = [None]
+    shared: list[object] = [None, None]  # result, error
     if process.is_main_process:
         try:
-            outcome = [work()]
-        except (ValueError, OSError) as raised:
-            error = [raised]
-    if process.num_processes > 1:
-        broadcast_object_list(error)
-        broadcast_object_list(outcome)
-    if error[0] is not None:
-        raise error[0]
-    return outcome[0]  # type: ignore[return-value]
+            shared[0] = work()
+        except (ValueError, OSError) as error:
+            shared[1] = error
+    broadcast_object_list(shared)
+    result, fault = shared
+    if isinstance(fault, Exception):
+        raise fault
+    return cast(T, result)
