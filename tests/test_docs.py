@@ -35,6 +35,7 @@ NOT_RUN = {
     "make ": "runs these tests, or is run by hand; its targets are looked up",
     ".ci/run": "runs make",
     "source .venv/bin/activate": "changes a shell",
+    "export TORCH_": "changes a shell",
     "pip install": "asks a package index",
     "pldr train v51-110M-1": "a data set of the hub, and a data-centre GPU; its recipe is read",
     "torchrun": "many GPUs; its recipe is read, and test_distributed.py runs two processes",
