@@ -96,12 +96,14 @@ def _locked(output: Path) -> Iterator[None]:
         for other in output.parent.glob(f"{glob.escape(lock)}*"):
             if other == mine:
                 continue
-            if is_running(other.name.removeprefix(lock)):
+            if not is_running(other.name.removeprefix(lock)):
+                other.unlink(missing_ok=True)
+                continue
+            with contextlib.suppress(FileNotFoundError):  # it has just ended
                 raise FileExistsError(
                     f"{output}: another run is in it ({read_text(other).strip()}); wait for it, stop it, or choose another "
                     f"output; if there is no such process any more, delete {other}"
                 )
-            other.unlink(missing_ok=True)
         yield
     finally:
         mine.unlink(missing_ok=True)
