@@ -158,6 +158,10 @@ class ConstantOperator(nn.Module):
         """Like `LearnedOperator.forward`; `padding_mask` and `state` have no effect on a constant."""
         return query @ self.G_LM, key, DeductiveOutputs(None, None, None, self.G_LM[None])
 
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What multiplies queries, [H, D, R], and what multiplies keys before they are kept, likewise; None: nothing does."""
+        return self.G_LM.detach(), None
+
 
 def make_operator(config: PldrConfig) -> LearnedOperator | ConstantOperator:
     return LearnedOperator(config) if config.operator == "learned" else ConstantOperator(config)

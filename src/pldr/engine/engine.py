@@ -1,0 +1,381 @@
+"""Generation for many prompts at once: sequences join and leave a running batch, each with settings of its own.
+
+`Engine.generate` and `Engine.stream` are for callers with a list of prompts. A server submits each request as it arrives and
+calls `Engine.step` again and again.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from pldr.engine.decoder import STEPS, Decoder
+from pldr.engine.options import Options, new_tokens
+from pldr.engine.text import GrowingText, continuation
+from pldr.modeling_pldr import PldrForCausalLM
+from pldr.tokenizer import check_text, check_vocabulary
+
+# Weights can be finite and still be too large for the numbers that a forward works with.
+NOT_FINITE = "the model's logits are NaN or infinite; its weights are damaged, or too large for this dtype"
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """How a prompt was continued.
+
+    Attributes:
+        text: to be put right behind the prompt: with its leading space, where it begins a word; without special tokens
+            and without the stop that ended it.
+        token_ids: of the continuation, with the token that ended it.
+        prompt_tokens: length of the prompt in tokens.
+        finish_reason: why it ended: "end" (the model's own end token), "stop" (one of the stops) or "length".
+        logprobs: log-probability of each token under the model's own distribution, where asked for.
+    """
+
+    text: str
+    token_ids: list[int]
+    prompt_tokens: int
+    finish_reason: str
+    logprobs: list[float] | None = None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A bit of a continuation, as it comes.
+
+    Attributes:
+        index: of the prompt in the list.
+        text: new text, behind what came before; may be empty in the last piece.
+        completion: in the last piece, all of it; else None.
+    """
+
+    index: int
+    text: str
+    completion: Completion | None = None
+
+
+class Request:
+    """A prompt on its way.
+
+    Attributes:
+        prompt: its token ids.
+        options: what was asked for.
+        token_ids, logprobs: of the continuation so far.
+        finish_reason: None until it ends; see `Completion`, or "error" or "cancelled".
+        error: what went wrong, where something did.
+    """
+
+    def __init__(self, prompt: list[int], options: Options, limit: int, ends: frozenset[int]) -> None:
+        self.prompt, self.options, self.limit, self.ends = prompt, options, limit, ends
+        self.token_ids: list[int] = []
+        self.logprobs: list[float] = []
+        self.finish_reason: str | None = None
+        self.error: FloatingPointError | None = None
+        self.growing: GrowingText | None = None
+        seed = options.seed if options.seed is not None else int(torch.randint(2**62, (1,)))
+        self._uniform = torch.Generator().manual_seed(seed)
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that it may still get."""
+        return self.limit - len(self.token_ids)
+
+    @property
+    def draws(self) -> bool:
+        """Whether it needs more than the most probable token."""
+        return self.options.samples or self.options.logprobs or self.options.repetition_penalty != 1
+
+    def uniforms(self, steps: int) -> torch.Tensor:
+        """Places in the cumulated probabilities for the next tokens: [steps], in [0, 1)."""
+        return torch.rand(steps, generator=self._uniform)
+
+    def add(self, tokens: list[int], logprobs: list[float]) -> None:
+        """Take the next tokens, up to the one that ends it."""
+        tokens, logprobs = tokens[: self.remaining], logprobs[: self.remaining]
+        if self.growing is None and self.ends.isdisjoint(tokens):  # most of the time, and for all tokens at once
+            self.token_ids += tokens
+            self.logprobs += logprobs
+            self.finish_reason = None if self.remaining else "length"
+            return
+        for token, logprob in zip(tokens, logprobs, strict=True):
+            self._add(token, logprob)
+            if self.finish_reason is not None:
+                break
+
+    def _add(self, token: int, logprob: float) -> None:
+        if token < 0:
+            self.finish_reason, self.error = "error", FloatingPointError(NOT_FINITE)
+            return
+        self.token_ids.append(token)
+        self.logprobs.append(logprob)
+        if token in self.ends:
+            self.finish_reason = "stop" if token in self.options.stop_ids else "end"
+        elif self.growing is not None and self.growing.add(token):
+            self.finish_reason = "stop"
+        elif not self.remaining:
+            self.finish_reason = "length"
+        if self.finish_reason is not None and self.growing is not None and self.growing.end():
+            self.finish_reason = "stop"
+
+
+class Engine:
+    """A model that continues texts, many at once.
+
+    On CUDA the steps are replayed graphs of fused kernels; on the CPU the same steps run as plain PyTorch. The weights are
+    packed when the engine is made: later changes of the model are not seen. An engine serves one thread.
+
+    Attributes:
+        running, waiting: the requests that hold a row of the caches, and those that wait for one.
+
+    Args:
+        model: with any operator; it is put into evaluation mode. A learned operator's G_LM is computed from each prompt and
+            kept (KV and G), as `generate` with a G-cache does.
+        tokenizer: of the model; without one, prompts must be token ids, and there is no text.
+        max_batch: most sequences at once; 128 on CUDA, 16 elsewhere, by default. Others wait.
+        max_length: most tokens of a prompt with its continuation; the context by default.
+        graphs: whether steps are recorded and replayed; by default on CUDA.
+
+    Raises:
+        ValueError: a size outside its range; a tokenizer of another vocabulary.
+    """
+
+    def __init__(
+        self,
+        model: PldrForCausalLM,
+        tokenizer: PreTrainedTokenizerFast | None = None,
+        *,
+        max_batch: int | None = None,
+        max_length: int | None = None,
+        graphs: bool | None = None,
+    ) -> None:
+        context = model.config.max_position_embeddings
+        if max_batch is None:
+            max_batch = 128 if model.device.type == "cuda" else 16
+        if max_batch < 1:
+            raise ValueError(f"max_batch: must be at least 1, got {max_batch}")
+        if max_length is not None and not 2 <= max_length <= context:
+            raise ValueError(f"max_length: must be between 2 and the context length {context}, got {max_length}")
+        if tokenizer is not None:
+            check_vocabulary(tokenizer, model.config.vocab_size)
+        self.config, self.tokenizer = model.config, tokenizer
+        self.decoder = Decoder(model.eval(), max_batch, max_length or context, graphs=graphs)
+        self.running: list[Request] = []
+        self.waiting: deque[Request] = deque()
+
+    # --- for a list of prompts ---------------------------------------------------------------------------------------
+
+    def generate(self, prompts: Prompt | Sequence[Prompt], options: Options | None = None, **settings: Any) -> list[Completion]:
+        """Continue prompts.
+
+        Args:
+            prompts: a text or a list of token ids, or several of them; of any lengths, and as many as you like.
+            options: how; or
+            settings: its fields by name.
+
+        Returns:
+            One `Completion` a prompt, in their order. What a prompt is continued with does not depend on the others.
+
+        Raises:
+            ValueError: an empty prompt, one longer than the context, an unknown token, or a setting outside its range;
+                before anything is generated.
+            FloatingPointError: the model's logits are not finite.
+        """
+        requests = self._submit_all(prompts, options, settings, streaming=False)
+        try:
+            while any(request.finish_reason is None for request in requests):
+                self.step(STEPS)
+        finally:
+            self.cancel(*requests)
+        return [self.completion(request) for request in requests]
+
+    def stream(self, prompts: Prompt | Sequence[Prompt], options: Options | None = None, **settings: Any) -> Iterator[Piece]:
+        """Continue prompts and hand out their text as it comes; arguments and errors as of `generate`.
+
+        Yields:
+            Pieces; joined, those of a prompt are its completion's text. A caller that stops reading ends the work.
+        """
+        if self.tokenizer is None:
+            raise ValueError("stream: needs a tokenizer; make the engine with one")
+        requests = self._submit_all(prompts, options, settings, streaming=True)
+        return self._pieces(requests)
+
+    def _pieces(self, requests: list[Request]) -> Iterator[Piece]:
+        try:
+            open_ones = dict(enumerate(requests))
+            while open_ones:
+                self.step(_STREAMED_STEPS)
+                for index, request in list(open_ones.items()):
+                    assert request.growing is not None
+                    ended = request.finish_reason is not None
+                    text = request.growing.piece(last=ended)
+                    if ended:
+                        del open_ones[index]
+                    if text or ended:
+                        yield Piece(index, text, self.completion(request) if ended else None)
+        finally:
+            self.cancel(*requests)
+
+    def completion(self, request: Request) -> Completion:
+        """The result of a request that has ended.
+
+        Raises:
+            FloatingPointError: it ended so.
+        """
+        if request.error is not None:
+            raise request.error
+        assert request.finish_reason is not None
+        if request.growing is not None:
+            text = request.growing.text
+        elif self.tokenizer is None:
+            text = ""
+        else:
+            ids = request.token_ids
+            text = continuation(self.tokenizer, request.prompt, ids[:-1] if request.finish_reason == "stop" else ids)
+        logprobs = request.logprobs if request.options.logprobs else None
+        return Completion(text, request.token_ids, len(request.prompt), request.finish_reason, logprobs)
+
+    # --- for a server ------------------------------------------------------------------------------------------------
+
+    def submit(self, prompt: Prompt, options: Options | None = None, *, streaming: bool = False) -> Request:
+        """Queue one prompt. With `streaming` its text grows with its tokens. Errors as of `generate`."""
+        request = self._request(prompt, options or Options(), streaming)
+        self.waiting.append(request)
+        return request
+
+    def cancel(self, *requests: Request) -> None:
+        """End requests that have not ended yet; their places are free for the next step."""
+        for request in requests:
+            if request.finish_reason is None:
+                request.finish_reason = "cancelled"
+        self._leave()
+
+    def step(self, most: int = 1) -> None:
+        """Let waiting requests join while there is room, and give every running one its next tokens.
+
+        Args:
+            most: of tokens each; fewer where requests wait for a place. Where graphs are used they are rounded down to a
+                power of two.
+        """
+        self._leave()
+        self._join()
+        self._leave()
+        if not self.running:
+            return
+        needed = max(request.remaining for request in self.running)
+        steps = self._steps(min(most, needed, _STREAMED_STEPS if self.waiting else STEPS))
+        draw = any(request.draws for request in self.running)
+        if draw:
+            uniform = torch.stack([request.uniforms(steps) for request in self.running])
+            self.decoder.choice.uniform[: len(self.running), :steps] = uniform.to(self.decoder.device)
+        tokens, logprobs = self.decoder.run(len(self.running), steps, draw=draw)
+        self._hand_out(self.running, tokens, logprobs)
+
+    def _steps(self, wanted: int) -> int:
+        """How many steps at once: a token that comes after the last one is lost work, which on a CPU counts."""
+        return 1 << (wanted.bit_length() - 1) if self.decoder.graphs else 1
+
+    @staticmethod
+    def _hand_out(requests: Sequence[Request], tokens: torch.Tensor, logprobs: torch.Tensor) -> None:
+        for request, new, probabilities in zip(requests, tokens.tolist(), logprobs.tolist(), strict=True):
+            request.add(new, probabilities)
+
+    def _leave(self) -> None:
+        """Free the rows of requests that have ended; the last row takes the place of each."""
+        self.waiting = deque(request for request in self.waiting if request.finish_reason is None)
+        for row in reversed(range(len(self.running))):
+            if self.running[row].finish_reason is not None:
+                last = self.running.pop()
+                if row < len(self.running):
+                    self.running[row] = last
+                    self.decoder.move(len(self.running), row)
+
+    def _join(self) -> None:
+        """Read waiting prompts into free rows, those of one length together."""
+        joining = [self.waiting.popleft() for _ in range(min(len(self.waiting), self.decoder.rows - len(self.running)))]
+        by_length: dict[int, list[Request]] = {}
+        for request in joining:
+            by_length.setdefault(len(request.prompt), []).append(request)
+        for requests in by_length.values():
+            row = len(self.running)
+            draw = any(request.draws for request in requests)
+            if draw:
+                self._set_choice(row, requests)
+            tokens, logprobs = self.decoder.begin(row, [request.prompt for request in requests], draw=draw)
+            self._hand_out(requests, tokens[:, None], logprobs[:, None])
+            self.running += requests
+
+    def _set_choice(self, row: int, requests: list[Request]) -> None:
+        if any(request.options.repetition_penalty != 1 for request in requests):
+            self.decoder.keep_seen()
+        rows = slice(row, row + len(requests))
+        choice, asked = self.decoder.choice, [request.options for request in requests]
+        choice.uniform[rows, :1] = torch.stack([request.uniforms(1) for request in requests]).to(self.decoder.device)
+        for part, values in (
+            (choice.temperature, [(o.temperature or 1.0) if o.samples else 0.0 for o in asked]),
+            (choice.top_k, [o.top_k or 0 for o in asked]),
+            (choice.top_p, [1.0 if o.top_p is None else o.top_p for o in asked]),
+            (choice.penalty, [o.repetition_penalty for o in asked]),
+        ):
+            part[rows] = torch.tensor(values, dtype=part.dtype, device=self.decoder.device)
+        if choice.seen is not None:
+            choice.seen[rows] = 0
+            for index, request in enumerate(requests):
+                choice.seen[row + index, torch.tensor(request.prompt, device=self.decoder.device)] = 1
+
+    # --- checks ------------------------------------------------------------------------------------------------------
+
+    def _submit_all(
+        self, prompts: Prompt | Sequence[Prompt], options: Options | None, settings: dict[str, Any], streaming: bool
+    ) -> list[Request]:
+        if options is not None and settings:
+            raise ValueError(f"options: pass options or {', '.join(settings)}, not both")
+        options = options or Options(**settings)
+        several = _several(prompts)
+        requests = [
+            self._request(prompt, options if options.seed is None else replace(options, seed=options.seed + i), streaming)
+            for i, prompt in enumerate(several)
+        ]
+        self.waiting += requests
+        return requests
+
+    def _request(self, prompt: Prompt, options: Options, streaming: bool) -> Request:
+        ids = self._ids(prompt)
+        limit = new_tokens(len(ids), self.decoder.length, options.max_new_tokens)
+        own = self.config.eos_token_id
+        own_ends = set() if own is None or options.ignore_end else {own} if isinstance(own, int) else set(own)
+        request = Request(ids, options, limit, frozenset({-1, *own_ends, *options.stop_ids}))
+        if streaming or options.stops:
+            if self.tokenizer is None:
+                raise ValueError("stop: texts need a tokenizer; make the engine with one, or give stop_ids")
+            request.growing = GrowingText(self.tokenizer, ids, options.stops)
+        return request
+
+    def _ids(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError("prompts: texts need a tokenizer; make the engine with one, or give token ids")
+            ids = self.tokenizer(check_text(prompt, "prompt"), add_special_tokens=False)["input_ids"]
+        else:
+            ids = [int(token) for token in prompt]
+        if not ids:
+            raise ValueError("prompt: is empty; G_LM needs at least one token")
+        wrong = next((token for token in ids if not 0 <= token < self.config.vocab_size), None)
+        if wrong is not None:
+            raise ValueError(f"prompt: token {wrong} is none of the model's {self.config.vocab_size}")
+        return ids
+
+
+def _several(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
+    """A text or a list of ids as a list of one."""
+    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int)):
+        return [prompts]  # type: ignore[list-item]
+    return prompts  # type: ignore[return-value]
+
+
+# Steps between two looks at what has come, where somebody waits for it.
+_STREAMED_STEPS = 4

@@ -1,0 +1,96 @@
+"""What may be asked of a generation, checked before any work."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# Logits are divided by the temperature, and must stay finite.
+LEAST_TEMPERATURE = 1e-6
+# Tokens that are generated where nothing is said and the context has room for them.
+DEFAULT_NEW_TOKENS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a prompt is continued. Greedy unless one of `temperature`, `top_k` and `top_p` is given.
+
+    Attributes:
+        max_new_tokens: most tokens to add; 64, or as many as the context holds, by default.
+        temperature: softmax temperature, at least 1e-6 and finite.
+        top_k: draw among the k most probable tokens; 0 means all.
+        top_p: draw among the most probable tokens whose mass reaches this, in (0, 1].
+        repetition_penalty: positive; the logits of tokens that the prompt or the text so far holds are divided by it
+            where they are positive, else multiplied. 1 changes nothing.
+        seed: of the drawing; the i-th prompt of a list draws with seed + i. By default from torch's generator.
+        stop: texts that end a continuation; they are left out of it.
+        stop_ids: token ids that end it, beside the model's own; kept in `token_ids`, not in the text.
+        ignore_end: go on past the model's own end token, for measurements of equal length.
+        logprobs: also return the log-probability of each token under the model's own distribution.
+
+    Raises:
+        ValueError: a setting outside its range.
+    """
+
+    max_new_tokens: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: str | Sequence[str] = ()
+    stop_ids: Sequence[int] = ()
+    ignore_end: bool = False
+    logprobs: bool = False
+
+    def __post_init__(self) -> None:
+        check_sampling(self.temperature, self.top_k, self.top_p)
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ValueError(f"repetition_penalty: must be positive and finite, got {self.repetition_penalty}")
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens: must be at least 1, got {self.max_new_tokens}")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed: must be between 0 and 2^63 - 1, got {self.seed}")
+        if any(not text for text in self.stops):
+            raise ValueError("stop: a text is empty")
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """`stop` as several texts."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are drawn, and not the most probable ones taken."""
+        return any(setting is not None for setting in (self.temperature, self.top_k, self.top_p))
+
+
+def check_sampling(temperature: float | None, top_k: int | None, top_p: float | None) -> None:
+    """
+    Raises:
+        ValueError: a setting outside its range.
+    """
+    if temperature is not None and not LEAST_TEMPERATURE <= temperature < math.inf:
+        raise ValueError(
+            f"temperature: must be positive, got {temperature}: at least {LEAST_TEMPERATURE} and finite; leave it out for "
+            "greedy decoding"
+        )
+    if top_k is not None and top_k < 0:
+        raise ValueError(f"top_k: must be 0 (all tokens) or more, got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p: must be in (0, 1], got {top_p}")
+
+
+def new_tokens(prompt: int, context: int, asked: int | None) -> int:
+    """How many tokens to add to a prompt of so many tokens, by default 64 or what the context has room for.
+
+    Raises:
+        ValueError: the context has no room for them.
+    """
+    room = context - prompt
+    if room < 1:
+        raise ValueError(f"prompt: {prompt} tokens leave no room in the context of {context}")
+    if asked is None:
+        return min(DEFAULT_NEW_TOKENS, room)
+    if not 1 <= asked <= room:
+        raise ValueError(f"max_new_tokens: must be between 1 and {room} after this prompt, got {asked}")
+    return asked

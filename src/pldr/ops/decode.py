@@ -1,0 +1,159 @@
+"""The steps of decoding: one new token a sequence, over caches of fixed size.
+
+A layer is five steps: LayerNorm with the products for queries, keys and values; attention, with rotation and operator;
+the output product with its residual; LayerNorm with the gated unit's two products; the last product with its residual.
+Every function here is the entry of one step: on CUDA a kernel of `ops.decode_kernels` for few sequences, matrix products
+between small kernels for many; elsewhere `ops.decode_reference`, which has the same signatures.
+
+LayerNorm comes after each residual sum in this model, so a step begins with the norm of what the last one ended with.
+
+Shapes: N sequences, M model width, H heads, D head dimension, R key dimensions in the cache (D, or a factored operator's
+rank), S rows and C positions of a cache, F width of the gated unit, V vocabulary.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from pldr.ops import decode_reference as reference
+from pldr.ops.decode_reference import Choice, Linear, Norm, State
+
+try:
+    from pldr.ops import decode_kernels as kernels
+except ModuleNotFoundError:  # the CPU build of torch brings no Triton
+    kernels = None  # type: ignore[assignment]
+
+# Most sequences for which kernels that read each weight once and multiply without matrix units are the faster ones.
+# Measured: benchmarks/results/decode-*.json, "paths".
+FEW = 4
+
+
+class Stream(NamedTuple):
+    """The residual stream between two steps: the sum of both, which the next step's norm forms.
+
+    Attributes:
+        x: [N, M]; float32 where it is the sum already.
+        residual: [N, M], or None.
+    """
+
+    x: torch.Tensor
+    residual: torch.Tensor | None = None
+
+    def sum(self) -> torch.Tensor:
+        """[N, M], float32."""
+        return self.x.float() if self.residual is None else self.x.float() + self.residual
+
+
+def _path(x: torch.Tensor, linear: object) -> str:
+    if not x.is_cuda or kernels is None or type(linear) is not Linear:
+        return "plain"
+    return "few" if len(x) <= FEW else "many"
+
+
+def embed(tokens: torch.Tensor, table: torch.Tensor, scale: float) -> Stream:
+    """Scaled embeddings of tokens: [N] (int64), [V, M] → stream of [N, M], float32."""
+    module = kernels if table.is_cuda and kernels is not None else reference
+    return Stream(module.embed(tokens, table, scale))
+
+
+def norm(stream: Stream, norm: Norm, dtype: torch.dtype) -> torch.Tensor:
+    """LayerNorm of the stream, computed in float32: [N, M] in `dtype`."""
+    if stream.x.is_cuda and kernels is not None:
+        return kernels.norm(stream.x, stream.residual, norm, dtype)
+    return reference.norm(stream.sum(), norm).to(dtype)
+
+
+def silu_product(both: torch.Tensor) -> torch.Tensor:
+    """silu of the first half of the columns times the second. [N, 2 F] → [N, F]."""
+    module = kernels if both.is_cuda and kernels is not None else reference
+    return module.silu_product(both)
+
+
+def norm_linear(stream: Stream, weights: Norm, linear: Linear) -> tuple[torch.Tensor, torch.Tensor]:
+    """h = LayerNorm(stream) and h Wᵀ + b.
+
+    Returns:
+        The product [N, features], and h [N, M] for the residual.
+    """
+    if _path(stream.x, linear) == "few":
+        return kernels.norm_linear(stream.sum(), weights, linear)
+    h = norm(stream, weights, linear.dtype)
+    return linear(h), h
+
+
+def norm_gated(stream: Stream, weights: Norm, gate_up: Linear) -> tuple[torch.Tensor, torch.Tensor]:
+    """h = LayerNorm(stream) and silu(h W1ᵀ + b1) ∘ (h W2ᵀ + b2), with W1 over W2 in one matrix.
+
+    Returns:
+        The product [N, F], and h [N, M] for the residual.
+    """
+    if _path(stream.x, gate_up) == "few":
+        return kernels.norm_gated(stream.sum(), weights, gate_up)
+    h = norm(stream, weights, gate_up.dtype)
+    return silu_product(gate_up(h)), h
+
+
+def linear_add(x: "torch.Tensor | kernels.Parts", linear: Linear, residual: torch.Tensor) -> Stream:
+    """x Wᵀ + b + residual.
+
+    Args:
+        x: [N, features]; or attention in parts, see `attend`.
+        residual: [N, M].
+    """
+    path = _path(residual, linear)
+    if path == "few":
+        return Stream(kernels.linear_add(x, linear, residual))
+    product = linear(x.to(linear.dtype))
+    return Stream(product, residual) if path == "many" else Stream(product.float() + residual)
+
+
+def attend(
+    qkv: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    positions: torch.Tensor,
+    rotary: torch.Tensor,
+    pairing: str,
+    left: torch.Tensor,
+    right: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention of one new token a sequence, whose key and value go into the cache: softmax(q L kᵀ / sqrt(D)) v.
+
+    Args:
+        qkv: [N, 3 M], queries, keys and values before rotation.
+        keys: [S ≥ N, H, C, R], rows in the order of the sequences; the new one is written at its position.
+        values: [S ≥ N, H, C, D], likewise.
+        positions: [N] (int32), of the new token; cached are those before it.
+        rotary: [2, C or more, D/2], cosines and sines, float32.
+        pairing: see `reference.apply_rotary`.
+        left: [H, D, R], or [S ≥ N, H, D, R] with one a sequence: G_LM, or the left factor.
+        right: [H, D, R], the factor that keys are kept through; None where they are kept whole.
+
+    Returns:
+        [N, M]; on CUDA, for few sequences, the parts of it that `linear_add` sums.
+    """
+    if qkv.is_cuda and kernels is not None:
+        return kernels.attend(qkv, keys, values, positions, rotary, pairing, left, right, few=len(qkv) <= FEW)
+    return reference.attend(qkv, keys, values, positions, rotary, pairing, left, right)
+
+
+def choose_highest(logits: torch.Tensor, state: State, column: int) -> None:
+    """Go on with the most probable token of each row, the lowest of equal ones.
+
+    Args:
+        logits: [N, V].
+        state: of the first N rows: the token and its place become current, the token is kept as chosen.
+        column: where among the chosen.
+    """
+    if logits.is_cuda and kernels is not None:
+        kernels.choose_highest(logits, state, column)
+    else:
+        reference.choose_highest(logits, state, column)
+
+
+def choose(logits: torch.Tensor, state: State, column: int, choice: Choice) -> None:
+    """Go on with a token drawn of each row, as `decode_reference.draw` says; arguments as of `choose_highest`."""
+    if logits.is_cuda and kernels is not None and logits.shape[1] <= kernels.MOST_LOGITS:
+        kernels.choose(logits, state, column, choice)
+    else:
+        reference.choose(logits, state, column, choice)

@@ -1,0 +1,191 @@
+"""The steps of decoding in plain PyTorch: the oracle for the kernels of `ops.decode_kernels`, and the path on CPU.
+
+Shapes as in `ops.decode`.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from pldr.ops.reference import apply_rotary
+
+
+class Norm(NamedTuple):
+    """A LayerNorm's parameters: weight and bias [M], and epsilon."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    eps: float
+
+
+class Linear(NamedTuple):
+    """A linear layer's parameters: weight [features, inputs] and bias [features]. Called, it is x Wᵀ + b."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what it is called with."""
+        return self.weight.dtype
+
+
+def embed(tokens: torch.Tensor, table: torch.Tensor, scale: float) -> torch.Tensor:
+    """[N] (int64), [V, M] → [N, M], float32."""
+    return table[tokens].float() * scale
+
+
+def norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
+    """LayerNorm in float32. [N, M] → [N, M]."""
+    return F.layer_norm(x.float(), x.shape[-1:], norm.weight.float(), norm.bias.float(), norm.eps)
+
+
+def silu_product(both: torch.Tensor) -> torch.Tensor:
+    """silu of the first half of the columns times the second. [N, 2 F] → [N, F]."""
+    gate, up = both.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def attend(
+    qkv: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    positions: torch.Tensor,
+    rotary: torch.Tensor,
+    pairing: str,
+    left: torch.Tensor,
+    right: torch.Tensor | None,
+) -> torch.Tensor:
+    """Like `ops.decode.attend`, which see."""
+    sequences, heads, dimensions = len(qkv), keys.shape[1], values.shape[-1]
+    query, key, value = qkv.view(sequences, 3, heads, 1, dimensions).unbind(1)  # each [N, H, 1, D]
+    cos, sin = rotary[:, positions.long()][:, :, None, None]
+    query, key = apply_rotary(query, cos, sin, pairing), apply_rotary(key, cos, sin, pairing)
+    query = query @ left[:sequences] if left.dim() == 4 else query @ left  # [N, H, 1, R]
+    if right is not None:
+        key = key @ right
+    rows = torch.arange(sequences, device=qkv.device)
+    keys[rows, :, positions.long()] = key[:, :, 0].to(keys.dtype)
+    values[rows, :, positions.long()] = value[:, :, 0].to(values.dtype)
+    seen = int(positions.max()) + 1
+    mask = None
+    if bool((positions != positions[0]).any()):
+        mask = torch.arange(seen, device=qkv.device) <= positions[:, None, None, None]
+    output = F.scaled_dot_product_attention(
+        query.to(keys.dtype), keys[:sequences, :, :seen], values[:sequences, :, :seen], mask, scale=dimensions**-0.5
+    )
+    return output.reshape(sequences, -1)
+
+
+class State(NamedTuple):
+    """Where each row of the caches stands; S rows, K steps.
+
+    Attributes:
+        tokens: [S] (int64), the newest token, which no cache holds yet.
+        positions: [S] (int32), its place.
+        chosen: [S, K] (int64), tokens by step; -1 where a logit was NaN or infinite.
+        logprobs: [S, K] (float32), of the chosen tokens under the model's own distribution, where they are drawn.
+        length: positions of the caches; a place past the last one stays there.
+    """
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    chosen: torch.Tensor
+    logprobs: torch.Tensor
+    length: int
+
+    def advance(self, tokens: torch.Tensor, column: int) -> None:
+        """Make a token of each of the first rows [N] the newest."""
+        rows = len(tokens)
+        self.tokens[:rows] = tokens
+        self.positions[:rows] = (self.positions[:rows] + 1).clamp(max=self.length - 1)
+        self.chosen[:rows, column] = tokens
+
+
+def choose_highest(logits: torch.Tensor, state: State, column: int) -> None:
+    """Like `ops.decode.choose_highest`, which see."""
+    finite = torch.isfinite(logits).all(-1)
+    state.advance(logits.argmax(-1).where(finite, -1), column)
+
+
+class Choice(NamedTuple):
+    """How to draw the token of each row: [S] where nothing else is said.
+
+    Attributes:
+        uniform: [S, K] (float32) in [0, 1), by step: the place in the cumulated probabilities that is drawn.
+        temperature: float32; 0 takes the most probable token.
+        top_k: int32; 0 or less keeps all.
+        top_p: float32 in (0, 1]; 1 keeps all.
+        penalty: float32, the repetition penalty of tokens that were seen: a positive logit is divided by it, a negative
+            one multiplied.
+        seen: [S, V] (uint8), 1 for each token of the sequence so far; the drawn token is added. None where no row has a
+            penalty.
+    """
+
+    uniform: torch.Tensor
+    temperature: torch.Tensor
+    top_k: torch.Tensor
+    top_p: torch.Tensor
+    penalty: torch.Tensor
+    seen: torch.Tensor | None = None
+
+
+def choose(logits: torch.Tensor, state: State, column: int, choice: Choice) -> None:
+    """Like `ops.decode.choose`, which see."""
+    rows = len(logits)
+    per_row = Choice(choice.uniform[:rows, column], *(None if part is None else part[:rows] for part in choice[1:]))
+    tokens, logprobs = draw(logits, per_row)
+    state.advance(tokens, column)
+    state.logprobs[:rows, column] = logprobs
+
+
+def draw(logits: torch.Tensor, choice: Choice) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw a token of each row: penalty, temperature, then top-k, then top-p, as transformers orders them.
+
+    Tokens that tie with the last one kept are kept, too. The drawn one is the first, in the order of ids, at which the
+    kept probability cumulates to more than `uniform` of all that is kept.
+
+    Args:
+        logits: [N, V].
+        choice: how; `uniform` is [N], and the other parts have N rows.
+
+    Returns:
+        tokens [N] (int64), -1 where a logit is NaN or infinite; and the log-probability of each under the model's own
+        distribution, before penalty and temperature, [N] (float32).
+    """
+    logits = logits.float()
+    finite = torch.isfinite(logits).all(-1)
+    x = logits
+    if choice.seen is not None:
+        penalty = choice.penalty[:, None]
+        x = torch.where(choice.seen.bool(), torch.where(x > 0, x / penalty, x * penalty), x)
+    greedy = choice.temperature == 0
+    highest = x.argmax(-1)
+    x = x / choice.temperature.where(~greedy, 1.0)[:, None]
+    vocabulary = x.shape[1]
+    order = x.sort(-1, descending=True).values
+    k = choice.top_k.long().clamp(max=vocabulary)
+    k = k.where(k > 0, vocabulary)[:, None]
+    order = order.masked_fill(torch.arange(vocabulary, device=x.device) >= k, -torch.inf)
+    x = x.masked_fill(x < order.gather(1, k - 1), -torch.inf)
+    mass = (order - order[:, :1]).exp()
+    cumulated = mass.cumsum(-1)
+    # The first place where the mass reaches top_p of all that top_k left is the last token kept.
+    last = (cumulated < choice.top_p[:, None] * cumulated[:, -1:]).sum(-1, keepdim=True).clamp(max=vocabulary - 1)
+    last = last.where(choice.top_p[:, None] < 1, k - 1)
+    x = x.masked_fill(x < order.gather(1, last), -torch.inf)
+    kept = (x - x.amax(-1, keepdim=True)).exp()
+    cumulated = kept.cumsum(-1)
+    drawn = cumulated > choice.uniform[:, None] * cumulated[:, -1:]
+    # Where rounding leaves no such place, the last token with any mass.
+    last_kept = vocabulary - 1 - (kept > 0).flip(-1).to(torch.uint8).argmax(-1)
+    drawn = torch.where(drawn.any(-1), drawn.to(torch.uint8).argmax(-1), last_kept)
+    tokens = torch.where(greedy, highest, drawn)
+    logprobs = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+    if choice.seen is not None:
+        choice.seen.scatter_(1, tokens[:, None], 1)
+    return tokens.where(finite, -1), logprobs
