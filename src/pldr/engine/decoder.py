@@ -26,8 +26,8 @@ STEPS = 32
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 # Likewise of prompts, in tokens.
 PROMPT_SIZES = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
-# Inner widths are padded to so many elements, that rows begin at whole 32 bytes.
-_ALIGNMENT = 16
+# Inner widths are padded to so many elements, so that kernels work on whole tiles.
+_ALIGNMENT = 64
 
 Attention = Callable[[int, torch.Tensor], torch.Tensor]
 
@@ -43,7 +43,7 @@ class Metric(NamedTuple):
     """A metric learner: its LayerNorms, and the units between them."""
 
     input_norm: Norm
-    residual_units: list[tuple[list[Unit], Norm]]
+    residual_units: list[tuple[Unit, Norm]]  # the weights of a unit's GLUs one after the other: [G, 2 F, D] and [G, D, F]
     operator: LearnedOperator  # of W, b, p, a and b_a
 
 
@@ -109,7 +109,7 @@ class Decoder:
 
         self.state = State(
             per_row(torch.int64), per_row(torch.int32), per_row(torch.int64, STEPS), per_row(torch.float32, STEPS),
-            self.length,
+            per_row(torch.float32, self.config.hidden_size), self.table, self.scale, self.length,
         )  # fmt: skip
         self.choice = Choice(
             per_row(torch.float32, STEPS), per_row(torch.float32), per_row(torch.int32), per_row(torch.float32) + 1,
@@ -125,7 +125,8 @@ class Decoder:
     @torch.inference_mode()
     def logits(self, rows: int) -> torch.Tensor:
         """Logits behind the newest token of each of the first rows: [N, V]. Its key and value go into the caches."""
-        return self._logits(self.state.tokens[:rows], self._attend_cache)
+        embedded = decode.embed(self.state.tokens[:rows], self.table, self.scale)
+        return self._head(self._layers(embedded, self._attend_cache))
 
     @torch.inference_mode()
     def run(self, rows: int, steps: int, *, draw: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -150,27 +151,30 @@ class Decoder:
         return self.state.chosen[:rows, :steps], self.state.logprobs[:rows, :steps]
 
     def _step(self, rows: int, column: int, draw: bool) -> None:
-        self._choose(self._logits(self.state.tokens[:rows], self._attend_cache), 0, column, draw)
+        stream = self._layers(Stream(self.state.x[:rows]), self._attend_cache)
+        if draw:
+            self._choose(self._head(stream), 0, column, draw)
+        else:
+            decode.norm_highest(stream, self.last_norm, self.head, self.state, column)
 
     def _choose(self, logits: torch.Tensor, row: int, column: int, draw: bool) -> None:
         """Go on with a token for each row from `row` on."""
-        state = State(*(part[row:] for part in self.state[:4]), self.length)
+        state = State(*(part[row:] for part in self.state[:5]), *self.state[5:])
         if draw:
             choice = Choice(*(None if part is None else part[row:] for part in self.choice))
             decode.choose(logits, state, column, choice)
         else:
             decode.choose_highest(logits, state, column)
 
-    def _logits(self, tokens: torch.Tensor, attend: Attention, last: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits behind tokens [N], or behind those at the places `last` alone."""
-        stream = decode.embed(tokens, self.table, self.scale)
+    def _layers(self, stream: Stream, attend: Attention) -> Stream:
         for index, layer in enumerate(self.layers):
             qkv, h = decode.norm_linear(stream, layer.norm, layer.qkv)
             stream = decode.linear_add(attend(index, qkv), layer.output, h)
             inner, h = decode.norm_gated(stream, layer.middle_norm, layer.unit.gate_up)
             stream = decode.linear_add(inner, layer.unit.down, h)
-        if last is not None:
-            stream = Stream(*(None if part is None else part[last] for part in stream))
+        return stream
+
+    def _head(self, stream: Stream) -> torch.Tensor:
         return decode.norm_linear(stream, self.last_norm, self.head)[0]
 
     def _attend_cache(self, index: int, qkv: torch.Tensor) -> torch.Tensor:
@@ -206,7 +210,7 @@ class Decoder:
         if not self.graphs or len(prompts) > 1 or size is None:
             last = torch.arange(1, len(prompts) + 1, device=self.device) * tokens - 1
             rows = torch.arange(row, row + len(prompts), device=self.device)
-            return self._logits(ids.flatten(), self._attend_prompt(rows, tokens, None), last)
+            return self._read(ids.flatten(), self._attend_prompt(rows, tokens, None), last)
         if size not in self._prompt:
             self._prompt[size] = (
                 torch.zeros(size, dtype=torch.int64, device=self.device),
@@ -218,10 +222,15 @@ class Decoder:
 
         def read() -> None:
             attend = self._attend_prompt(self._place[:1], size, self._place[1])
-            logits.copy_(self._logits(given, attend, self._place[1:] - 1))
+            logits.copy_(self._read(given, attend, self._place[1:] - 1))
 
         self._replay(("prompt", size), read)
         return logits
+
+    def _read(self, tokens: torch.Tensor, attend: Attention, last: torch.Tensor) -> torch.Tensor:
+        """Logits behind the tokens at the places `last`."""
+        x = self._layers(decode.embed(tokens, self.table, self.scale), attend).sum()
+        return self._head(Stream(x[last]))
 
     def _attend_prompt(self, rows: torch.Tensor, tokens: int, used: torch.Tensor | None) -> Attention:
         """Attention of whole prompts, which keeps keys, values and G_LM in the rows [B].
@@ -262,7 +271,7 @@ class Decoder:
     def move(self, source: int, target: int) -> None:
         """Put a row in another's place, caches and operator with it."""
         learned = [G for G, layer in zip(self.operators, self.layers, strict=True) if layer.left is None]
-        state = (self.state.tokens, self.state.positions, *(part for part in self.choice[1:] if part is not None))
+        state = (self.state.tokens, self.state.positions, self.state.x, *(part for part in self.choice[1:] if part is not None))
         for part in (*self.keys, *self.values, *learned, *state):
             part[target] = part[source]
 
@@ -282,7 +291,8 @@ class Decoder:
 
     def _record(self, work: Callable[[], object]) -> torch.cuda.CUDAGraph:
         """A graph of `work`; what the runs before it do to the state is undone, cache entries apart."""
-        kept = [part.clone() for part in (self.state.tokens, self.state.positions)]
+        begun = (self.state.tokens, self.state.positions, self.state.x)
+        kept = [part.clone() for part in begun]
         seen = None if self.choice.seen is None else self.choice.seen.clone()
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -290,7 +300,7 @@ class Decoder:
             for _ in range(2):
                 work()
         torch.cuda.current_stream(self.device).wait_stream(stream)
-        for part, value in zip((self.state.tokens, self.state.positions), kept, strict=True):
+        for part, value in zip(begun, kept, strict=True):
             part.copy_(value)
         if seen is not None:
             cast(torch.Tensor, self.choice.seen).copy_(seen)
@@ -346,10 +356,11 @@ def _unit(module: GatedLinearUnit, align: int) -> Unit:
 
 
 def _metric(operator: LearnedOperator, align: int) -> Metric:
-    units = [
-        ([_unit(cast(GatedLinearUnit, glu), align) for glu in unit.glus], _norm(unit.norm))
-        for unit in operator.metric_learner
-    ]
+    units = []
+    for residual in operator.metric_learner:
+        glus = [_unit(cast(GatedLinearUnit, glu), align) for glu in residual.glus]
+        gate_up, down = (Linear(*map(torch.stack, zip(*parts, strict=True))) for parts in zip(*glus, strict=True))
+        units.append((Unit(gate_up, down), _norm(residual.norm)))
     return Metric(_norm(operator.input_norm), units, operator)
 
 
@@ -358,9 +369,6 @@ def energy_curvature(metric: Metric, query: torch.Tensor, padding: torch.Tensor 
     A = reference.density_matrix(query, padding)
     shape = A.shape
     u = decode.norm(Stream(A.reshape(-1, shape[-1])), metric.input_norm, query.dtype)
-    for units, norm in metric.residual_units:
-        residual = u
-        for unit in units:
-            u = unit.down(decode.silu_product(unit.gate_up(u)))
-        u = decode.norm(Stream(u, residual), norm, query.dtype)
+    for unit, norm in metric.residual_units:
+        u = decode.residual_unit(u, unit.gate_up, unit.down, norm)
     return metric.operator.energy_curvature(u.view(shape)).G_LM

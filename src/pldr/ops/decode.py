@@ -23,16 +23,18 @@ try:
 except ModuleNotFoundError:  # the CPU build of torch brings no Triton
     kernels = None  # type: ignore[assignment]
 
-# Most sequences for which kernels that read each weight once and multiply without matrix units are the faster ones.
-# Measured: benchmarks/results/decode-*.json, "paths".
-FEW = 4
+# Up to so many sequences, kernels that read each weight once and multiply without matrix units are the fastest; up to so
+# many, kernels with matrix units; beyond, the library's matrix products between small kernels. Measured on an H100:
+# benchmarks/results/decode-h100.json, "paths".
+FEW = 3
+SOME = 128
 
 
 class Stream(NamedTuple):
     """The residual stream between two steps: the sum of both, which the next step's norm forms.
 
     Attributes:
-        x: [N, M]; float32 where it is the sum already.
+        x: [N, M]; or [P, N, M], parts of a sum, in float32.
         residual: [N, M], or None.
     """
 
@@ -41,13 +43,18 @@ class Stream(NamedTuple):
 
     def sum(self) -> torch.Tensor:
         """[N, M], float32."""
-        return self.x.float() if self.residual is None else self.x.float() + self.residual
+        x = self.x.sum(0) if self.x.dim() == 3 else self.x.float()
+        return x if self.residual is None else x + self.residual
 
 
 def _path(x: torch.Tensor, linear: object) -> str:
+    """How a product is done: "few", "some", "many" (see above), or "plain" where there are no kernels for it."""
     if not x.is_cuda or kernels is None or type(linear) is not Linear:
         return "plain"
-    return "few" if len(x) <= FEW else "many"
+    sequences = x.shape[-2]
+    if sequences <= FEW:
+        return "few"
+    return "some" if sequences <= SOME and linear.dtype in (torch.bfloat16, torch.float16) else "many"
 
 
 def embed(tokens: torch.Tensor, table: torch.Tensor, scale: float) -> Stream:
@@ -75,10 +82,11 @@ def norm_linear(stream: Stream, weights: Norm, linear: Linear) -> tuple[torch.Te
     Returns:
         The product [N, features], and h [N, M] for the residual.
     """
-    if _path(stream.x, linear) == "few":
+    path = _path(stream.x, linear)
+    if path == "few":
         return kernels.norm_linear(stream.sum(), weights, linear)
     h = norm(stream, weights, linear.dtype)
-    return linear(h), h
+    return (kernels.dot(h, linear) if path == "some" else linear(h)), h
 
 
 def norm_gated(stream: Stream, weights: Norm, gate_up: Linear) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,10 +95,11 @@ def norm_gated(stream: Stream, weights: Norm, gate_up: Linear) -> tuple[torch.Te
     Returns:
         The product [N, F], and h [N, M] for the residual.
     """
-    if _path(stream.x, gate_up) == "few":
+    path = _path(stream.x, gate_up)
+    if path == "few":
         return kernels.norm_gated(stream.sum(), weights, gate_up)
     h = norm(stream, weights, gate_up.dtype)
-    return silu_product(gate_up(h)), h
+    return (kernels.dot(h, gate_up, gated=True) if path == "some" else silu_product(gate_up(h))), h
 
 
 def linear_add(x: "torch.Tensor | kernels.Parts", linear: Linear, residual: torch.Tensor) -> Stream:
@@ -103,8 +112,33 @@ def linear_add(x: "torch.Tensor | kernels.Parts", linear: Linear, residual: torc
     path = _path(residual, linear)
     if path == "few":
         return Stream(kernels.linear_add(x, linear, residual))
-    product = linear(x.to(linear.dtype))
+    x = x.to(linear.dtype)
+    if path == "some":
+        # Few features: the sum over the inputs is cut, so that all of the chip has work.
+        return Stream(kernels.dot(x, linear, residual=residual, split=SPLITS if x.shape[1] > 1024 else 2))
+    product = linear(x)
     return Stream(product, residual) if path == "many" else Stream(product.float() + residual)
+
+
+# Parts of the sum over the gated unit's width.
+SPLITS = 4
+
+
+def residual_unit(u: torch.Tensor, gate_up: Linear, down: Linear, weights: Norm) -> torch.Tensor:
+    """One residual unit of the metric learner: LayerNorm(GLU(… GLU(u) …) + u). [N, D] → [N, D].
+
+    Args:
+        u: rows of A.
+        gate_up, down: of its G gated linear units, one after the other: weights [G, 2 F, D] and [G, D, F].
+        weights: of the norm.
+    """
+    if u.is_cuda and kernels is not None and kernels.fits_residual_unit(u.shape[1], u.dtype):
+        return kernels.residual_unit(u, gate_up, down, weights)
+    residual = u
+    for unit in range(len(down.weight)):
+        both = Linear(gate_up.weight[unit], gate_up.bias[unit])(u)
+        u = Linear(down.weight[unit], down.bias[unit])(silu_product(both))
+    return norm(Stream(u, residual), weights, u.dtype)
 
 
 def attend(
@@ -135,6 +169,14 @@ def attend(
     if qkv.is_cuda and kernels is not None:
         return kernels.attend(qkv, keys, values, positions, rotary, pairing, left, right, few=len(qkv) <= FEW)
     return reference.attend(qkv, keys, values, positions, rotary, pairing, left, right)
+
+
+def norm_highest(stream: Stream, weights: Norm, head: Linear, state: State, column: int) -> None:
+    """Go on with the most probable token by the logits of LayerNorm(stream); see `choose_highest`."""
+    if _path(stream.x, head) == "few":
+        kernels.norm_highest(stream.sum(), weights, head, state, column)
+    else:
+        choose_highest(norm_linear(stream, weights, head)[0], state, column)
 
 
 def choose_highest(logits: torch.Tensor, state: State, column: int) -> None:

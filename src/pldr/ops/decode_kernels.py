@@ -24,7 +24,12 @@ except ImportError:  # Triton before 3.4
 # Weights that a program of the first kind holds in registers, in elements.
 _TILE = 8192
 # Into how many parts attention over the cache is split while there are few sequences, so that all of the chip has work.
-_PARTS = 4
+_PARTS = 8
+# Cached tokens that a program of attention looks at in one go, and its warps: for few sequences, and for many.
+_ATTEND_FEW = {"BLOCK": 32, "num_warps": 4}
+_ATTEND_MANY = {"BLOCK": 32, "num_warps": 4}
+# Tiles of the products for some sequences: features and inputs of one step, and how deep loads run ahead.
+_DOT = {"BF": 32, "BK": 128, "num_stages": 4, "num_warps": 4}
 # Rows of the largest vocabulary that `choose` holds in registers.
 MOST_LOGITS = 65536
 
@@ -93,10 +98,25 @@ def norm_linear(x: torch.Tensor, norm: Norm, linear: Linear) -> tuple[torch.Tens
     h = torch.empty_like(x)
     columns, rows, warps = _tile(width)
     _norm_linear[(triton.cdiv(features, rows),)](
-        x, norm.weight, norm.bias, linear.weight, linear.bias, y, h, width, features, norm.eps,
-        N=sequences, GATED=False, COLUMNS=columns, ROWS=rows, num_warps=warps, **_dependent(x),
+        x, norm.weight, norm.bias, linear.weight, linear.bias, y, h, y, y, width, features, norm.eps,
+        N=sequences, GATED=False, HIGHEST=False, LATE=True, COLUMNS=columns, ROWS=rows, num_warps=warps, **_dependent(x),
     )  # fmt: skip
     return y, h
+
+
+def norm_highest(x: torch.Tensor, norm: Norm, head: Linear, state: State, column: int) -> None:
+    """`norm_linear`, then `choose_highest`, without ever writing the logits."""
+    sequences, width = x.shape
+    features = len(head.weight)
+    columns, rows, warps = _tile(width)
+    blocks = triton.cdiv(features, rows)
+    best = torch.empty(sequences, blocks, dtype=torch.float32, device=x.device)
+    where = torch.empty(sequences, blocks, dtype=torch.int32, device=x.device)
+    _norm_linear[(blocks,)](
+        x, norm.weight, norm.bias, head.weight, head.bias, x, x, best, where, width, features, norm.eps,
+        N=sequences, GATED=False, HIGHEST=True, LATE=False, COLUMNS=columns, ROWS=rows, num_warps=warps, **_dependent(x),
+    )  # fmt: skip
+    _choose_of_blocks(best, where, state, column)
 
 
 def norm_gated(x: torch.Tensor, norm: Norm, gate_up: Linear) -> tuple[torch.Tensor, torch.Tensor]:
@@ -106,19 +126,26 @@ def norm_gated(x: torch.Tensor, norm: Norm, gate_up: Linear) -> tuple[torch.Tens
     h = torch.empty_like(x)
     columns, rows, warps = _tile(width)
     _norm_linear[(triton.cdiv(features, rows),)](
-        x, norm.weight, norm.bias, gate_up.weight, gate_up.bias, y, h, width, features, norm.eps,
-        N=sequences, GATED=True, COLUMNS=columns, ROWS=rows, num_warps=warps, **_dependent(x),
+        x, norm.weight, norm.bias, gate_up.weight, gate_up.bias, y, h, y, y, width, features, norm.eps,
+        N=sequences, GATED=True, HIGHEST=False, LATE=False, COLUMNS=columns, ROWS=rows, num_warps=warps, **_dependent(x),
     )  # fmt: skip
     return y, h
 
 
 @triton.jit
 def _norm_linear(  # type: ignore[no-untyped-def]
-    x, gamma, beta, weight, bias, y, h, width, features, eps,
-    N: tl.constexpr, GATED: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
+    x, gamma, beta, weight, bias, y, h, best, where, width, features, eps,
+    N: tl.constexpr, GATED: tl.constexpr, HIGHEST: tl.constexpr, LATE: tl.constexpr,
+    COLUMNS: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A program: ROWS features of every sequence. Gated, a feature is silu of one row times another, `features` below."""
-    _release(PDL)
+    """A program: ROWS features of every sequence.
+
+    GATED: a feature is silu of one row times another, `features` below. HIGHEST: of the features only the highest and its
+    place are written, and no h. LATE: the next kernel starts when this one's predecessor has ended, so that it may read
+    what that one wrote without waiting.
+    """
+    if not LATE:
+        _release(PDL)
     columns = tl.arange(0, COLUMNS)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = columns < width
@@ -133,19 +160,29 @@ def _norm_linear(  # type: ignore[no-untyped-def]
     g = tl.load(gamma + columns, mask=inside, other=0.0).to(tl.float32)
     o = tl.load(beta + columns, mask=inside, other=0.0).to(tl.float32)
     _wait(PDL)
+    if LATE:
+        _release(PDL)
     for n in tl.static_range(N):
         values = tl.load(x + n * width + columns, mask=inside, other=0.0)
         mean = tl.sum(values, 0) / width
         centred = tl.where(inside, values - mean, 0.0)
         deviation = tl.sqrt(tl.sum(centred * centred, 0) / width + eps)
         normed = centred / deviation * g + o
-        if tl.program_id(0) == 0:
-            tl.store(h + n * width + columns, normed, mask=inside)
         total = tl.sum(w.to(tl.float32) * normed[None, :], 1) + b
         if GATED:
             up = tl.sum(w_up.to(tl.float32) * normed[None, :], 1) + b_up
             total = total * tl.sigmoid(total) * up
-        tl.store(y + n * features + rows, total, mask=rows < features)
+        if HIGHEST:
+            damage = tl.sum(total * 0.0, 0)  # NaN where one is NaN or infinite; a maximum could pass over it
+            total = tl.where(rows < features, total, -float("inf"))
+            highest, index = tl.max(total, 0, return_indices=True, return_indices_tie_break_left=True)
+            at = n * tl.num_programs(0) + tl.program_id(0)
+            tl.store(best + at, highest + damage)
+            tl.store(where + at, tl.program_id(0) * ROWS + index)
+        else:
+            if tl.program_id(0) == 0:
+                tl.store(h + n * width + columns, normed, mask=inside)
+            tl.store(y + n * features + rows, total, mask=rows < features)
 
 
 def linear_add(x: torch.Tensor | Parts, linear: Linear, residual: torch.Tensor) -> torch.Tensor:
@@ -233,8 +270,9 @@ def attend(
         qkv, keys, values, positions, rotary, left, left if right is None else right, out, highest, total,
         keys.stride(0), keys.stride(1), values.stride(0), values.stride(1), rotary.stride(0),
         left.stride(0) if left.dim() == 4 else 0, dimensions**-0.5,
-        H=heads, D=dimensions, R=rank, BLOCK_R=triton.next_power_of_2(rank), C=length, PARTS=parts,
-        ADJACENT=pairing == "adjacent", FACTORED=right is not None, BLOCK=32, num_warps=4, **_dependent(qkv),
+        H=heads, D=dimensions, R=rank, BLOCK_R=triton.next_power_of_2(rank), PARTS=parts,
+        ADJACENT=pairing == "adjacent", FACTORED=right is not None,
+        **(_ATTEND_FEW if few else _ATTEND_MANY), **_dependent(qkv),
     )  # fmt: skip
     return Parts(out, highest, total) if few else out
 
@@ -243,68 +281,64 @@ def attend(
 def _attend(  # type: ignore[no-untyped-def]
     qkv, keys, values, positions, rotary, left, right, out, highest, total,
     keys_row, keys_head, values_row, values_head, sines, left_row, scale,
-    H: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, PARTS: tl.constexpr,
     ADJACENT: tl.constexpr, FACTORED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A program: one head of one sequence over one part of its cache. The last part also keeps the new key and value."""
+    """A program: one head of one sequence over one part of its cache. The last part also keeps the new key and value.
+
+    The position, and the keys and values before it, are older than the kernel before this one, which starts this one only
+    when its own predecessor has ended (LATE): the first of them are fetched before the new queries are there.
+    """
     _release(PDL)
     head, row, part = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
-    pair = tl.arange(0, D // 2)
-    first = pair * 2 if ADJACENT else pair
-    second = pair * 2 + 1 if ADJACENT else pair + D // 2
     d = tl.arange(0, D)
     r = tl.arange(0, BLOCK_R)
+    t = tl.arange(0, BLOCK)
     used = (r < R)[None, :]
-    if R == D:  # a constant operator, or one a sequence, which prefill wrote and no step changes
-        factor = left + row * left_row + head * (D * R)
-    else:
-        factor = left + head * (D * R)
-    left_first = tl.load(factor + first[:, None] * R + r[None, :], mask=used, other=0.0).to(tl.float32)
-    left_second = tl.load(factor + second[:, None] * R + r[None, :], mask=used, other=0.0).to(tl.float32)
-    _wait(PDL)
     position = tl.load(positions + row)
-    cos = tl.load(rotary + position * (D // 2) + pair)
-    sin = tl.load(rotary + sines + position * (D // 2) + pair)
-    base = qkv + row * (3 * H * D) + head * D
-    x = tl.load(base + first).to(tl.float32)
-    y = tl.load(base + second).to(tl.float32)
-    q = tl.sum((x * cos - y * sin)[:, None] * left_first, 0)
-    q = (q + tl.sum((y * cos + x * sin)[:, None] * left_second, 0)) * scale
-
+    size = tl.cdiv(tl.cdiv(position, PARTS), BLOCK) * BLOCK
+    start = tl.minimum(part * size, position)
+    stop = tl.minimum(start + size, position)
     keys += row * keys_row + head * keys_head
     values += row * values_row + head * values_head
-    if part == PARTS - 1:
-        x = tl.load(base + H * D + first).to(tl.float32)
-        y = tl.load(base + H * D + second).to(tl.float32)
-        key_first, key_second = x * cos - y * sin, y * cos + x * sin
-        new = keys + position * R
-        if FACTORED:
-            factor = right + head * (D * R)
-            right_first = tl.load(factor + first[:, None] * R + r[None, :], mask=used, other=0.0).to(tl.float32)
-            right_second = tl.load(factor + second[:, None] * R + r[None, :], mask=used, other=0.0).to(tl.float32)
-            kept = tl.sum(key_first[:, None] * right_first, 0) + tl.sum(key_second[:, None] * right_second, 0)
-            tl.store(new + r, kept.to(keys.dtype.element_ty), mask=r < R)
-        else:
-            tl.store(new + first, key_first.to(keys.dtype.element_ty))
-            tl.store(new + second, key_second.to(keys.dtype.element_ty))
-        value = tl.load(base + 2 * H * D + d)
-        tl.store(values + position * D + d, value.to(values.dtype.element_ty))
-        tl.debug_barrier()  # written before they are read below
+    at = start + t
+    k = tl.load(keys + at[:, None] * R + r[None, :], mask=(at < stop)[:, None] & used, other=0.0)
+    v = tl.load(values + at[:, None] * D + d[None, :], mask=(at < stop)[:, None], other=0.0)
+    if ADJACENT:
+        partner, angle = d ^ 1, d // 2
+        sign = tl.where(d % 2 == 0, -1.0, 1.0)
+    else:
+        partner, angle = (d + D // 2) % D, d % (D // 2)
+        sign = tl.where(d < D // 2, -1.0, 1.0)
+    cos = tl.load(rotary + position * (D // 2) + angle)
+    sin = tl.load(rotary + sines + position * (D // 2) + angle) * sign
+    factor = head * (D * R) + d[:, None] * R + r[None, :]
+    l_factor = tl.load(left + row * left_row + factor, mask=used, other=0.0)
+    if FACTORED:
+        r_factor = tl.load(right + factor, mask=used, other=0.0)
+    _wait(PDL)
+    base = qkv + row * (3 * H * D) + head * D
+    q = tl.load(base + d).to(tl.float32) * cos + tl.load(base + partner).to(tl.float32) * sin
+    base += H * D
+    new_k = tl.load(base + d).to(tl.float32) * cos + tl.load(base + partner).to(tl.float32) * sin
+    new_v = tl.load(base + H * D + d).to(values.dtype.element_ty)
+    q = tl.sum(q[:, None] * l_factor.to(tl.float32), 0) * scale  # [R]
+    if FACTORED:
+        new_k = tl.sum(new_k[:, None] * r_factor.to(tl.float32), 0)
+    new_k = new_k.to(keys.dtype.element_ty)
+    last = part == PARTS - 1
+    tl.store(keys + position * R + tl.arange(0, BLOCK_R), new_k, mask=(tl.arange(0, BLOCK_R) < R) & last)
+    tl.store(values + position * D + d, new_v, mask=(d < D) & last)
 
     # Each row of a block keeps a softmax of its own; they are put together at the end.
-    size = tl.cdiv(tl.cdiv(position + 1, PARTS), BLOCK) * BLOCK
-    # The new token is the last part's, however the others are cut.
-    start = tl.minimum(part * size, position)
-    stop = position + 1 if part == PARTS - 1 else tl.minimum((part + 1) * size, position)
-    t = tl.arange(0, BLOCK)
     m = tl.full([BLOCK], -1e30, tl.float32)
     l = tl.zeros([BLOCK], tl.float32)  # noqa: E741 (the sum of exponentials, as in the literature)
     acc = tl.zeros([BLOCK, D], tl.float32)
     for begin in range(start, stop, BLOCK):
-        at = begin + t
-        there = at < stop
-        k = tl.load(keys + at[:, None] * R + r[None, :], mask=there[:, None] & used, other=0.0)
-        v = tl.load(values + at[:, None] * D + d[None, :], mask=there[:, None], other=0.0)
+        there = begin + t < stop
+        at = begin + BLOCK + t
+        next_k = tl.load(keys + at[:, None] * R + r[None, :], mask=(at < stop)[:, None] & used, other=0.0)
+        next_v = tl.load(values + at[:, None] * D + d[None, :], mask=(at < stop)[:, None], other=0.0)
         s = tl.sum(k.to(tl.float32) * q[None, :], 1)
         new_m = tl.where(there, tl.maximum(m, s), m)
         share = tl.exp(m - new_m)
@@ -312,10 +346,13 @@ def _attend(  # type: ignore[no-untyped-def]
         l = l * share + p  # noqa: E741
         acc = acc * share[:, None] + p[:, None] * v.to(tl.float32)
         m = new_m
-    top = tl.max(m, 0)
+        k, v = next_k, next_v
+    s = tl.where(last, tl.sum(new_k.to(tl.float32) * q, 0), -1e30)
+    top = tl.maximum(tl.max(m, 0), s)
     share = tl.exp(m - top)
-    summed = tl.sum(l * share, 0)
-    acc = tl.sum(acc * share[:, None], 0)
+    p = tl.where(last, tl.exp(s - top), 0.0)
+    summed = tl.sum(l * share, 0) + p
+    acc = tl.sum(acc * share[:, None], 0) + p * new_v.to(tl.float32)
     if PARTS > 1:
         index = (row * PARTS + part) * H + head
         tl.store(out + index * D + d, acc)
@@ -325,24 +362,104 @@ def _attend(  # type: ignore[no-untyped-def]
         tl.store(out + (row * H + head) * D + d, (acc / summed).to(out.dtype.element_ty))
 
 
+# --- some sequences: matrix units, and the same steps ------------------------------------------------------------------
+
+
+def dot(
+    x: torch.Tensor, linear: Linear, *, gated: bool = False, residual: torch.Tensor | None = None, split: int = 1
+) -> torch.Tensor:
+    """x Wᵀ + b, and what goes with it.
+
+    Args:
+        x: [N, K], in the weights' dtype.
+        linear: W [features, K] and b; with `gated`, [2 features, K].
+        gated: silu of the first half of the features times the second.
+        residual: [N, features], added; the result is then float32.
+        split: into how many parts the sum over K is cut.
+
+    Returns:
+        [N, features], or with a residual [split, N, features], parts of a sum.
+    """
+    sequences, inputs = x.shape
+    features = len(linear.weight) // (2 if gated else 1)
+    rows = min(64, max(16, triton.next_power_of_2(sequences)))
+    if residual is None:
+        y = torch.empty(sequences, features, dtype=x.dtype, device=x.device)
+    else:
+        y = torch.empty(split, sequences, features, dtype=torch.float32, device=x.device)
+    tile = _DOT if features < 16384 else _DOT | {"BF": 64}
+    steps = triton.cdiv(triton.cdiv(inputs, tile["BK"]), split)
+    _dot[(triton.cdiv(features, tile["BF"]), triton.cdiv(sequences, rows), split)](
+        x, linear.weight, linear.bias, x if residual is None else residual, y, sequences, inputs, features,
+        GATED=gated, ADD=residual is not None, BN=rows, STEPS=steps, LATE=not gated and residual is None,
+        **tile, **_dependent(x),
+    )  # fmt: skip
+    return y
+
+
+@triton.jit
+def _dot(  # type: ignore[no-untyped-def]
+    x, weight, bias, residual, y, sequences, inputs, features,
+    GATED: tl.constexpr, ADD: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr, STEPS: tl.constexpr,
+    LATE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """A program: BN sequences, BF features, STEPS · BK inputs."""
+    if not LATE:
+        _release(PDL)
+    rows = tl.program_id(1) * BN + tl.arange(0, BN)
+    columns = tl.program_id(0) * BF + tl.arange(0, BF)
+    part = tl.program_id(2)
+    inside = (rows < sequences)[:, None] & (columns < features)[None, :]
+    b = tl.load(bias + columns, mask=columns < features, other=0.0).to(tl.float32)
+    if GATED:
+        b_up = tl.load(bias + features + columns, mask=columns < features, other=0.0).to(tl.float32)
+        up = tl.zeros([BN, BF], tl.float32)
+        below = features.to(tl.int64) * inputs
+    total = tl.zeros([BN, BF], tl.float32)
+    _wait(PDL)
+    if LATE:
+        _release(PDL)
+    for step in range(STEPS):
+        k = (part * STEPS + step) * BK + tl.arange(0, BK)
+        a = tl.load(
+            x + rows[:, None] * inputs + k[None, :], mask=(rows < sequences)[:, None] & (k < inputs)[None, :], other=0.0
+        )
+        held = (k < inputs)[:, None] & (columns < features)[None, :]
+        tile = weight + columns[None, :].to(tl.int64) * inputs + k[:, None]
+        total = tl.dot(a, tl.load(tile, mask=held, other=0.0), total)
+        if GATED:
+            up = tl.dot(a, tl.load(tile + below, mask=held, other=0.0), up)
+    at = rows[:, None] * features + columns[None, :]
+    if part == 0:
+        total += b[None, :]
+        if ADD:
+            total += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+    if GATED:
+        total = total * tl.sigmoid(total) * (up + b_up[None, :])
+    at += part.to(tl.int64) * sequences * features
+    tl.store(y + at, total.to(y.dtype.element_ty), mask=inside)
+
+
 # --- between the matrix products of many sequences -------------------------------------------------------------------
 
 
 def norm(x: torch.Tensor, residual: torch.Tensor | None, norm: Norm, dtype: torch.dtype) -> torch.Tensor:
-    """LayerNorm of x + residual. [N, M] → [N, M] in `dtype`."""
-    sequences, width = x.shape
+    """LayerNorm of x + residual. [N, M], or [P, N, M] with parts of a sum → [N, M] in `dtype`."""
+    sequences, width = x.shape[-2:]
     y = torch.empty(sequences, width, dtype=dtype, device=x.device)
     _norm[(sequences,)](
-        x, x if residual is None else residual, norm.weight, norm.bias, y, width, norm.eps,
-        ADD=residual is not None, BLOCK=triton.next_power_of_2(width), **_dependent(x),
+        x, x if residual is None else residual, norm.weight, norm.bias, y, sequences, width, norm.eps,
+        PARTS=len(x) if x.dim() == 3 else 1, ADD=residual is not None, BLOCK=triton.next_power_of_2(width),
+        **_dependent(x),
     )  # fmt: skip
     return y
 
 
 @triton.jit
 def _norm(  # type: ignore[no-untyped-def]
-    x, residual, gamma, beta, y, width, eps, ADD: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
-):
+    x, residual, gamma, beta, y, sequences, width, eps,
+    PARTS: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     _release(PDL)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
@@ -351,6 +468,8 @@ def _norm(  # type: ignore[no-untyped-def]
     _wait(PDL)
     at = tl.program_id(0) * width + columns
     values = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    for part in tl.static_range(1, PARTS):
+        values += tl.load(x + part * sequences * width + at, mask=inside, other=0.0).to(tl.float32)
     if ADD:
         values += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
     mean = tl.sum(values, 0) / width
@@ -380,6 +499,68 @@ def _silu_product(both, y, features, BLOCK: tl.constexpr, PDL: tl.constexpr):  #
     tl.store(y + row * features + columns, (gate * up).to(y.dtype.element_ty), mask=inside)
 
 
+# --- the metric learner ----------------------------------------------------------------------------------------------
+
+
+def fits_residual_unit(width: int, dtype: torch.dtype) -> bool:
+    """Whether `residual_unit` takes rows of this width."""
+    return dtype in (torch.bfloat16, torch.float16) and width in (16, 32, 64, 128)
+
+
+def residual_unit(u: torch.Tensor, gate_up: Linear, down: Linear, norm: Norm) -> torch.Tensor:
+    """LayerNorm(GLU(… GLU(u) …) + u), all of it in one kernel. [N, D] → [N, D].
+
+    Args:
+        u: rows.
+        gate_up: of the G units one after the other: [G, 2 F, D] and [G, 2 F], F a multiple of 64.
+        down: likewise, [G, D, F] and [G, D].
+        norm: of the end.
+    """
+    rows, width = u.shape
+    y = torch.empty_like(u)
+    _residual_unit[(triton.cdiv(rows, 16),)](
+        u, gate_up.weight, gate_up.bias, down.weight, down.bias, norm.weight, norm.bias, y, rows, norm.eps,
+        UNITS=len(down.weight), D=width, F=down.weight.shape[-1], BLOCK=64, ROWS=16, num_warps=4, **_dependent(u),
+    )  # fmt: skip
+    return y
+
+
+@triton.jit
+def _residual_unit(  # type: ignore[no-untyped-def]
+    u, gate_up, gate_up_bias, down, down_bias, gamma, beta, y, rows, eps,
+    UNITS: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """A program: ROWS rows. Inner activations, rounded to the weights' dtype as in the plain form, stay on the chip."""
+    _release(PDL)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, D)
+    f = tl.arange(0, BLOCK)
+    at = row[:, None] * D + d[None, :]
+    inside = (row < rows)[:, None]
+    _wait(PDL)
+    z = tl.load(u + at, mask=inside, other=0.0)
+    residual = z.to(tl.float32)
+    for unit in tl.static_range(UNITS):
+        total = tl.zeros([ROWS, D], tl.float32)
+        for begin in range(0, F, BLOCK):
+            inner = unit * 2 * F + begin + f
+            w = tl.load(gate_up + inner[None, :] * D + d[:, None])
+            gate = tl.dot(z, w) + tl.load(gate_up_bias + inner)[None, :].to(tl.float32)
+            w = tl.load(gate_up + (inner + F)[None, :] * D + d[:, None])
+            up = tl.dot(z, w) + tl.load(gate_up_bias + inner + F)[None, :].to(tl.float32)
+            gate = (gate * tl.sigmoid(gate)).to(z.dtype).to(tl.float32)
+            w = tl.load(down + unit * D * F + d[None, :] * F + (begin + f)[:, None])
+            total = tl.dot((gate * up).to(z.dtype), w, total)
+        z = (total + tl.load(down_bias + unit * D + d)[None, :].to(tl.float32)).to(z.dtype)
+    values = z.to(tl.float32) + residual
+    mean = tl.sum(values, 1) / D
+    centred = values - mean[:, None]
+    deviation = tl.sqrt(tl.sum(centred * centred, 1) / D + eps)
+    g = tl.load(gamma + d).to(tl.float32)
+    o = tl.load(beta + d).to(tl.float32)
+    tl.store(y + at, (centred / deviation[:, None] * g[None, :] + o[None, :]).to(y.dtype.element_ty), mask=inside)
+
+
 # --- the token -------------------------------------------------------------------------------------------------------
 
 
@@ -390,10 +571,28 @@ def choose_highest(logits: torch.Tensor, state: State, column: int) -> None:
     best = torch.empty(sequences, blocks, dtype=torch.float32, device=logits.device)
     where = torch.empty(sequences, blocks, dtype=torch.int32, device=logits.device)
     _highest_of_block[(blocks, sequences)](logits, best, where, vocabulary, BLOCK=block, **_dependent(logits))
+    _choose_of_blocks(best, where, state, column)
+
+
+def _choose_of_blocks(best: torch.Tensor, where: torch.Tensor, state: State, column: int) -> None:
+    sequences, blocks = best.shape
     _highest_of_row[(sequences,)](
-        best, where, state.tokens, state.positions, state.chosen, blocks, state.length, state.chosen.stride(0), column,
-        BLOCK=triton.next_power_of_2(blocks), num_warps=1, **_dependent(logits),
+        best, where, *_places(state, column), blocks, BLOCK=triton.next_power_of_2(blocks), **_widths(state),
+        num_warps=4, **_dependent(best),
     )  # fmt: skip
+
+
+def _places(state: State, column: int) -> tuple[torch.Tensor | int | float, ...]:
+    """The arguments of `_advance`, but for the row and its token."""
+    return (
+        state.tokens, state.positions, state.chosen, state.x, state.table, state.scale, state.length,
+        state.chosen.stride(0), column,
+    )  # fmt: skip
+
+
+def _widths(state: State) -> dict[str, int]:
+    width = state.x.shape[-1]
+    return {"WIDTH": width, "COLUMNS": triton.next_power_of_2(width)}
 
 
 @triton.jit
@@ -414,25 +613,31 @@ def _highest_of_block(logits, best, where, vocabulary, BLOCK: tl.constexpr, PDL:
 
 @triton.jit
 def _highest_of_row(  # type: ignore[no-untyped-def]
-    best, where, tokens, positions, chosen, blocks, length, steps, column, BLOCK: tl.constexpr, PDL: tl.constexpr
-):
+    best, where, tokens, positions, chosen, x, table, scale, length, steps, column, blocks,
+    BLOCK: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     _release(PDL)
     _wait(PDL)
     row = tl.program_id(0)
-    columns = tl.arange(0, BLOCK)
-    inside = columns < blocks
-    x = tl.load(best + row * blocks + columns, mask=inside, other=0.0)
-    damage = tl.sum(x * 0.0, 0)
-    x = tl.where(inside, x, -float("inf"))
-    index = tl.argmax(x, 0, tie_break_left=True)
-    token = tl.load(where + row * blocks + index)
-    _advance(tokens, positions, chosen, row, tl.where(damage == 0.0, token, -1), length, steps, column)
+    block = tl.arange(0, BLOCK)
+    values = tl.load(best + row * blocks + block, mask=block < blocks, other=0.0)
+    damage = tl.sum(values * 0.0, 0)
+    values = tl.where(block < blocks, values, -float("inf"))
+    index = tl.argmax(values, 0, tie_break_left=True)
+    token = tl.where(damage == 0.0, tl.load(where + row * blocks + index), -1)
+    _advance(tokens, positions, chosen, x, table, scale, length, steps, column, row, token, WIDTH, COLUMNS)
 
 
 @triton.jit
-def _advance(tokens, positions, chosen, row, token, length, steps, column):  # type: ignore[no-untyped-def]
+def _advance(  # type: ignore[no-untyped-def]
+    tokens, positions, chosen, x, table, scale, length, steps, column, row, token,
+    WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """`State.advance` of one row."""
     token = token.to(tl.int64)
+    columns = tl.arange(0, COLUMNS)
+    embedded = tl.load(table + tl.maximum(token, 0) * WIDTH + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
+    tl.store(x + row * WIDTH + columns, embedded * scale, mask=columns < WIDTH)
     tl.store(tokens + row, token)
     tl.store(chosen + row * steps + column, token)
     tl.store(positions + row, tl.minimum(tl.load(positions + row) + 1, length - 1))
@@ -443,17 +648,17 @@ def choose(logits: torch.Tensor, state: State, column: int, choice: Choice) -> N
     seen = choice.seen if choice.seen is not None else state.tokens
     _choose[(sequences,)](
         logits, choice.uniform, choice.temperature, choice.top_k, choice.top_p, choice.penalty, seen,
-        state.tokens, state.positions, state.chosen, state.logprobs,
-        vocabulary, state.length, state.chosen.stride(0), column,
-        SEEN=choice.seen is not None, BLOCK=triton.next_power_of_2(vocabulary), num_warps=32, **_dependent(logits),
+        *_places(state, column), state.logprobs, vocabulary,
+        SEEN=choice.seen is not None, BLOCK=triton.next_power_of_2(vocabulary), **_widths(state), num_warps=32,
+        **_dependent(logits),
     )  # fmt: skip
 
 
 @triton.jit
 def _choose(  # type: ignore[no-untyped-def]
-    logits, uniform, temperature, top_k, top_p, penalty, seen, tokens, positions, chosen, logprobs,
-    vocabulary, length, steps, column,
-    SEEN: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    logits, uniform, temperature, top_k, top_p, penalty, seen,
+    tokens, positions, chosen, embedded, table, scale, length, steps, column, logprobs, vocabulary,
+    SEEN: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One row, all of it in registers; see `decode_reference.draw`."""
     _release(PDL)
@@ -496,7 +701,8 @@ def _choose(  # type: ignore[no-untyped-def]
         # Where rounding leaves no such place, the last token with any mass.
         token = tl.where(token == BLOCK, tl.max(tl.where(mass > 0.0, columns, 0), 0), token)
     logit = tl.sum(tl.where(columns == token, raw, 0.0), 0)
-    _advance(tokens, positions, chosen, row, tl.where(damage == 0.0, token, -1), length, steps, column)
+    choice = tl.where(damage == 0.0, token, -1)
+    _advance(tokens, positions, chosen, embedded, table, scale, length, steps, column, row, choice, WIDTH, COLUMNS)
     tl.store(logprobs + row * steps + column, logit - highest - tl.log(mass_of_all))
     if SEEN:
         tl.store(seen + row * vocabulary + token, 1)

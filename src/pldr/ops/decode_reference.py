@@ -89,6 +89,8 @@ class State(NamedTuple):
         positions: [S] (int32), its place.
         chosen: [S, K] (int64), tokens by step; -1 where a logit was NaN or infinite.
         logprobs: [S, K] (float32), of the chosen tokens under the model's own distribution, where they are drawn.
+        x: [S, M] (float32), the scaled embedding of the newest token, with which the next step begins.
+        table, scale: [V, M], the embedding, and its scale.
         length: positions of the caches; a place past the last one stays there.
     """
 
@@ -96,12 +98,16 @@ class State(NamedTuple):
     positions: torch.Tensor
     chosen: torch.Tensor
     logprobs: torch.Tensor
+    x: torch.Tensor
+    table: torch.Tensor
+    scale: float
     length: int
 
     def advance(self, tokens: torch.Tensor, column: int) -> None:
         """Make a token of each of the first rows [N] the newest."""
         rows = len(tokens)
         self.tokens[:rows] = tokens
+        self.x[:rows] = embed(tokens.clamp(min=0), self.table, self.scale)
         self.positions[:rows] = (self.positions[:rows] + 1).clamp(max=self.length - 1)
         self.chosen[:rows, column] = tokens
 
