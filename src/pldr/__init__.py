@@ -14,6 +14,7 @@ _PUBLIC = {
     "PldrModel": "modeling_pldr",
     "ConstantOperator": "operator",
     "DeductiveOutputs": "operator",
+    "FactoredOperator": "operator",
     "LearnedOperator": "operator",
     "freeze": "operator",
     "make_cache": "cache",

@@ -12,7 +12,7 @@ from pldr.layouts import hub_fields_to_ours
 # The cache layer that keeps K, V and the operator's state together: see cache.py.
 PLGA_LAYER_TYPE = "power_law_graph_attention"
 
-OPERATORS = ("learned", "constant")
+OPERATORS = ("learned", "constant", "factored")
 OPERATOR_INITS = ("identity", "random", "external")
 ROPE_PAIRINGS = ("adjacent", "halves")
 # Of weights.
@@ -53,10 +53,13 @@ class PldrConfig(PreTrainedConfig):
         rope_pairing: which dimensions of a head rotate together: "adjacent" pairs (v51, GPT-J) or the two "halves"
             (v52, GPT-NeoX).
         attention_dropout: dropout on attention weights during training.
-        operator: what produces G_LM: "learned" (a metric learner, from the queries) or "constant" (a stored tensor).
-        operator_init: where a constant operator's tensor comes from: "identity" (exactly scaled dot-product
-            attention), "random" (standard normal) or "external" (it comes with the weights, or from `freeze`).
-        operator_trainable: whether a constant operator's tensor is a trainable parameter.
+        operator: what produces G_LM: "learned" (a metric learner, from the queries), "constant" (a stored tensor) or
+            "factored" (the product of two, in which queries and keys have fewer dimensions).
+        operator_init: where the tensors of an operator that is not learned come from: "identity" (exactly scaled
+            dot-product attention; factored, of the first dimensions alone), "random" (standard normal) or "external" (with
+            the weights, or from `freeze` or `compress`).
+        operator_trainable: whether those tensors are trainable parameters.
+        operator_ranks: of a factored operator, the dimensions of queries and keys in each layer: multiples of 8.
         metric_learner_units: residual units R of the metric learner.
         metric_learner_glus: GLUs N in one residual unit.
         metric_learner_width: width F_A of those GLUs.
@@ -87,6 +90,7 @@ class PldrConfig(PreTrainedConfig):
     operator: str = "learned"
     operator_init: str = "identity"
     operator_trainable: bool = False
+    operator_ranks: list[int] | None = None
     metric_learner_units: int = 8
     metric_learner_glus: int = 2
     metric_learner_width: int = 170
@@ -172,12 +176,31 @@ class PldrConfig(PreTrainedConfig):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"PldrConfig: {name} must be one of {allowed}, got {getattr(self, name)!r}")
         if self.operator_trainable and self.operator == "learned":
-            raise ValueError("PldrConfig: operator_trainable applies to operator='constant' only")
+            raise ValueError("PldrConfig: operator_trainable applies to operator='constant' and 'factored' only")
+        if (self.operator == "factored") != (self.operator_ranks is not None):
+            raise ValueError("PldrConfig: operator_ranks must be given for operator='factored', and for no other")
+        if self.operator_ranks is not None:
+            self.check_ranks(self.operator_ranks)
         if not 0.0 <= self.attention_dropout < 1.0:
             raise ValueError(f"PldrConfig: attention_dropout must be in [0, 1), got {self.attention_dropout}")
         for name in ("layer_norm_eps", "rope_theta"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"PldrConfig: {name} must be positive and finite, got {getattr(self, name)}")
+
+    def check_ranks(self, ranks: list[int]) -> None:
+        """
+        Raises:
+            ValueError: they can not be the ranks of a factored operator's layers.
+        """
+        if len(ranks) != self.num_hidden_layers:
+            raise ValueError(
+                f"PldrConfig: operator_ranks must have one rank for each of {self.num_hidden_layers} layers, got {len(ranks)}"
+            )
+        for rank in ranks:
+            if isinstance(rank, bool) or rank % 8 or not 8 <= rank <= self.head_dim:
+                raise ValueError(
+                    f"PldrConfig: operator_ranks must be multiples of 8, from 8 to head_dim={self.head_dim}, got {rank}"
+                )
 
     def _check_sizes(self) -> None:
         for name, most in _MOST.items():

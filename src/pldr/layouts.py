@@ -90,7 +90,7 @@ def tensor_count(config: "PldrConfig") -> int:
     if config.operator == "learned":
         return sum(counts.values())
     kept = sum(count for ours, count in counts.items() if ".operator." not in ours)
-    return kept + config.num_hidden_layers
+    return kept + config.num_hidden_layers * (2 if config.operator == "factored" else 1)
 
 
 # --- configuration fields -------------------------------------------------------------------------------------------

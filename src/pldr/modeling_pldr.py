@@ -6,7 +6,7 @@ Shapes, here and in the comments below:
     T  tokens of this forward
     S  tokens that attention sees: those of this forward, and those of the cache before them
     H  heads, L  layers, V  vocabulary
-    D  dimensions of a head, M = H·D  width of the model
+    D  dimensions of a head, M = H·D  width of the model; r  those of queries and keys with a factored operator
 """
 
 import math
@@ -38,7 +38,15 @@ from pldr import layouts
 from pldr.cache import OperatorOnlyLayer, check_operator_cache, make_cache, operator_state, set_g_cache
 from pldr.configuration_pldr import PldrConfig
 from pldr.files import write_sums
-from pldr.operator import ConstantOperator, DeductiveOutputs, GatedLinearUnit, LearnedOperator, make_operator
+from pldr.operator import (
+    ConstantOperator,
+    DeductiveOutputs,
+    FactoredOperator,
+    GatedLinearUnit,
+    LearnedOperator,
+    init_constant,
+    make_operator,
+)
 from pldr.ops import reference
 from pldr.ops.cross_entropy import linear_cross_entropy
 
@@ -86,7 +94,7 @@ class PldrAttention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.v_proj = ValueProjection(config.hidden_size, config.hidden_size)
-        self.operator = make_operator(config)
+        self.operator = make_operator(config, layer_idx)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(
@@ -107,10 +115,10 @@ class PldrAttention(nn.Module):
         query = reference.apply_rotary(query, cos, sin, self.rope_pairing)  # [B, H, T, D]
         key = reference.apply_rotary(key, cos, sin, self.rope_pairing)  # [B, H, T, D]
         state = operator_state(past_key_values, self.layer_idx)
-        query, key, deductive = self.operator(query, key, padding_mask, state)  # q G_LM and k, each [B, H, T, D]
+        query, key, deductive = self.operator(query, key, padding_mask, state)  # q G_LM and k, each [B, H, T, D or r]
 
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)  # each [B, H, S, D]
+            key, value = past_key_values.update(key, value, self.layer_idx)  # [B, H, S, D or r] and [B, H, S, D]
 
         attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention
@@ -129,8 +137,8 @@ class ValueProjection(nn.Linear):
 
 def eager_attention(
     module: nn.Module,
-    query: torch.Tensor,  # [B, H, T, D]
-    key: torch.Tensor,  # [B, H, S, D]
+    query: torch.Tensor,  # [B, H, T, D or r]
+    key: torch.Tensor,  # [B, H, S, D or r]
     value: torch.Tensor,  # [B, H, S, D]
     attention_mask: torch.Tensor | None,  # additive, [B or 1, 1, T, S]
     scaling: float,
@@ -243,23 +251,10 @@ class PldrPreTrainedModel(PreTrainedModel):
                 init.xavier_normal_(weight)
             for bias in (module.metric_bias, module.energy_bias):
                 init.zeros_(bias)
-        elif isinstance(module, ConstantOperator):
-            self._init_constant_operator(module.G_LM)
+        elif isinstance(module, (ConstantOperator, FactoredOperator)):
+            init_constant(module, self.config)
         elif isinstance(module, RotaryEmbedding):
             init.copy_(module.table, module.compute())
-
-    def _init_constant_operator(self, G_LM: torch.Tensor) -> None:
-        if getattr(G_LM, "_is_hf_initialized", False):
-            return
-        if self.config.operator_init == "identity":
-            init.copy_(G_LM, torch.eye(self.config.head_dim, device=G_LM.device))
-        elif self.config.operator_init == "random":
-            init.normal_(G_LM)
-        else:
-            raise ValueError(
-                "operator_init='external': G_LM must come with the weights, and they hold none; build the model with "
-                "operator_init='identity' and hand the tensor to pldr.freeze(model, G_LM=…)"
-            )
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *args: Any, save_original_format: bool = False, **kwargs: Any

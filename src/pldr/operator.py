@@ -10,10 +10,11 @@ Shapes: B batch, H heads, T tokens, D head dimension, L layers.
 
 import copy
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import nn
+from transformers import initialization as init
 
 from pldr.cache import OperatorState
 from pldr.configuration_pldr import PldrConfig
@@ -142,11 +143,8 @@ class ConstantOperator(nn.Module):
 
     def __init__(self, config: PldrConfig) -> None:
         super().__init__()
-        G_LM = torch.empty(config.num_attention_heads, config.head_dim, config.head_dim)
-        if config.operator_trainable:
-            self.G_LM = nn.Parameter(G_LM)
-        else:
-            self.register_buffer("G_LM", G_LM)
+        shape = (config.num_attention_heads, config.head_dim, config.head_dim)
+        _keep(self, "G_LM", torch.empty(shape), trainable=config.operator_trainable)
 
     def forward(
         self,
@@ -163,8 +161,76 @@ class ConstantOperator(nn.Module):
         return self.G_LM.detach(), None
 
 
-def make_operator(config: PldrConfig) -> LearnedOperator | ConstantOperator:
+class FactoredOperator(nn.Module):
+    """A constant G_LM of low rank, left rightᵀ: queries and keys are attended with in r < D dimensions, and keys cached so.
+
+    Attributes:
+        left, right: [H, D, r], r the layer's rank; columns that a head of a smaller rank does not need are zero. Parameters
+            where the operator is trainable, else buffers.
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor
+
+    def __init__(self, config: PldrConfig, layer_idx: int) -> None:
+        super().__init__()
+        assert config.operator_ranks is not None  # checked by the configuration
+        shape = (config.num_attention_heads, config.head_dim, config.operator_ranks[layer_idx])
+        _keep(self, "left", torch.empty(shape), trainable=config.operator_trainable)
+        _keep(self, "right", torch.empty(shape), trainable=config.operator_trainable)
+
+    @property
+    def G_LM(self) -> torch.Tensor:
+        """left rightᵀ, [H, D, D]."""
+        return self.left @ self.right.transpose(-1, -2)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        padding_mask: torch.Tensor | None = None,
+        state: OperatorState | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, DeductiveOutputs]:
+        """Like `ConstantOperator.forward`, but the query and key that it returns are [B, H, T, r]."""
+        return query @ self.left, key @ self.right, DeductiveOutputs(None, None, None, self.G_LM[None])
+
+
+def _keep(module: nn.Module, name: str, tensor: torch.Tensor, *, trainable: bool) -> None:
+    """Give a module a tensor: a parameter where it is trainable, else a buffer."""
+    if trainable:
+        module.register_parameter(name, nn.Parameter(tensor))
+    else:
+        module.register_buffer(name, tensor)
+
+
+def make_operator(config: PldrConfig, layer_idx: int) -> LearnedOperator | ConstantOperator | FactoredOperator:
+    if config.operator == "factored":
+        return FactoredOperator(config, layer_idx)
     return LearnedOperator(config) if config.operator == "learned" else ConstantOperator(config)
+
+
+def init_constant(operator: ConstantOperator | FactoredOperator, config: PldrConfig) -> None:
+    """A G_LM as `operator_init` says: the identity, standard normal, or (of the identity) its nearest of lower rank.
+
+    Tensors that came with the weights stay as they are.
+
+    Raises:
+        ValueError: the configuration says that they come with the weights, and they did not.
+    """
+    tensors = [operator.G_LM] if isinstance(operator, ConstantOperator) else [operator.left, operator.right]
+    for tensor in tensors:
+        if getattr(tensor, "_is_hf_initialized", False):
+            continue
+        if config.operator_init == "external":
+            raise ValueError(
+                "operator_init='external': G_LM must come with the weights, and they hold none; build the model with "
+                "operator_init='identity' and hand the tensor to pldr.freeze(model, G_LM=…)"
+            )
+        if config.operator_init == "identity":
+            init.copy_(tensor, torch.eye(*tensor.shape[1:], device=tensor.device))
+        else:
+            # The product of two factors sums over r columns: so its entries have a variance of 1 as well.
+            init.normal_(tensor, std=1.0 if len(tensors) == 1 else tensor.shape[-1] ** -0.25)
 
 
 # --- freezing -------------------------------------------------------------------------------------------------------
@@ -251,10 +317,10 @@ def freeze(
     """Make the operator of `model` a constant, in place, and drop the network that computed it.
 
     Either `prompts` (the operator that the model itself computes for them) or `G_LM` (a tensor from elsewhere: the
-    paper's v51Gi, a transferred or random operator). A constant operator can be exchanged the same way.
+    paper's v51Gi, a transferred or random operator). A constant or factored operator can be exchanged the same way.
 
     Args:
-        model: with a learned or a constant operator.
+        model: with any operator.
         prompts: token ids, one [T] tensor a prompt; or [T] for a single one; or [B, T] without padding.
         G_LM: [L, H, D, D]; other accepted forms are those of `check_operator_tensor`.
         trainable: make the constant a parameter, so that training goes on with it (hand-off).
@@ -271,23 +337,63 @@ def freeze(
         constant = check_operator_tensor(G_LM, model.config)
     else:
         raise ValueError("freeze: pass either prompts or G_LM")
-    # A configuration of its own: whoever made this model from one may make others from it.
-    shared, config = model.config, copy.deepcopy(model.config)
-    config.operator, config.operator_init, config.operator_trainable = "constant", "external", trainable
-    for module in model.modules():
-        if getattr(module, "config", None) is shared:
-            module.config = config
-    for layer, value in zip(model.model.layers, constant, strict=True):
-        attention = cast("PldrAttention", layer.self_attn)
-        like = next(attention.q_proj.parameters())
-        operator = ConstantOperator(model.config).to(device=like.device, dtype=like.dtype)
-        with torch.no_grad():
-            operator.G_LM.copy_(value)
-        attention.operator = operator.train(model.training)
+    fields = {"operator": "constant", "operator_ranks": None, "operator_trainable": trainable}
+    _exchange(model, fields, [{"G_LM": value} for value in constant])
     return model
 
 
+def factor(
+    model: "PldrForCausalLM", factors: Sequence[tuple[torch.Tensor, torch.Tensor]], *, trainable: bool = False
+) -> "PldrForCausalLM":
+    """Make the operator of `model` a product of two factors, in place; `pldr.compress` finds good ones.
+
+    Args:
+        model: with any operator.
+        factors: of each layer left and right, [H, D, r] both: G_LM = left rightᵀ. r is a multiple of 8.
+        trainable: make them parameters.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: factors of other shapes, or with values that are not finite. The model is then as before.
+    """
+    config, shapes = model.config, [tuple(tensor.shape for tensor in pair) for pair in factors]
+    ranks = [left[-1] for left, _ in shapes]
+    config.check_ranks(ranks)
+    for index, (rank, found) in enumerate(zip(ranks, shapes, strict=True)):
+        expected = (config.num_attention_heads, config.head_dim, rank)
+        if found != (expected, expected):
+            raise ValueError(
+                f"factors: layer {index} has shapes {found[0]} and {found[1]}, it must have {expected} twice"
+            )
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in factors[index]):
+            raise ValueError(f"factors: layer {index} holds NaN or infinite values")
+    fields = {"operator": "factored", "operator_ranks": ranks, "operator_trainable": trainable}
+    _exchange(model, fields, [{"left": left, "right": right} for left, right in factors])
+    return model
+
+
+def _exchange(model: "PldrForCausalLM", fields: dict[str, Any], tensors: Sequence[dict[str, torch.Tensor]]) -> None:
+    """Give every layer a new operator: of a configuration with these fields, and with these tensors by name."""
+    # A configuration of its own: whoever made this model from one may make others from it.
+    shared, config = model.config, copy.deepcopy(model.config)
+    for name, value in (fields | {"operator_init": "external"}).items():
+        setattr(config, name, value)
+    for module in model.modules():
+        if getattr(module, "config", None) is shared:
+            module.config = config
+    for index, (layer, values) in enumerate(zip(model.model.layers, tensors, strict=True)):
+        attention = cast("PldrAttention", layer.self_attn)
+        like = next(attention.q_proj.parameters())
+        operator = make_operator(config, index).to(device=like.device, dtype=like.dtype)
+        with torch.no_grad():
+            for name, value in values.items():
+                getattr(operator, name).copy_(value)
+        attention.operator = operator.train(model.training)
+
+
 def stored_operator(model: "PldrForCausalLM") -> torch.Tensor:
-    """G_LM of a model whose operator is constant: [L, H, D, D], on the CPU."""
-    operators = (module for module in model.modules() if isinstance(module, ConstantOperator))
+    """G_LM of a model whose operator is constant or factored: [L, H, D, D], on the CPU."""
+    operators = (module for module in model.modules() if isinstance(module, (ConstantOperator, FactoredOperator)))
     return torch.stack([operator.G_LM.detach().cpu() for operator in operators])

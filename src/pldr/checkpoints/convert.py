@@ -35,6 +35,8 @@ def convert_checkpoint(
 ) -> PldrForCausalLM:
     """Rewrite a checkpoint of any layout in another one. Tensors are copied bit for bit.
 
+    The published layouts know no factored operator: what is written there is its product, a predefined G_LM.
+
     Args:
         source, rope_pairing, G_LM: see `load_model`.
         destination: folder to write; it appears only when whole.
@@ -87,7 +89,7 @@ def _find_tokenizer(
 def _write_hub(model: PldrForCausalLM, folder: Path) -> None:
     """The hub layout: published tensor names, config.json in the remote code's terms."""
     state = {name: tensor.contiguous() for name, tensor in _published_state(model).items()}
-    if model.config.operator == "constant":
+    if model.config.operator != "learned":
         G_LM = stored_operator(model)
         packed = G_LM.new_zeros(len(G_LM), 3, 1, *G_LM.shape[1:])
         packed[:, layouts.HUB_G_SLOT, 0] = G_LM
@@ -112,13 +114,13 @@ def _write_reference(model: PldrForCausalLM, folder: Path) -> None:
     literals = "".join(f"{name!r}: {value!r}, " for name, value in fields.items())
     text = f"import torch.nn.functional as F\n\nhpdict={{{literals}'activation': F.silu}}\n"
     (folder / "hyperparameters.py").write_text(text, encoding="utf-8")
-    if model.config.operator == "constant":
+    if model.config.operator != "learned":
         with (folder / layouts.REFERENCE_G).open("wb") as stream:
             pickle.dump([layer[None].clone() for layer in stored_operator(model)], stream)
 
 
 def _published_state(model: PldrForCausalLM) -> dict[str, torch.Tensor]:
-    """Under published names, on the CPU; all but a constant operator, which the published layouts keep elsewhere."""
+    """Under published names, on the CPU; all but an operator that is not learned, which the published layouts keep elsewhere."""
     state = model.state_dict()
     return {theirs: state[ours].detach().cpu() for ours, theirs in layouts.ours_to_published(state).items()}
 

@@ -62,7 +62,8 @@ def model_facts(model: PldrForCausalLM) -> dict[str, Any]:
 
     Returns:
         `parameters` in all and by part; `operators`, how many layers have each kind; `kv_cache_bytes_per_token` and
-        `g_cache_bytes_per_sequence` in the model's dtype (a constant operator needs no G-cache).
+        `g_cache_bytes_per_sequence` in the model's dtype (only a learned operator needs a G-cache; the keys of a factored
+        one are smaller).
     """
     config = model.config
     parts = {"embedding": 0, "attention": 0, "operator": 0, "feed_forward": 0, "head": 0}
@@ -81,20 +82,26 @@ def model_facts(model: PldrForCausalLM) -> dict[str, Any]:
         for layer in model.model.layers
     ]
     size = torch.empty(0, dtype=model.dtype).element_size()
-    state = config.num_hidden_layers * config.num_attention_heads * config.head_dim**2
+    layers, heads, head_dim = config.num_hidden_layers, config.num_attention_heads, config.head_dim
+    state = layers * heads * head_dim**2
+    # Of one token in one head: its key in each layer.
+    keys = sum(config.operator_ranks or [head_dim] * layers)
     fields = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim",
-              "max_position_embeddings", "rope_pairing", "operator", "operator_init", "operator_trainable",
+              "max_position_embeddings", "rope_pairing", "operator", "operator_init", "operator_trainable", "operator_ranks",
               "metric_learner_units", "metric_learner_glus", "metric_learner_width")  # fmt: skip
     learned = config.operator == "learned"
     skipped = "operator_" if learned else "metric_learner_"
+    shown = {name: getattr(config, name) for name in fields if not name.startswith(skipped)}
     return {
         "parameters": sum(parts.values()),
         "parameters_by_part": parts,
-        # A fixed G_LM is a buffer; a trainable one is among the parameters.
-        "constant_operator_values": 0 if learned or config.operator_trainable else state,
+        # A fixed G_LM, or its factors, are buffers; trainable ones are among the parameters.
+        "constant_operator_values": sum(
+            buffer.numel() for name, buffer in model.named_buffers() if ".operator." in name
+        ),
         "operators": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
         "dtype": str(model.dtype).removeprefix("torch."),
-        "kv_cache_bytes_per_token": 2 * config.num_hidden_layers * config.hidden_size * size,
+        "kv_cache_bytes_per_token": heads * (keys + layers * head_dim) * size,
         "g_cache_bytes_per_sequence": state * size if learned else 0,
-        "config": {name: getattr(config, name) for name in fields if not name.startswith(skipped)},
+        "config": {name: value for name, value in shown.items() if value is not None},
     }

@@ -186,7 +186,7 @@ def load_predefined_G(path: str | os.PathLike[str]) -> torch.Tensor:
     """A predefined operator from a file or a model: safetensors, or the published pickle of tensors (of any device).
 
     Args:
-        path: a model folder whose operator is constant; ``.safetensors`` with one tensor or one called "G_LM"; else a
+        path: a model folder whose operator is not learned; ``.safetensors`` with one tensor or one called "G_LM"; else a
             pickle of one tensor a layer, or of one (A_LM, G_LM) pair a layer.
 
     Returns:
@@ -200,7 +200,7 @@ def load_predefined_G(path: str | os.PathLike[str]) -> torch.Tensor:
     check_regular(path)
     if path.is_dir():
         model = load_model(path)
-        if model.config.operator != "constant":
+        if model.config.operator == "learned":
             raise ValueError(f"{path}: this model computes its G_LM; freeze it first (pldr freeze)")
         return stored_operator(model)
     layers = _operator_among(path) if path.suffix == ".safetensors" else read_pickled_tensors(path)

@@ -154,7 +154,7 @@ def analyse_model(
         raise ValueError(f"passages: must be [passages, tokens] with at least one of each, got {tuple(passages.shape)}")
     length = passages.shape[1]
     passages = passages.to(model.device)
-    if model.config.operator == "constant":
+    if model.config.operator != "learned":
         # The same for every passage and length, so that one token is enough to read it.
         outputs = _outputs(model, passages[:1, :1], batch)
         tensors = {name: summarise(X, name, constant=True) for name, X in outputs.items()}
