@@ -194,6 +194,10 @@ class FactoredOperator(nn.Module):
         """Like `ConstantOperator.forward`, but the query and key that it returns are [B, H, T, r]."""
         return query @ self.left, key @ self.right, DeductiveOutputs(None, None, None, self.G_LM[None])
 
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Like `ConstantOperator.factors`; here both are [H, D, r]."""
+        return self.left.detach(), self.right.detach()
+
 
 def _keep(module: nn.Module, name: str, tensor: torch.Tensor, *, trainable: bool) -> None:
     """Give a module a tensor: a parameter where it is trainable, else a buffer."""
