@@ -239,7 +239,9 @@ class TestTrain:
         (tmp_path / "log.jsonl").write_text('{"step": 1}\n')
         fails(run("plot", tmp_path), "holds no loss to plot")
         good = '{"step": 1, "loss": 2.0}\n'
-        for line in ('{"step"', "5", '{"loss": 1}', '{"step": 1, "loss": "x"}', '{"step": 1, "G_variation": 3}'):
+        (tmp_path / "log.jsonl").write_text(good + '{"step"')
+        fails(run("plot", tmp_path), "line 2: not valid JSON")
+        for line in ("5", '{"loss": 1}', '{"step": 1, "loss": "x"}', '{"step": 1, "G_variation": 3}'):
             (tmp_path / "log.jsonl").write_text(good + line)
             fails(run("plot", tmp_path), "line 2: not a line of a training log")
         (tmp_path / "log.jsonl").write_text(

@@ -4,7 +4,7 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -98,10 +98,7 @@ def generate(
 
 
 def _model_and_prompt(model: str, prompt: str | None) -> tuple[Path, str]:
-    """
-    Raises:
-        ValueError: one argument, and it is no text.
-    """
+    """Raises ValueError: one argument, and it is no text."""
     from pldr.models.shipped import STORIES
 
     if prompt is None:
@@ -297,16 +294,14 @@ def certify(
     as_json: AsJson = False,
 ) -> None:
     """Measure whether G_LM may be cached or frozen. Exit code 0: certified, 1: not certified, 2: error."""
-    with _errors_exit(2):
-        _quiet()
-        from pldr.study.certify import certify as run
+    _quiet()
+    from pldr.study.certify import certify as run
 
-        certificate = run(
-            model, data, output=output, frozen=frozen, passages=passages, calibration=calibration, length=length,
-            loss=loss, agreement=agreement, text_column=text_column, tokenizer=tokenizer, rope=rope, device=device,
-            overwrite=overwrite,
-        )  # fmt: skip
-        _print(certificate, as_json)
+    certificate = run(
+        model, data, output=output, frozen=frozen, passages=passages, calibration=calibration, length=length, loss=loss,
+        agreement=agreement, text_column=text_column, tokenizer=tokenizer, rope=rope, device=device, overwrite=overwrite,
+    )  # fmt: skip
+    _print(certificate, as_json)
     raise typer.Exit(0 if certificate.certified else 1)
 
 
@@ -440,24 +435,10 @@ def main() -> NoReturn:
         if os.environ.get("PLDR_TRACEBACK"):
             raise
         _report(_described(error))
-        sys.exit(1)
+        sys.exit(2 if sys.argv[1:2] == ["certify"] else 1)  # whose code 1 is a verdict
     if code == 130:  # typer has made an exit of the interruption
         _report("interrupted")
     sys.exit(code if isinstance(code, int) else 0)
-
-
-@contextlib.contextmanager
-def _errors_exit(code: int) -> Iterator[None]:
-    """Errors are one line and this exit code, for commands whose code 1 means something else."""
-    try:
-        yield
-    except (typer.Exit, typer.Abort):
-        raise
-    except Exception as error:
-        if os.environ.get("PLDR_TRACEBACK"):
-            raise
-        _report(_described(error))
-        raise typer.Exit(code) from None
 
 
 def _report(message: str) -> None:

@@ -277,6 +277,18 @@ def parse_json(text: str, name: object) -> Any:
         raise ValueError(f"{name}: not valid JSON ({one_line(error)})") from None
 
 
+def read_json_lines(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
+    """Each line of a file that is not blank: where it stands, for errors, and what it holds.
+
+    Raises:
+        OSError: the file can not be read.
+        ValueError: it is not UTF-8, or a line (named) is not valid JSON.
+    """
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if line.strip():
+            yield (where := f"{path}, line {number}"), parse_json(line, where)
+
+
 def check_regular(path: Path) -> None:
     """
     Raises:
@@ -330,10 +342,7 @@ def printable(text: str) -> str:
 
 
 def require(extra: str, *packages: str) -> None:
-    """
-    Raises:
-        ModuleNotFoundError: a package of one of the extras of this library is not installed.
-    """
+    """Raises ModuleNotFoundError: a package of one of the extras of this library is not installed."""
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
         raise ModuleNotFoundError(f"needs {', '.join(missing)}: pip install 'pldr[{extra}]'")

@@ -1,13 +1,12 @@
 """What is drawn: operators, training curves, the pictures of claims."""
 
-import json
 import os
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pldr.files import whole_file
+from pldr.files import read_json_lines, whole_file
 
 if TYPE_CHECKING:
     import torch
@@ -133,20 +132,16 @@ def _curve(log: list[dict[str, Any]], name: str) -> tuple[list[int], list[Any]]:
 
 
 def _read_log(file: Path) -> list[dict[str, Any]]:
-    """
-    Raises:
-        ValueError: a line that no training wrote (named).
-    """
+    """Raises ValueError: a line that no training wrote (named)."""
     lines = []
-    for number, text in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    for where, line in read_json_lines(file):
         try:
-            line = json.loads(text)
             scalars = [line[name] for name in ("step", "loss", "eval_loss", "G_frozen_difference") if name in line]
             numbers = [*scalars, *line.get("G_variation", [])]
             if "step" not in line or not all(isinstance(value, (int, float)) for value in numbers):
                 raise ValueError("no step, or a value that is no number")
         except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{file}: line {number}: not a line of a training log ({error})") from None
+            raise ValueError(f"{where}: not a line of a training log ({error})") from None
         lines.append(line)
     if len({len(line["G_variation"]) for line in lines if "G_variation" in line}) > 1:
         raise ValueError(f"{file}: G_variation has different numbers of layers; this is the log of several runs")

@@ -181,10 +181,7 @@ def _fast_tokenizer(model: "ModelProto") -> PreTrainedTokenizerFast:
 
 
 def _read_sentencepiece(path: str | os.PathLike[str]) -> "ModelProto":
-    """
-    Raises:
-        ValueError: not a SentencePiece model, a damaged one, or one of another kind than unigram and BPE.
-    """
+    """Raises ValueError: not a SentencePiece model, a damaged one, or one of another kind than unigram and BPE."""
     from google.protobuf.message import DecodeError
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
@@ -281,10 +278,7 @@ def check_text(text: str, name: str) -> str:
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> None:
-    """
-    Raises:
-        ValueError: the tokenizer is of another vocabulary size than the model.
-    """
+    """Raises ValueError: the tokenizer is of another vocabulary size than the model."""
     if len(tokenizer) != vocab_size:
         raise ValueError(
             f"tokenizer: has {len(tokenizer)} tokens, the model has vocab_size={vocab_size}; name the tokenizer that "

@@ -89,10 +89,7 @@ def read_certificate(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
 
 
 def _check_shape(value: Any, shape: Any, name: str = "") -> None:
-    """
-    Raises:
-        ValueError: a field is missing or not of its type; the first one is named.
-    """
+    """Raises ValueError: a field is missing or not of its type; the first one is named."""
     parts: list[tuple[Any, Any, Any]] = []
     if isinstance(shape, dict) and isinstance(value, dict):
         parts = [(value.get(key), part, key) for key, part in shape.items()]

@@ -18,12 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pldr import layouts
 from pldr.checkpoints.certificate import warn_unless_certified_weights
-from pldr.checkpoints.reference import (
-    find_reference_files,
-    read_hyperparameters,
-    read_pickled_tensors,
-    read_pth,
-)
+from pldr.checkpoints.reference import find_reference_files, read_hyperparameters, read_pickled_tensors, read_pth
 from pldr.configuration_pldr import DTYPES, PldrConfig
 from pldr.files import CHECKSUMS, check_regular, one_line, read_json, read_sums, sha256
 from pldr.modeling_pldr import PldrForCausalLM
@@ -162,10 +157,7 @@ def load_with_tokenizer(
 
 
 def _usable_device(device: str | torch.device) -> torch.device:
-    """
-    Raises:
-        ValueError: it is not here.
-    """
+    """Raises ValueError: it is not here."""
     try:
         probe = torch.ones(1, device=device)
         probe.item()
@@ -228,10 +220,7 @@ def _operator_among(path: Path) -> torch.Tensor:
 
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    """
-    Raises:
-        ValueError: a damaged file.
-    """
+    """Raises ValueError: a damaged file."""
     try:
         return load_file(path)
     except SafetensorError as error:
@@ -343,10 +332,7 @@ def _check_one_dtype(tensors: Iterable[torch.Tensor], where: str) -> torch.dtype
 
 
 def check_tensors(stored: Mapping[str, tuple[int, ...]], config: PldrConfig, where: str) -> None:
-    """
-    Raises:
-        ValueError: the stored tensors are not exactly those of the model, by name and shape.
-    """
+    """Raises ValueError: the stored tensors are not exactly those of the model, by name and shape."""
     asked = layouts.tensor_count(config)
     if asked > 2 * len(stored):  # so many that making them, or listing what is missing, is no use
         raise ValueError(f"{where}: the configuration asks for {asked:,} tensors, and {len(stored):,} are stored")

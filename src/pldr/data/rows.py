@@ -25,6 +25,8 @@ from pldr.recipe import DataRecipe
 GROUP_DOCUMENTS = 3200
 # Tokenised at a time: what keeps every core busy and memory small.
 _BATCH_CHARACTERS = 1 << 20
+# Tokens of a passage, if nothing else is said.
+_PASSAGE_LENGTH = 512
 # Held at most to mix a stream, whatever data.shuffle_buffer says.
 _BUFFER_CHARACTERS = 1 << 26
 
@@ -105,6 +107,41 @@ def read_passages(
     if not picked:
         raise ValueError(f"data: {', '.join(source.names)}: less than one sequence of {length} tokens")
     return torch.from_numpy(np.stack(picked).astype(np.int64))
+
+
+def choose_passages(
+    source: Source,
+    tokenizer: PreTrainedTokenizerFast,
+    context: int,
+    *,
+    length: int | None,
+    count: int,
+    needed: int = 1,
+    shortest: int = 1,
+) -> torch.Tensor:
+    """The first passages of a source that a model can read: [needed to count, length], int64.
+
+    Args:
+        source: the documents.
+        tokenizer: of the model.
+        context: its longest passage.
+        length: of a passage, from `shortest` on; by default 512, or the context if that is less.
+        count: passages at most.
+        needed: passages at least.
+
+    Raises:
+        FileNotFoundError, ValueError: see `read_passages`; a length outside its range, or too little text.
+    """
+    length = min(_PASSAGE_LENGTH, context) if length is None else length
+    if not shortest <= length <= context:
+        raise ValueError(f"length: must be between {shortest} and the context of {context}, got {length}")
+    found = read_passages(source, tokenizer, length, count)
+    if len(found) < needed:
+        raise ValueError(
+            f"data: {len(found)} passages of {length} tokens, {needed} are asked for; give more text, or ask for fewer or "
+            "shorter passages"
+        )
+    return found
 
 
 class TokenRows(Dataset[dict[str, Any]]):
@@ -235,10 +272,7 @@ def _sum(folder: Path, facts: dict[str, Any]) -> str:
 
 
 def _check_sum(folder: Path) -> None:
-    """
-    Raises:
-        ValueError: a file of the cache is not as it was written.
-    """
+    """Raises ValueError: a file of the cache is not as it was written."""
     try:
         facts = read_json(folder / "facts.json")
         whole = isinstance(facts, dict) and facts.pop("sha256", None) == _sum(folder, facts)

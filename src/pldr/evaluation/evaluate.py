@@ -1,5 +1,6 @@
 """What a model scores: benchmarks and perplexity with G_LM frozen, cached or learned, and what the mode changes."""
 
+import copy
 import dataclasses
 import os
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pldr.checkpoints.load import load_with_tokenizer
 from pldr.data.sources import names_of
-from pldr.evaluation.modes import MODES, name_of
+from pldr.evaluation.modes import MODES, check_mode, name_of
 from pldr.evaluation.perplexity import check_window, evaluate_texts
 from pldr.evaluation.published import SUITES, suite_report
 from pldr.evaluation.scoring import Scorer, make_scorers, mode_disagreement, read_calibration
@@ -165,14 +166,12 @@ def evaluate(
     assert text_tokenizer is not None
     context = loaded.config.max_position_embeddings
     check_window(context, window, stride)
-    _check_modes(loaded, operator, compare, calibration)
-    found = (
-        load_tasks(
-            names, data_dir=None if data_dir is None else Path(data_dir), num_fewshot=num_fewshot, allow_code=allow_code
-        )
-        if names
-        else {}
-    )
+    for mode in MODES if compare else (operator,):
+        check_mode(loaded, mode)
+    if calibration and loaded.config.operator != "learned":
+        raise ValueError("calibration: this model's operator is constant already")
+    if names:
+        found = load_tasks(names, data_dir=data_dir, num_fewshot=num_fewshot, allow_code=allow_code)
 
     report = Evaluation(
         model=name_of(model),
@@ -198,10 +197,7 @@ def evaluate(
 
 
 def _task_names(tasks: str | Sequence[str], suite: str | None) -> list[str]:
-    """
-    Raises:
-        ValueError: there is no such suite.
-    """
+    """Raises ValueError: there is no such suite."""
     if suite is not None and suite not in SUITES:
         raise ValueError(f"suite: must be one of {', '.join(SUITES)}, got {suite!r}")
     parts = [tasks] if isinstance(tasks, str) else tasks
@@ -209,25 +205,8 @@ def _task_names(tasks: str | Sequence[str], suite: str | None) -> list[str]:
     return names + [name for name in SUITES.get(suite or "", ()) if name not in names]
 
 
-def _check_modes(model: PldrForCausalLM, operator: str, compare: bool, calibration: object) -> None:
-    """
-    Raises:
-        ValueError: an unknown mode; options that need a learned operator.
-    """
-    if operator not in MODES:
-        raise ValueError(f"operator: must be one of {', '.join(MODES)}, got {operator!r}")
-    if model.config.operator == "learned":
-        return
-    if compare or operator != "frozen":
-        raise ValueError("eval: this model's operator is constant, so that frozen is its only mode")
-    if calibration:
-        raise ValueError("calibration: this model's operator is constant already")
-
-
 def _disagreement(model: PldrForCausalLM, scorers: dict[str, Scorer], passages: torch.Tensor) -> float:
     """`mode_disagreement` in float32, where what differs is the operator and not the rounding."""
     if model.dtype != torch.float32:
-        import copy
-
         scorers = make_scorers(copy.deepcopy(model).float(), passages)
     return mode_disagreement(scorers, passages)

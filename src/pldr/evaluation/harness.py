@@ -8,6 +8,7 @@ import difflib
 import json
 import logging
 import math
+import os
 import random
 import sys
 import time
@@ -220,7 +221,7 @@ def _task_manager() -> TaskManager:
 def load_tasks(
     names: Sequence[str],
     *,
-    data_dir: str | Path | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
     num_fewshot: int | None = None,
     allow_code: bool = False,
 ) -> dict[str, Any]:
@@ -316,10 +317,7 @@ def _hint(name: str) -> str:
 
 
 def check_limit(limit: int | float | None) -> None:
-    """
-    Raises:
-        ValueError: neither a number of questions nor a share of them.
-    """
+    """Raises ValueError: neither a number of questions nor a share of them."""
     if limit is not None and not (0 < limit < 1 or (limit >= 1 and math.isfinite(limit) and limit == int(limit))):
         raise ValueError(f"limit: must be a number of questions, or a share of them below 1, got {limit}")
 
@@ -371,10 +369,7 @@ def run_tasks(
 
 
 def _check_examples(name: str, task: Any) -> None:
-    """
-    Raises:
-        ValueError: fewer questions than examples are to be drawn from.
-    """
+    """Raises ValueError: fewer questions than examples are to be drawn from."""
     shots = task.get_config("num_fewshot") or 0
     pool = getattr(getattr(task, "sampler", None), "df", None)
     # Where examples are drawn from the scored questions, the harness draws one to spare.

@@ -37,15 +37,12 @@ def name_of(model: str | os.PathLike[str] | PldrForCausalLM) -> str:
 
 
 def check_mode(model: PldrForCausalLM, mode: str) -> None:
-    """
-    Raises:
-        ValueError: there is no such mode, or the model, whose operator is constant, does not have it.
-    """
+    """Raises ValueError: there is no such mode, or the model, whose operator is constant, does not have it."""
     if mode not in MODES:
         raise ValueError(f"operator: must be one of {', '.join(MODES)}, got {mode!r}")
     if mode not in modes_of(model):
         raise ValueError(
-            f"operator: {mode} needs a learned operator; this model's is constant: frozen is its only mode"
+            f"operator: {mode} needs a learned operator; this model's is constant, so that frozen is its only mode"
         )
 
 
@@ -99,11 +96,7 @@ class OperatorModes:
     """
 
     def __init__(
-        self,
-        model: PldrForCausalLM,
-        calibration: torch.Tensor | None = None,
-        *,
-        frozen: PldrForCausalLM | None = None,
+        self, model: PldrForCausalLM, calibration: torch.Tensor | None = None, *, frozen: PldrForCausalLM | None = None
     ) -> None:
         constant = frozen.eval() if frozen is not None else model_in_mode(model, "frozen", calibration)
         self.models = {"learned": model.eval(), "cached": model, "frozen": constant}

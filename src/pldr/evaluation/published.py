@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pldr.files import parse_json, read_text
+from pldr.files import read_json, read_json_lines, read_text
 from pldr.tokenizer import check_text
 
 # Task of the harness to the metric that counts: accuracy by log-likelihood per character where the task has it.
@@ -190,15 +190,13 @@ def _rows(layout: Layout, questions: Path, labels: Path | None = None) -> Iterat
 
 def _json_objects(file: Path) -> Iterator[tuple[str, Row]]:
     """The objects of a JSON-lines file, or of one JSON array, and where each stands."""
-    text = read_text(file)
     if file.suffix == ".json":
-        items = parse_json(text, file)
+        items = read_json(file)
         if not isinstance(items, list):
             raise ValueError(f"{file}: expected an array of questions")
         numbered = [(f"{file}, question {number}", item) for number, item in enumerate(items, 1)]
     else:
-        lines = [(f"{file}, line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-        numbered = [(where, parse_json(line, where)) for where, line in lines]
+        numbered = list(read_json_lines(file))
     for where, item in numbered:
         if not isinstance(item, dict):
             raise ValueError(f"{where}: expected a JSON object")
@@ -212,10 +210,7 @@ def suite_averages(scores: dict[str, float]) -> dict[str, float]:
         scores: of each task of the paper's suite.
     """
     rest = [score for task, score in scores.items() if task != TRUTHFULNESS]
-    return {
-        "average": sum(scores.values()) / len(scores),
-        "average without TruthfulQA": sum(rest) / len(rest),
-    }
+    return {"average": sum(scores.values()) / len(scores), "average without TruthfulQA": sum(rest) / len(rest)}
 
 
 def suite_report(report: dict[str, Any], suite: str) -> dict[str, Any]:

@@ -20,15 +20,15 @@ from rich.progress import Progress
 from transformers import PreTrainedTokenizerFast
 
 from pldr.cache import make_cache
-from pldr.data.rows import read_passages
+from pldr.data.rows import choose_passages
 from pldr.data.sources import Source
 from pldr.evaluation.modes import model_in_mode, modes_of
 from pldr.generation import NOT_FINITE
 from pldr.modeling_pldr import PldrForCausalLM
 from pldr.models.shipped import HELD_OUT
 
-# Passages that G_LM is frozen from, and their most tokens, if nothing else is said.
-_CALIBRATION_PASSAGES, _CALIBRATION_LENGTH = 4, 512
+# Passages that G_LM is frozen from, if nothing else is said.
+_CALIBRATION_PASSAGES = 4
 # Tokens of a batch if its size is not given: what keeps two cores, or a GPU, busy; and the most logits of one.
 _BATCH_TOKENS = {"cpu": 2048, "cuda": 65_536}
 _BATCH_LOGITS = 1 << 28
@@ -211,7 +211,7 @@ def read_calibration(
         ValueError, FileNotFoundError: see `pldr.data.read_passages`.
     """
     source = Source(list(files), text_column) if files else Source([str(HELD_OUT)])
-    return read_passages(source, tokenizer, min(_CALIBRATION_LENGTH, context), _CALIBRATION_PASSAGES)
+    return choose_passages(source, tokenizer, context, length=None, count=_CALIBRATION_PASSAGES)
 
 
 def make_scorers(

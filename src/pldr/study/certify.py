@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerFast
 from pldr import __version__
 from pldr.checkpoints.certificate import weights_digest, write_certificate
 from pldr.checkpoints.load import load_model, load_with_tokenizer
-from pldr.data.rows import read_passages
+from pldr.data.rows import choose_passages
 from pldr.data.sources import Source, names_of
 from pldr.deductive import deductive_outputs, variation
 from pldr.evaluation.modes import OperatorModes, frozen_copy, name_of
@@ -258,10 +258,7 @@ def certify(
 
 
 def _check_learned(model: PldrForCausalLM) -> None:
-    """
-    Raises:
-        ValueError: there is nothing to certify.
-    """
+    """Raises ValueError: there is nothing to certify."""
     if model.config.operator != "learned":
         raise ValueError("certify: this model's operator is constant already; certify the model it was frozen from")
 
@@ -279,15 +276,7 @@ def _spread_passages(
         ValueError: a length outside the context, or too little text.
     """
     context = model.config.max_position_embeddings
-    length = min(512, context) if length is None else length
-    if not 4 <= length <= context:
-        raise ValueError(f"length: must be between 4 and the context of {context}, got {length}")
-    found = read_passages(source, tokenizer, length, 8 * count)
-    if len(found) < count:
-        raise ValueError(
-            f"data: {len(found)} passages of {length} tokens, {count} are asked for; give more text, or lower passages, "
-            "calibration or length"
-        )
+    found = choose_passages(source, tokenizer, context, length=length, count=8 * count, needed=count, shortest=4)
     rows = found[torch.linspace(0, len(found) - 1, count).long()]
     return rows[torch.randperm(count, generator=torch.Generator().manual_seed(0))]
 

@@ -51,10 +51,7 @@ DISTINCT = 3.0
 
 
 def _learned_model(lab: Lab, claim: str) -> tuple[PldrForCausalLM, PreTrainedTokenizerFast]:
-    """
-    Raises:
-        ValueError: the model's operator is a constant.
-    """
+    """Raises ValueError: the model's operator is a constant."""
     model, tokenizer = load_model(lab.model, device=lab.device), load_tokenizer(lab.model)
     if model.config.operator != "learned":
         raise ValueError(f"reproduce {claim}: needs a model with a learned operator")

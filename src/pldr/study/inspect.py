@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedTokenizerFast
 
 from pldr.checkpoints.load import load_predefined_G, load_with_tokenizer
-from pldr.data.rows import read_passages
+from pldr.data.rows import choose_passages
 from pldr.data.sources import Source, names_of
 from pldr.evaluation.modes import name_of
 from pldr.modeling_pldr import PldrForCausalLM
@@ -17,7 +16,7 @@ from pldr.models.shipped import HELD_OUT
 from pldr.study.page import write_report
 from pldr.study.statistics import Analysis, analyse_model, analyse_operator
 
-_PASSAGES, _LENGTH = 32, 512
+_PASSAGES = 32
 
 
 def inspect(
@@ -50,6 +49,8 @@ def inspect(
         ValueError, OSError: an option outside its range, too little text, a model, tokenizer or file that can not be
             used, or a deductive output that is not finite.
     """
+    if passages is not None and passages < 1:
+        raise ValueError(f"passages: must be at least 1, got {passages}")
     if html is not None and Path(html).is_dir():
         raise ValueError(f"html: {html} is a folder; name a file")
     if (
@@ -69,30 +70,11 @@ def inspect(
         # The excerpts that ship with pldr have one form; text_column is about the user's own data.
         names = names_of(data)
         source = Source(names, text_column) if names else Source([str(HELD_OUT)])
-        ids = _first_passages(source, text_tokenizer, context, passages, length)
+        ids = choose_passages(
+            source, text_tokenizer, context, length=length, count=passages or _PASSAGES, needed=passages or 1
+        )
         about = ", ".join(names) if names else "held-out excerpts that ship with pldr"
         analysis = replace(analyse_model(loaded, ids), model=name_of(model), source=about)
     if html is not None:
         write_report(analysis, html, title=Path(analysis.model).resolve().name, source=analysis.source)
     return analysis
-
-
-def _first_passages(
-    source: Source, tokenizer: PreTrainedTokenizerFast, context: int, count: int | None, length: int | None
-) -> torch.Tensor:
-    """[B, T] token ids.
-
-    Raises:
-        ValueError: a length beyond the context; no text, or fewer passages than asked for.
-    """
-    if length is not None and not 1 <= length <= context:
-        raise ValueError(f"length: must be between 1 and the context of {context}, got {length}")
-    if count is not None and count < 1:
-        raise ValueError(f"passages: must be at least 1, got {count}")
-    length = length or min(_LENGTH, context)
-    ids = read_passages(source, tokenizer, length, count or _PASSAGES)
-    if count is not None and len(ids) < count:
-        raise ValueError(
-            f"data: {len(ids)} passages of {length} tokens, {count} are asked for; give more text, or lower passages or length"
-        )
-    return ids

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import json
 import statistics
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from pldr.data.rows import read_passages
 from pldr.data.sources import Source
 from pldr.deductive import deductive_outputs, variation
 from pldr.evaluation.modes import frozen_copy
-from pldr.files import read_json, write_json, write_text
+from pldr.files import read_json, read_json_lines, write_json, write_text
 from pldr.modeling_pldr import PldrForCausalLM
 from pldr.models.shipped import HELD_OUT, STORIES
 from pldr.tables import Printable
@@ -198,7 +197,7 @@ class Lab:
 
     def log(self, name: str) -> list[dict[str, Any]]:
         file = self.runs / name / "log.jsonl"
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+        return [line for _, line in read_json_lines(file)] if file.is_file() else []
 
     @torch.no_grad()
     def measure(self, name: str) -> dict[str, Any]:

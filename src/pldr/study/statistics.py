@@ -284,10 +284,7 @@ def _outputs(model: PldrForCausalLM, passages: torch.Tensor, batch: int) -> dict
 
 
 def _check_finite(X: torch.Tensor, name: str) -> None:
-    """
-    Raises:
-        ValueError: a value of X [L, B, H, D, D] is NaN or infinite.
-    """
+    """Raises ValueError: a value of X [L, B, H, D, D] is NaN or infinite."""
     bad = ~torch.isfinite(X)
     if bad.any():
         layer, _, head, _, _ = bad.nonzero()[0].tolist()

@@ -19,10 +19,7 @@ _SIGNAL_STEPS = 10
 
 
 def tensorboard_callback(folder: Path) -> TrainerCallback:
-    """
-    Raises:
-        ModuleNotFoundError: TensorBoard is not installed.
-    """
+    """Raises ModuleNotFoundError: TensorBoard is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ModuleNotFoundError:

@@ -239,10 +239,7 @@ class CheckpointWriter:
                 self._tensors.append((partial / file, copies))
 
     def check(self) -> None:
-        """
-        Raises:
-            OSError: what was written in the background could not be.
-        """
+        """Raises OSError: what was written in the background could not be."""
         if self._pending is not None and self._pending.done():
             self.wait()
 

@@ -211,10 +211,7 @@ def _differences(old: object, new: object, name: str = "") -> Iterator[tuple[str
 
 
 def add_to_log(folder: Path, line: dict[str, Any]) -> None:
-    """
-    Raises:
-        OSError: the disk is full, or the folder is gone.
-    """
+    """Raises OSError: the disk is full, or the folder is gone."""
     with (folder / _LOG).open("a", encoding="utf-8") as stream:
         stream.write(to_json(line) + "\n")
 

@@ -175,10 +175,7 @@ class _Datasets:
 
 
 def _datasets(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, process: PartialState) -> _Datasets:
-    """
-    Raises:
-        ValueError, OSError: see `pldr.data`; or less training data than one step needs.
-    """
+    """Raises ValueError, OSError: see `pldr.data`; or less training data than one step needs."""
     d, o = recipe.data, recipe.optimization
     rank, processes = process.process_index, process.num_processes
 
