@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
-import pldr
+from pldr.checkpoints.certificate import versions
 
 
 def conditions(device: str = "cpu") -> dict[str, Any]:
@@ -17,10 +16,11 @@ def conditions(device: str = "cpu") -> dict[str, Any]:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
         "device": _processor() if device == "cpu" else torch.cuda.get_device_name(),
-        "threads": torch.get_num_threads(), "pldr": pldr.__version__, "commit": commit.stdout.strip(),
-        "torch": torch.__version__, "transformers": transformers.__version__,
-        "python": platform.python_version(), "date": time.strftime("%Y-%m-%d"),
-    }  # fmt: skip
+        "threads": torch.get_num_threads(),
+        **versions(),
+        "commit": commit.stdout.strip(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
 
 
 def _processor() -> str:

@@ -16,7 +16,7 @@ import torch
 from pldr.data import rows as rows_module
 from pldr.data import sources as sources_module
 from pldr.data.rows import TokenRows, TokenStream, cached_rows, collate, read_passages, rows_of, shuffled, write_rows
-from pldr.data.sources import BadRows, Share, Source, parse_interval, read_documents, read_pieces
+from pldr.data.sources import BadRows, Share, Source, documents_of, parse_interval, read_pieces
 from pldr.recipe import DataRecipe
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -43,6 +43,12 @@ def pieces(texts):
 
 def token_ids(tokenizer, texts):
     return [i for text in texts for i in [*tokenizer(text, add_special_tokens=False)["input_ids"], 3]]
+
+
+def read_documents(names, text_column="text", *, strict=True):
+    """Whole documents."""
+    for found in documents_of(read_pieces(Source(names, text_column), BadRows(strict))):
+        yield "".join(piece.text for piece in found)
 
 
 class TestReading:

@@ -125,7 +125,7 @@ class PldrConfig(PreTrainedConfig):
             raise ValueError(
                 f"PldrConfig: attn_implementation must be one of {ATTENTIONS}, got {self._attn_implementation!r}"
             )
-        self._check()
+        self.validate_architecture()
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "PldrConfig":
@@ -156,11 +156,10 @@ class PldrConfig(PreTrainedConfig):
         """`layer_types` follows from `operator`; the library's list of types does not know ours."""
 
     def validate_architecture(self) -> None:
-        """Run by the base class whenever the configuration is saved."""
-        self._check()
+        """Run by the base class whenever the configuration is saved.
 
-    def _check(self) -> None:
-        # Called at construction as well, before the base class would wrap the ValueError in an error of its own.
+        At construction as well, before the base class would wrap the ValueError in an error of its own.
+        """
         self._check_sizes()
         if self.hidden_size % (2 * self.num_attention_heads):
             raise ValueError(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pldr.files import read_json_lines, whole_file
+from pldr.recipe import DAG_TENSORS
 
 if TYPE_CHECKING:
     import torch
@@ -120,7 +121,7 @@ def _plot_operator_metrics(axes: Any, log: list[dict[str, Any]]) -> None:
     steps, differences = _curve(log, "G_frozen_difference")
     axes[1].plot(steps, [abs(value) for value in differences], marker=".", label="|frozen - learned|")
     axes[1].set(title="loss with G_LM frozen", ylabel="nats per token", yscale="log")
-    for name in ("A_LM", "A_P", "G_LM"):
+    for name in DAG_TENSORS:
         axes[2].plot(*_curve(log, f"dag_{name}"), marker=".", label=name)
     axes[2].set(title="DAG loss", yscale="log")
 

@@ -14,6 +14,9 @@ from typing import Any
 
 from pldr.files import one_line
 
+# The deductive outputs that the DAG loss is about.
+DAG_TENSORS = ("A_LM", "A_P", "G_LM")
+
 
 @dataclass
 class ModelRecipe:
@@ -129,6 +132,12 @@ class OptimizationRecipe:
     handoff_step: int | None = None
     skip_nonfinite: int = 0
 
+    @property
+    def dag_coefficients(self) -> dict[str, float]:
+        """Of the DAG loss, by tensor; those that are not 0."""
+        found = {name: getattr(self, f"dag_{name}") for name in DAG_TENSORS}
+        return {name: value for name, value in found.items() if value}
+
 
 @dataclass
 class DistributedRecipe:
@@ -233,9 +242,8 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         yield f"{handoff} must be between 1 and steps - 1 = {o.steps - 1}"
     if not (d.validation or d.hold_out):
         yield f"{handoff} needs data.validation (or data.hold_out), to evaluate the operator on"
-    for name in ("dag_A_LM", "dag_A_P", "dag_G_LM"):
-        if coefficient := getattr(o, name):
-            yield f"optimization.{name}={coefficient} regularises a learned operator, which {handoff} drops"
+    for name, coefficient in o.dag_coefficients.items():
+        yield f"optimization.dag_{name}={coefficient} regularises a learned operator, which {handoff} drops"
 
 
 # --- reading --------------------------------------------------------------------------------------------------------

@@ -6,12 +6,15 @@ The checksum proves nothing about who wrote a certificate.
 import hashlib
 import json
 import os
+import platform
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
+from pldr import __version__
 from pldr.files import one_line, read_json, write_json
 
 FILE = "certificate.json"
@@ -38,6 +41,12 @@ _CERTIFICATE = {
     "versions": {},
     "report": _REPORT,
 }
+
+
+def versions() -> dict[str, str]:
+    """Of pldr and of what it computes with."""
+    return {"pldr": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
+            "python": platform.python_version()}  # fmt: skip
 
 
 def weights_digest(tensors: dict[str, torch.Tensor]) -> str:

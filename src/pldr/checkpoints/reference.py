@@ -40,15 +40,10 @@ def find_reference_files(path: Path) -> tuple[Path, Path]:
     if not beside:
         raise FileNotFoundError(f"{path.parent}: no *hyperparameters.py beside {path.name}")
     # Several checkpoints in one folder: the file that shares the longest beginning of the name, if one does.
-    shared = [_common_start(file.name, path.name) for file in beside]
+    shared = [len(os.path.commonprefix((file.name, path.name))) for file in beside]  # noqa: RUF071 (of characters)
     if shared.count(max(shared)) > 1:
         raise ValueError(f"{path.parent}: {len(beside)} *hyperparameters.py, and none is clearly that of {path.name}")
     return path, beside[shared.index(max(shared))]
-
-
-def _common_start(one: str, other: str) -> int:
-    """How many characters two names share at their beginning."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def read_hyperparameters(path: Path) -> dict[str, Any]:

@@ -372,13 +372,14 @@ class TokenStream(IterableDataset[dict[str, Any]]):
 
     def _pieces(self, share: Share) -> Iterator[Piece]:
         for number in itertools.count():
-            bad = BadRows(self.recipe.strict, notify=_warn if number == 0 else None)
+            bad = BadRows(self.recipe.strict, notify=warnings.warn if number == 0 else None)
             pieces = read_pieces(self.source, bad, streaming=True, share=share)
             # Kept in order, a document need not be held as a whole.
             documents = documents_of(pieces) if self.recipe.shuffle_buffer > 1 else ([piece] for piece in pieces)
             empty = True
             generator = random.Random(f"{self.seed}:{number}:{share.number}")
-            for document in shuffled(documents, self.recipe.shuffle_buffer, generator, _characters):
+            size = lambda document: sum(len(piece.text) for piece in document)  # noqa: E731
+            for document in shuffled(documents, self.recipe.shuffle_buffer, generator, size):
                 empty = False
                 yield from document
             if empty:
@@ -386,14 +387,6 @@ class TokenStream(IterableDataset[dict[str, Any]]):
                     f"data: no document for consumer {share.number + 1} of {share.consumers}; use fewer processes "
                     "or data.workers"
                 )
-
-
-def _characters(document: list[Piece]) -> int:
-    return sum(len(piece.text) for piece in document)
-
-
-def _warn(line: str) -> None:
-    warnings.warn(line, stacklevel=2)
 
 
 def shuffled(

@@ -137,21 +137,6 @@ class Share(NamedTuple):
         return self.world_size * self.workers
 
 
-def read_documents(sources: Iterable[str], text_column: str = "text", *, strict: bool = True) -> Iterator[str]:
-    """The documents of local files, of a hub data set, or of Python's own language reference.
-
-    Args:
-        sources: see `pldr.recipe.DataRecipe`.
-        text_column: of JSON lines, Parquet files and hub data sets.
-        strict: refuse bad rows rather than skip them.
-
-    Raises:
-        FileNotFoundError, ValueError: see `read_pieces`.
-    """
-    for pieces in documents_of(read_pieces(Source(list(sources), text_column), BadRows(strict))):
-        yield "".join(piece.text for piece in pieces)
-
-
 def documents_of(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
     """The pieces of each document."""
     document: list[Piece] = []
@@ -246,7 +231,9 @@ def source_state(source: Source, streaming: bool) -> list[list[Any]]:
             rows = None if streaming else _load_hub(name, source, streaming=False)
             state.append([name, getattr(rows, "_fingerprint", "")])
         elif name.startswith(PYDOC_TOPICS):
-            state.append([name, hashlib.sha256("".join(read_documents([name])).encode()).hexdigest()])
+            state.append(
+                [name, hashlib.sha256("".join(piece.text for piece in _read(name, "", BadRows())).encode()).hexdigest()]
+            )
         else:
             state += [[str(file.resolve()), sha256(file)] for file in _files(name)]
     return state

@@ -22,6 +22,7 @@ from pldr.deductive import dag_loss, deductive_outputs, variation
 from pldr.generation import Generation, generate_text
 from pldr.modeling_pldr import PldrForCausalLM
 from pldr.operator import freeze
+from pldr.recipe import DAG_TENSORS
 
 MODES = ("learned", "cached", "frozen")
 
@@ -186,5 +187,5 @@ def operator_metrics(model: PldrForCausalLM, passages: torch.Tensor) -> dict[str
         "G_variation": variation(outputs.G_LM).tolist(),
         "G_frozen_difference": frozen - learned,
         # In float64, which holds the exponentials of larger tensors.
-        **{f"dag_{name}": float(dag_loss(getattr(outputs, name).double())) for name in ("A_LM", "A_P", "G_LM")},
+        **{f"dag_{name}": float(dag_loss(getattr(outputs, name).double())) for name in DAG_TENSORS},
     }

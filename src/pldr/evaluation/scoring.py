@@ -190,11 +190,7 @@ class Scorer:
 
 
 def _score(logits: torch.Tensor, continuation: Sequence[int]) -> Score:
-    """Of logits [T, V] for a continuation of T tokens.
-
-    Raises:
-        FloatingPointError: they are not finite.
-    """
+    """Of logits [T, V] for a continuation of T tokens. Raises FloatingPointError: they are not finite."""
     ids = torch.tensor(continuation, device=logits.device)
     total = float(logits.log_softmax(-1).gather(1, ids[:, None]).double().sum())
     if not math.isfinite(total):

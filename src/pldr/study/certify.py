@@ -8,7 +8,6 @@ import copy
 import dataclasses
 import hashlib
 import os
-import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -17,14 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from rich.console import Console, RenderableType
 from rich.progress import track
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
-from pldr import __version__
-from pldr.checkpoints.certificate import weights_digest, write_certificate
+from pldr.checkpoints.certificate import versions, weights_digest, write_certificate
 from pldr.checkpoints.load import load_model, load_with_tokenizer
 from pldr.data.rows import choose_passages
 from pldr.data.sources import Source, names_of
@@ -157,12 +154,9 @@ class Certificate(Printable):
             "kind": "pldr certificate 1",
             **{name: getattr(self, name) for name in ("model", "weights", "frozen_weights", "data", "device", "date")},
             "dtype": "float32",
-            "versions": {
-                "pldr": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
-                "python": platform.python_version(),
-            },
+            "versions": versions(),
             "report": dataclasses.asdict(self.report),
-        }  # fmt: skip
+        }
 
     def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write the frozen model with its tokenizer and certificate, whole or not at all.

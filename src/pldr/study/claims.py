@@ -25,6 +25,7 @@ from pldr.modeling_pldr import PldrForCausalLM
 from pldr.models.shipped import STORIES
 from pldr.operator import DeductiveOutputs, freeze, stored_operator
 from pldr.plots import plot_curves, plot_invariance
+from pldr.recipe import DAG_TENSORS
 from pldr.study.lab import (
     COLLAPSED_GAIN,
     INVARIANT_LOSS,
@@ -301,7 +302,7 @@ def ablation(lab: Lab) -> Finding:
     freeze(model, lab.passages(tokenizer, 4, part="train")).save_pretrained(transferred)
     variants: dict[str, dict[str, Any]] = {
         "learned": {},
-        "DAG-regularised": {f"optimization.dag_{name}": 0.05 for name in ("A_LM", "A_P", "G_LM")},
+        "DAG-regularised": {f"optimization.dag_{name}": 0.05 for name in DAG_TENSORS},
         "transferred": {"model.G_LM": str(transferred)},
         "random": {"model.config.operator": "constant", "model.config.operator_init": "random"},
         "identity": {"model.config.operator": "constant", "model.config.operator_init": "identity"},

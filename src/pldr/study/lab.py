@@ -19,6 +19,7 @@ from rich.console import RenderableType
 from rich.markdown import Markdown
 from transformers import PreTrainedTokenizerFast
 
+from pldr.checkpoints.certificate import versions
 from pldr.checkpoints.load import load_model
 from pldr.data.rows import read_passages
 from pldr.data.sources import Source
@@ -227,19 +228,14 @@ class Lab:
 
     def write(self, finding: "Finding") -> None:
         """The page, README.md, and its numbers, results.json."""
-        import transformers
-
-        import pldr
-
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
         about: dict[str, Any] = {
             "claim": finding.claim, "verdict": finding.sentence, "outcome": finding.verdict, "command": self.command,
             "device": device, "date": time.strftime("%Y-%m-%d"),
-            "versions": {"pldr": pldr.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
-            "size": dataclasses.asdict(self.size), "data": self.data,
+            "versions": versions(), "size": dataclasses.asdict(self.size), "data": self.data,
         }  # fmt: skip
-        versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-        made_with = f"`{about['command']}` · {device} · {versions} · {about['date']}"
+        used = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+        made_with = f"`{about['command']}` · {device} · {used} · {about['date']}"
         page = "\n\n".join([f"# {finding.claim}", f"**{finding.sentence}**", *finding.sections, made_with])
         write_text(self.folder / "README.md", page + "\n")
         write_json(self.folder / "results.json", _without_places(about | {"numbers": finding.numbers}), indent=1)

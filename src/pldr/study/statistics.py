@@ -122,18 +122,12 @@ class Analysis(Printable):
     def to_json(self) -> dict[str, Any]:
         """Everything but the pictures' tensors, as plain numbers; null where a number is infinite or does not exist."""
         layers, heads, dim = self.shape
+        numbers = {name: _plain(statistics) for name, statistics in self.tensors.items()}
         return {
-            "model": self.model,
-            "source": self.source,
-            "layers": layers,
-            "heads": heads,
-            "head_dim": dim,
-            "passages": self.passages,
-            "length": self.length,
-            "growth_lengths": list(self.lengths),
-            "growth_passages": self.growth_passages,
-            "tensors": {name: _plain(statistics) for name, statistics in self.tensors.items()},
-        }
+            "model": self.model, "source": self.source, "layers": layers, "heads": heads, "head_dim": dim,
+            "passages": self.passages, "length": self.length, "growth_lengths": list(self.lengths),
+            "growth_passages": self.growth_passages, "tensors": json_safe(numbers),
+        }  # fmt: skip
 
 
 def analyse_model(
@@ -205,8 +199,8 @@ def summarise(X: torch.Tensor, name: str, *, constant: bool = False, growth: tor
     rows = [_summarise_layer(layer.double(), scale, constant) for layer in X]
     columns = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
     return Statistics(
-        **{key: value for key, value in columns.items() if not key.startswith("rank ")},
-        rank={tolerance: columns[f"rank {tolerance}"] for tolerance in RANK_TOLERANCES},
+        rank=dict(zip(RANK_TOLERANCES, columns.pop("rank").unbind(1), strict=True)),
+        **columns,
         growth=torch.zeros(0, X.shape[0], dtype=torch.float64) if growth is None else growth.cpu(),
         scale=scale,
         example=X[:, 0].float().cpu(),
@@ -226,6 +220,7 @@ def _summarise_layer(X: torch.Tensor, scale: Scale, constant: bool) -> dict[str,
         "maximum": X.amax((0, 2, 3)),
         "determinant_sign": sign.mean(0),
         "log10_determinant": log_magnitude.mean(0),
+        "rank": torch.stack([(values > t * largest[..., None]).sum(-1).double().mean(0) for t in RANK_TOLERANCES]),
         "singular_values": (values / largest.clamp(min=torch.finfo(X.dtype).tiny)[..., None]).mean(0),
         "condition": condition.median(0).values,
         "head_distance": _head_distance(X),
@@ -233,8 +228,6 @@ def _summarise_layer(X: torch.Tensor, scale: Scale, constant: bool) -> dict[str,
         "layer_variation": _variation(X[None], constant)[0],
         "histogram": torch.bincount(positions.flatten(), minlength=_BINS).double() / X.numel(),
     }
-    for tolerance in RANK_TOLERANCES:
-        result[f"rank {tolerance}"] = (values > tolerance * largest[..., None]).sum(-1).double().mean(0)
     return {key: value.double().cpu() for key, value in result.items()}
 
 
@@ -296,9 +289,9 @@ def _plain(statistics: Statistics) -> dict[str, Any]:
     for field in fields(statistics):
         value = getattr(statistics, field.name)
         if field.name == "rank":
-            result["rank"] = {str(tolerance): json_safe(rank.tolist()) for tolerance, rank in value.items()}
+            result["rank"] = {str(tolerance): rank.tolist() for tolerance, rank in value.items()}
         elif field.name == "scale":
             result["scale"] = value._asdict()
         elif field.name != "example":
-            result[field.name] = json_safe(value.tolist())
+            result[field.name] = value.tolist()
     return result

@@ -31,7 +31,7 @@ from pldr.training import TrainingInterrupted
 from pldr.training.callbacks import ProgressBar
 from pldr.training.checkpoint import checkpoints, load_weights, step_of
 from pldr.training.folder import run_folder
-from pldr.training.trainer import ADVICE, PROBED, PldrTrainer, dag_coefficients, training_arguments
+from pldr.training.trainer import ADVICE, PROBED, PldrTrainer, training_arguments
 
 
 def train(
@@ -179,8 +179,12 @@ def _datasets(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, process: Parti
     d, o = recipe.data, recipe.optimization
     rank, processes = process.process_index, process.num_processes
 
+    def report(line: str) -> None:
+        if process.is_main_process:
+            print(line, file=sys.stderr)  # noqa: T201
+
     def rows(part: str) -> TokenRows:
-        return cached_rows(source_of(d, part), tokenizer, d, report=_say if process.is_main_process else _ignore)
+        return cached_rows(source_of(d, part), tokenizer, d, report=report)
 
     # Of all processes the main one tokenises; the others then read what it wrote.
     with process.main_process_first():
@@ -203,14 +207,6 @@ def _datasets(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, process: Parti
     if o.handoff_step is not None and (validation is None or len(validation.full_rows(1)) == 0):
         raise ValueError("data.validation: the hand-off needs one full sequence to evaluate the operator on")
     return _Datasets(train, validation, test)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)  # noqa: T201
-
-
-def _ignore(line: str) -> None:
-    pass
 
 
 def _finish(trainer: PldrTrainer, done: _Done, data: _Datasets, tokenizer: PreTrainedTokenizerFast) -> dict[str, float]:
@@ -296,7 +292,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> PldrForCa
         )
     if config.operator != "learned" and recipe.optimization.handoff_step is not None:
         raise ValueError("recipe: optimization.handoff_step needs a learned operator to hand off")
-    if config.operator != "learned" and any(dag_coefficients(recipe.optimization).values()):
+    if config.operator != "learned" and recipe.optimization.dag_coefficients:
         raise ValueError(
             "recipe: optimization.dag_… need a learned operator, which alone has deductive outputs to regularise"
         )

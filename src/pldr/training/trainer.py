@@ -18,7 +18,7 @@ from pldr.deductive import dag_loss
 from pldr.evaluation.modes import operator_metrics
 from pldr.files import read_json, write_json
 from pldr.modeling_pldr import PldrForCausalLM
-from pldr.recipe import DistributedRecipe, OptimizationRecipe, Recipe
+from pldr.recipe import DistributedRecipe, Recipe
 from pldr.training.callbacks import ClipByValue, Stops, tensorboard_callback
 from pldr.training.checkpoint import (
     RECIPE,
@@ -77,11 +77,6 @@ def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         # Else the Trainer would spread each batch over all devices (DataParallel) without being asked.
         arguments._n_gpu = 1
     return arguments
-
-
-def dag_coefficients(optimization: OptimizationRecipe) -> dict[str, float]:
-    """Of the DAG loss of each deductive output."""
-    return {name: getattr(optimization, f"dag_{name}") for name in ("A_LM", "A_P", "G_LM")}
 
 
 def shard(model: PldrForCausalLM, recipe: DistributedRecipe, device: torch.device) -> None:
@@ -144,7 +139,7 @@ class PldrTrainer(Trainer):
         self.stopped_by: int | None = None
         self.must_hand_off = False
         self.broken_step = False  # its gradients are dropped
-        self.dag_coefficients = {name: value for name, value in dag_coefficients(recipe.optimization).items() if value}
+        self.dag_coefficients = recipe.optimization.dag_coefficients
         self.begun = time.perf_counter()  # where the steps of this call begin
         self.writer = CheckpointWriter(
             folder, PartialState(), keep=recipe.keep_checkpoints, background=recipe.async_save
