@@ -33,6 +33,7 @@ _PUBLIC = {
     "evaluate": "evaluation.evaluate",
     "inspect": "study.inspect",
     "certify": "study.certify",
+    "compress": "study.compress",
     "reproduce": "study.claims",
     "STORIES": "models.shipped",
     "HELD_OUT": "models.shipped",

@@ -236,6 +236,38 @@ def freeze(
     typer.echo(f"{destination}: constant operator, {parameters}")
 
 
+@_verb("compress runs/laptop runs/compressed --tolerance 1e-3")
+def compress(
+    model: Model,
+    destination: Annotated[Path, Argument(help="Folder to write.")],
+    tolerance: Annotated[float, Option(help="Bound on the loss difference (95%), nats per token.")] = 1e-4,
+    agreement: Annotated[float, Option(help="Least fraction of the same greedy tokens.")] = 0.999,
+    rank: Annotated[int | None, Option(help="Of every layer, in place of those that the bounds allow.")] = None,
+    weighting: Annotated[str, Option(help="moments: best for the scores of text; none: for G_LM itself.")] = "moments",
+    calibration: Annotated[
+        list[str] | None, Option(help="Text to compress for and to prove it on; else excerpts that ship with pldr.")
+    ] = None,
+    passages: Annotated[int, Option(help="Held-out passages to prove it on.")] = 16,
+    length: Length = None,
+    text_column: TextColumn = "text",
+    tokenizer: Tokenizer = None,
+    rope: Rope = None,
+    device: Device = "cpu",
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Factor the operator, so that keys are cached in fewer dimensions, within a bound on the loss."""
+    _quiet()
+    from pldr.study.compress import compress as run
+
+    compression = run(
+        model, destination, tolerance=tolerance, agreement=agreement, rank=rank, weighting=weighting,
+        calibration=calibration or (), passages=passages, length=length, text_column=text_column, tokenizer=tokenizer,
+        rope=rope, device=device, overwrite=overwrite,
+    )  # fmt: skip
+    _print(compression, as_json)
+
+
 @_verb("info demo-output/stories-frozen")
 def info(model: Model, rope: Rope = None, g_lm: OperatorFile = None, as_json: AsJson = False) -> None:
     """Show a model's shape, parameters, operators and cache sizes."""
@@ -280,11 +312,13 @@ def certify(
     model: Model,
     data: Annotated[list[str], Argument(help="Held-out text: .txt, .jsonl, .parquet files, patterns, hub:NAME.")],
     output: Annotated[Path | None, Option(help="Folder for frozen model and certificate, if certified.")] = None,
-    frozen: Annotated[Path | None, Option(help="A frozen form to certify, rather than make one.")] = None,
+    frozen: Annotated[Path | None, Option(help="A frozen or factored form to certify, rather than make one.")] = None,
     passages: Annotated[int, Option(help="Passages to compare on.")] = 32,
     calibration: Annotated[int, Option(help="Further passages, that G_LM is frozen from.")] = 4,
     length: Length = None,
-    loss: Annotated[float, Option(help="Bound on the difference of mean loss, nats per token.")] = 1e-5,
+    loss: Annotated[
+        float | None, Option(help="Bound on the difference of mean loss, nats per token; 1e-5, factored 1e-4.")
+    ] = None,
     agreement: Annotated[float, Option(help="Least fraction of the same greedy tokens.")] = 0.999,
     text_column: TextColumn = "text",
     tokenizer: Tokenizer = None,
@@ -293,7 +327,7 @@ def certify(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure whether G_LM may be cached or frozen. Exit code 0: certified, 1: not certified, 2: error."""
+    """Measure whether G_LM may be cached, frozen or factored. Exit code 0: certified, 1: not certified, 2: error."""
     _quiet()
     from pldr.study.certify import certify as run
 

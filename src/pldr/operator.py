@@ -194,6 +194,11 @@ class FactoredOperator(nn.Module):
         """Like `ConstantOperator.forward`, but the query and key that it returns are [B, H, T, r]."""
         return query @ self.left, key @ self.right, DeductiveOutputs(None, None, None, self.G_LM[None])
 
+    def head_ranks(self) -> list[int]:
+        """The columns of each head that are not zero."""
+        used = (self.left != 0).any(-2) & (self.right != 0).any(-2)
+        return [int(count) for count in used.sum(-1)]
+
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Like `ConstantOperator.factors`; here both are [H, D, r]."""
         return self.left.detach(), self.right.detach()

@@ -102,8 +102,9 @@ def facts_view(facts: dict[str, Any]) -> RenderableType:
     if certificate := facts.get("certificate"):
         report = certificate["report"]
         verdict = "certified" if report["certified"] else "not certified"
-        difference = report["modes"]["frozen"]["loss_difference"]
-        about = f"{verdict} {certificate['date']}, frozen {difference:+.1e} nats per token"
+        mode = "factored" if "factored" in report["modes"] else "frozen"
+        difference = report["modes"][mode]["loss_difference"]
+        about = f"{verdict} {certificate['date']}, {mode} {difference:+.1e} nats per token"
         rows.append(("certificate", about if facts["certified_weights"] else "of other weights; certify these again"))
     rows += [(name, str(value)) for name, value in facts["config"].items()]
     return _table(["", ""], [], rows, show_header=False, box=None, padding=(0, 2))
@@ -115,6 +116,8 @@ def facts_view(facts: dict[str, Any]) -> RenderableType:
 def certificate_view(certificate: dict[str, Any]) -> RenderableType:
     """What was measured, with the verdict in words."""
     report = certificate["report"]
+    if "factored" in report["modes"]:
+        return _factored_view(certificate["model"], report)
     variation = ", ".join(f"{value:.1e}" for value in report["variation"])
     return Group(
         Text.assemble(
@@ -131,9 +134,35 @@ def certificate_view(certificate: dict[str, Any]) -> RenderableType:
     )
 
 
+def _factored_view(model: str, report: dict[str, Any]) -> RenderableType:
+    heads = [rank for layer in report["head_ranks"] for rank in layer]
+    return Group(
+        Text.assemble(
+            (model, "bold"),
+            f": {report['passages']} held-out passages, {report['tokens']:,} tokens, loss {report['loss']:.4f} nats per "
+            f"token with a {report['against']} G_LM.",
+        ),
+        _table([f"against a {report['against']} G_LM"], ["G_LM factored"], _comparison_rows(report["modes"])),
+        _prose(
+            f"Keys have {', '.join(map(str, report['ranks']))} dimensions, layer by layer; the heads use "
+            f"{min(heads)} to {max(heads)}, on average {sum(heads) / len(heads):.1f}."
+        ),
+        _verdict(report),
+    )
+
+
 def _certificate_table(report: dict[str, Any]) -> Table:
     modes, causality = report["modes"], report["causality"]
-    table = _table(["against a learned G_LM"], [f"G_LM {name}" for name in modes])
+    table = _table(["against a learned G_LM"], [f"G_LM {name}" for name in modes], _comparison_rows(modes))
+    table.add_section()
+    _add(table, [["logits before the middle, when later tokens change", *causality]], style="bold")
+    differences = [f"{change['logit_difference']:.1e}" for change in causality.values()]
+    _add(table, [["  largest difference", *differences]])
+    _add(table, [["  same greedy tokens", *(f"{change['agreement']:.3%}" for change in causality.values())]])
+    return table
+
+
+def _comparison_rows(modes: dict[str, dict[str, Any]]) -> Iterator[list[str]]:
     cells = [
         ("loss difference, nats per token", lambda m: f"{m['loss_difference']:+.1e}"),
         ("  95% interval", lambda m: "{:+.1e} … {:+.1e}".format(*m["loss_interval"])),
@@ -142,13 +171,25 @@ def _certificate_table(report: dict[str, Any]) -> Table:
         ("same greedy tokens", lambda m: f"{m['agreement']:.3%}"),
         ("largest logit difference", lambda m: f"{m['logit_difference']:.1e}"),
     ]
-    _add(table, ([label, *map(cell, modes.values())] for label, cell in cells))
+    yield from ([label, *map(cell, modes.values())] for label, cell in cells)
+
+
+def compression_view(result: dict[str, Any]) -> RenderableType:
+    """`Compression.to_json`: the certificate, what is cached, and both ways to factor side by side."""
+    fits, weighting = result["fits"], result["weighting"]
+    names = {"moments": "weighted", "none": "plain"}
+    table = _table(["at the same ranks"], [f"{names[name]} factors" for name in fits])
+    rows = [("loss difference, nats per token", lambda fit: f"{fit['loss_difference']:+.1e}"),
+            ("same greedy tokens", lambda fit: f"{fit['agreement']:.3%}")]  # fmt: skip
+    _add(table, ([label, *map(cell, fits.values())] for label, cell in rows))
     table.add_section()
-    _add(table, [["logits before the middle, when later tokens change", *causality]], style="bold")
-    differences = [f"{change['logit_difference']:.1e}" for change in causality.values()]
-    _add(table, [["  largest difference", *differences]])
-    _add(table, [["  same greedy tokens", *(f"{change['agreement']:.3%}" for change in causality.values())]])
-    return table
+    _add(table, [["relative error of scores, rank", *[""] * len(fits)]], style="bold")
+    for layer, rank in enumerate(result["ranks"]):
+        errors = (f"{fit['score_error'][layer]:.1e}" for fit in fits.values())
+        _add(table, [[f"  layer {layer}, {rank} of {result['head_dim']}", *errors]])
+    share = result["kv_bytes"] / result["kv_bytes_before"]
+    cached = f"KV-cache: {result['kv_bytes']:,} bytes per token, {share:.2f} of {result['kv_bytes_before']:,}"
+    return Group(certificate_view(result["certificate"]), table, Text(f"{cached} ({names[weighting]} factors)."))
 
 
 def _verdict(report: dict[str, Any]) -> RenderableType:

@@ -1,4 +1,4 @@
-"""Certificates of frozen models: what was measured and on which weights, with a checksum that shows changes.
+"""Certificates of frozen and factored models: what was measured and on which weights, with a checksum that shows changes.
 
 The checksum proves nothing about who wrote a certificate.
 """
@@ -18,6 +18,8 @@ from pldr import __version__
 from pldr.files import one_line, read_json, write_json
 
 FILE = "certificate.json"
+# Of a frozen model, and of one with a factored operator.
+KIND, FACTORED_KIND = "pldr certificate 1", "pldr factored certificate 1"
 
 # What a certificate says, as `pldr.study.certify` writes it: types, lists of one, and what is always the same.
 _CHANGE = {"kl_mean": float, "agreement": float, "logit_difference": float}
@@ -34,13 +36,26 @@ _REPORT = {
     "reasons": [str],
     "certified": bool,
 }
+_FACTORED_REPORT = {
+    "against": str,
+    "passages": int,
+    "tokens": int,
+    "loss": float,
+    "modes": {"factored": _COMPARISON},
+    "ranks": [int],
+    "head_ranks": [[int]],
+    "thresholds": {"loss": float, "agreement": float},
+    "reasons": [str],
+    "certified": bool,
+}
 _CERTIFICATE = {
-    "kind": "pldr certificate 1",
+    "kind": KIND,
     **dict.fromkeys(("model", "weights", "frozen_weights", "device", "date", "dtype"), str),
     "data": {},
     "versions": {},
     "report": _REPORT,
 }
+_FACTORED_CERTIFICATE = _CERTIFICATE | {"kind": FACTORED_KIND, "report": _FACTORED_REPORT}
 
 
 def versions() -> dict[str, str]:
@@ -91,7 +106,7 @@ def read_certificate(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
         certificate = read_json(file)
         if certificate != with_checksum(certificate):
             raise ValueError("its contents do not match its checksum")
-        _check_shape(certificate, _CERTIFICATE)
+        _check_shape(certificate, _FACTORED_CERTIFICATE if certificate.get("kind") == FACTORED_KIND else _CERTIFICATE)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file}: not a valid certificate ({one_line(error)}); certify the model again") from None
     return certificate

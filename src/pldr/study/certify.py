@@ -1,7 +1,7 @@
-"""Is it safe to cache or freeze G_LM for a checkpoint? Measured on held-out text, with a verdict.
+"""Is it safe to cache, freeze or factor G_LM for a checkpoint? Measured on held-out text, with a verdict.
 
-Every mode of `pldr.evaluation.modes` is compared with the model as it is: G_LM learned from the whole passage. Shapes:
-B passages, T tokens each, V vocabulary.
+Every mode of `pldr.evaluation.modes` is compared with the model as it is: G_LM learned from the whole passage. A factored
+form is compared with the model that it came from. Shapes: B passages, T tokens each, V vocabulary.
 """
 
 import copy
@@ -21,7 +21,7 @@ from rich.progress import track
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
-from pldr.checkpoints.certificate import versions, weights_digest, write_certificate
+from pldr.checkpoints.certificate import FACTORED_KIND, KIND, versions, weights_digest, write_certificate
 from pldr.checkpoints.load import load_model, load_with_tokenizer
 from pldr.data.rows import choose_passages
 from pldr.data.sources import Source, names_of
@@ -29,6 +29,7 @@ from pldr.deductive import deductive_outputs, variation
 from pldr.evaluation.modes import OperatorModes, frozen_copy, name_of
 from pldr.files import check_output, whole_folder
 from pldr.modeling_pldr import PldrForCausalLM
+from pldr.operator import FactoredOperator
 from pldr.tables import Printable, certificate_view
 
 # Resamples of the passages for the 95% interval of a mean.
@@ -120,17 +121,45 @@ class Report:
 
 
 @dataclass(frozen=True)
+class FactoredReport:
+    """What a factored operator changes.
+
+    Attributes:
+        against: "learned" or "frozen": the operator of the model that it is compared with.
+        passages, tokens: that were compared.
+        loss: of that model, nats per token.
+        modes: "factored", all positions.
+        ranks: dimensions of cached keys, layer by layer.
+        head_ranks: of those the ones that each head uses, layer by layer.
+        thresholds: what the verdict is about; of the interval of the loss difference, the upper end counts.
+        reasons: against it.
+        certified: the verdict: there are none.
+    """
+
+    against: str
+    passages: int
+    tokens: int
+    loss: float
+    modes: dict[str, Comparison]
+    ranks: list[int]
+    head_ranks: list[list[int]]
+    thresholds: Thresholds
+    reasons: list[str]
+    certified: bool
+
+
+@dataclass(frozen=True)
 class Certificate(Printable):
     """A report with what it is about: weights, data and versions (see `pldr.checkpoints.certificate`).
 
     Attributes:
         model: name of the model.
-        weights, frozen_weights: digests of both as they are stored.
+        weights, frozen_weights: digests of the model and of its frozen or factored form, as they are stored.
         data: names of the data and whatever else tells it apart.
         device: where it was measured, in float32.
         date: when.
         report: what was measured.
-        frozen: the frozen form, which is no part of the written certificate.
+        frozen: the frozen or factored form, which is no part of the written certificate.
         tokenizer: of the model.
     """
 
@@ -140,7 +169,7 @@ class Certificate(Printable):
     data: dict[str, Any]
     device: str
     date: str
-    report: Report
+    report: Report | FactoredReport
     frozen: PldrForCausalLM = dataclasses.field(repr=False)
     tokenizer: PreTrainedTokenizerFast = dataclasses.field(repr=False)
 
@@ -151,7 +180,7 @@ class Certificate(Printable):
     def to_json(self) -> dict[str, Any]:
         """Plain numbers, lists and texts."""
         return {
-            "kind": "pldr certificate 1",
+            "kind": FACTORED_KIND if isinstance(self.report, FactoredReport) else KIND,
             **{name: getattr(self, name) for name in ("model", "weights", "frozen_weights", "data", "device", "date")},
             "dtype": "float32",
             "versions": versions(),
@@ -159,7 +188,7 @@ class Certificate(Printable):
         }
 
     def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Write the frozen model with its tokenizer and certificate, whole or not at all.
+        """Write the frozen or factored model with its tokenizer and certificate, whole or not at all.
 
         Raises:
             FileExistsError, OSError: see `pldr.files.check_output`.
@@ -182,7 +211,7 @@ def certify(
     passages: int = 32,
     calibration: int = 4,
     length: int | None = None,
-    loss: float = 1e-5,
+    loss: float | None = None,
     agreement: float = 0.999,
     text_column: str = "text",
     tokenizer: str | os.PathLike[str] | PreTrainedTokenizerFast | None = None,
@@ -190,17 +219,19 @@ def certify(
     device: str | None = None,
     overwrite: bool = False,
 ) -> Certificate:
-    """Measure whether G_LM may be cached or frozen, as `pldr certify` does.
+    """Measure whether G_LM may be cached, frozen or factored, as `pldr certify` does.
 
     Args:
-        model: with a learned operator: a folder in any layout, a ``.pth`` file, or a loaded model.
+        model: with a learned operator: a folder in any layout, a ``.pth`` file, or a loaded model. A factored form can also
+            be compared with the frozen model that it came from.
         data: held-out text: .txt, .jsonl, .parquet files or patterns, hub:NAME.
         output: folder for the frozen model and its certificate, written if certified.
-        frozen: folder with a frozen form of the model to certify, rather than make one; its certificate goes there.
+        frozen: folder with a frozen or factored form of the model to certify, rather than make one; its certificate goes
+            there.
         passages: to compare on, at least 2, spread over the beginning of the data.
         calibration: further passages, at least 1, that G_LM is frozen from.
         length: tokens of a passage, at least 4; 512, or the context if that is less.
-        loss, agreement: see `Thresholds`.
+        loss, agreement: see `Thresholds`; the loss is 1e-5 by default, of a factored form 1e-4.
         text_column: of JSON lines, Parquet files and hub data sets.
         tokenizer, rope, device: see `pldr.checkpoints.load.load_with_tokenizer`.
         overwrite: replace an output folder that is not empty.
@@ -209,7 +240,7 @@ def certify(
         ValueError, OSError: an option outside its range, too little text, or a model, tokenizer or output folder that
             can not be used; nothing is written then.
     """
-    thresholds = Thresholds(loss, agreement)
+    Thresholds(1e-5 if loss is None else loss, agreement)  # refused before anything is read
     if passages < 2 or calibration < 1:
         raise ValueError(f"passages: must be at least 2, and calibration at least 1, got {passages} and {calibration}")
     if frozen is not None and output is not None:
@@ -218,31 +249,33 @@ def certify(
         check_output(output, overwrite=overwrite)
     stored, text_tokenizer = load_with_tokenizer(model, tokenizer, device=device, rope=rope)
     assert text_tokenizer is not None
-    _check_learned(stored)
-    sources = names_of(data)
-    rows = _spread_passages(Source(sources, text_column), text_tokenizer, stored, passages + calibration, length)
     constant = None if frozen is None else load_model(frozen, device=stored.device)
+    factored = constant is not None and constant.config.operator == "factored"
+    if not factored:
+        _check_learned(stored)
+    thresholds = Thresholds((1e-4 if factored else 1e-5) if loss is None else loss, agreement)
+    sources = names_of(data)
+    rows = spread_passages(Source(sources, text_column), text_tokenizer, stored, passages + calibration, length)
     if constant is not None and constant.config.vocab_size != stored.config.vocab_size:
         raise ValueError(f"{frozen}: has another vocabulary than the model; it is not its frozen form")
     frozen_weights = None if constant is None else weights_digest(constant.state_dict())
-    report, constant = compare_modes(
-        _in_float32(stored),
-        rows[calibration:].to(stored.device),
-        rows[:calibration].to(stored.device),
-        frozen=None if constant is None else _in_float32(constant),
-        thresholds=thresholds,
-        progress=lambda items: track(items, "certifying", console=Console(stderr=True), transient=True),
-    )
-    certificate = Certificate(
-        model=Path(name_of(model)).resolve().name,
-        weights=weights_digest(stored.state_dict()),
-        frozen_weights=frozen_weights or weights_digest(constant.state_dict()),
-        data={
-            "sources": sources, "passages": passages, "calibration_passages": calibration, "length": rows.shape[1],
-            "sha256": hashlib.sha256(rows.numpy().tobytes()).hexdigest(),
-        },
-        device=str(stored.device), date=time.strftime("%Y-%m-%d"), report=report, frozen=constant,
-        tokenizer=text_tokenizer,
+    read, held_out = in_float32(stored), rows[calibration:].to(stored.device)
+    report: Report | FactoredReport
+    if factored:
+        assert constant is not None
+        report = compare_factored(read, in_float32(constant), held_out, thresholds=thresholds, progress=_progress)
+    else:
+        report, constant = compare_modes(
+            read,
+            held_out,
+            rows[:calibration].to(stored.device),
+            frozen=None if constant is None else in_float32(constant),
+            thresholds=thresholds,
+            progress=_progress,
+        )
+    certificate = certificate_of(
+        model, stored, constant, text_tokenizer, report, sources=sources, rows=rows, calibration=calibration,
+        frozen_weights=frozen_weights,
     )  # fmt: skip
     if certificate.certified and output is not None:
         certificate.save(output, overwrite=overwrite)
@@ -251,17 +284,54 @@ def certify(
     return certificate
 
 
+def certificate_of(
+    model: str | os.PathLike[str] | PldrForCausalLM,
+    stored: PldrForCausalLM,
+    form: PldrForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    report: Report | FactoredReport,
+    *,
+    sources: list[str],
+    rows: torch.Tensor,
+    calibration: int,
+    frozen_weights: str | None = None,
+) -> Certificate:
+    """A report with what it is about.
+
+    Args:
+        model: as it was given; `stored`: as it was loaded.
+        form: its frozen or factored form, and `frozen_weights`: its digest where it is stored in another dtype.
+        tokenizer: of the model.
+        report: what was measured.
+        sources: of the passages `rows` [B, T], the first `calibration` of which were not held out.
+    """
+    return Certificate(
+        model=Path(name_of(model)).resolve().name,
+        weights=weights_digest(stored.state_dict()),
+        frozen_weights=frozen_weights or weights_digest(form.state_dict()),
+        data={
+            "sources": sources, "passages": len(rows) - calibration, "calibration_passages": calibration,
+            "length": rows.shape[1], "sha256": hashlib.sha256(rows.cpu().numpy().tobytes()).hexdigest(),
+        },
+        device=str(stored.device), date=time.strftime("%Y-%m-%d"), report=report, frozen=form, tokenizer=tokenizer,
+    )  # fmt: skip
+
+
+def _progress(items: Iterable[int]) -> Iterable[int]:
+    return track(items, "certifying", console=Console(stderr=True), transient=True)
+
+
 def _check_learned(model: PldrForCausalLM) -> None:
     """Raises ValueError: there is nothing to certify."""
     if model.config.operator != "learned":
         raise ValueError("certify: this model's operator is constant already; certify the model it was frozen from")
 
 
-def _in_float32(model: PldrForCausalLM) -> PldrForCausalLM:
+def in_float32(model: PldrForCausalLM) -> PldrForCausalLM:
     return model if model.dtype == torch.float32 else copy.deepcopy(model).float()
 
 
-def _spread_passages(
+def spread_passages(
     source: Source, tokenizer: PreTrainedTokenizerFast, model: PldrForCausalLM, count: int, length: int | None
 ) -> torch.Tensor:
     """[count, length] passages in random order, spread over the beginning of the data, not one stretch of a document.
@@ -315,7 +385,7 @@ def compare_modes(
     for index in progress(range(len(passages))):
         ids = passages[index : index + 1]
         learned, constant = (modes.logits(mode, ids, 1) for mode in ("learned", "frozen"))
-        losses.append(_losses(learned, ids))
+        losses.append(losses_of(learned, ids))
         compared["frozen"].add(learned, constant, ids)
         compared["cached"].add(learned[:, half:], modes.logits("cached", ids, half)[:, 1:], ids[:, half:])
         # The same first half before the second half of another passage.
@@ -337,12 +407,40 @@ def compare_modes(
     return report, modes.models["frozen"]
 
 
+@torch.no_grad()
+def compare_factored(
+    model: PldrForCausalLM,
+    factored: PldrForCausalLM,
+    passages: torch.Tensor,
+    *,
+    thresholds: Thresholds,
+    progress: Callable[[Iterable[int]], Iterable[int]] = lambda items: items,
+) -> FactoredReport:
+    """Compare a factored form with the model that it came from, on passages [B, T], held out, B ≥ 2, T ≥ 4."""
+    sums, losses = _Sums(), []
+    for index in progress(range(len(passages))):
+        ids = passages[index : index + 1]
+        whole, short = (form.eval()(ids, use_cache=False).logits for form in (model, factored))
+        losses.append(losses_of(whole, ids).mean().item())
+        sums.add(whole, short, ids)
+    found = sums.comparison()
+    reasons = _against("factored", found, thresholds, worst=found.loss_interval[1])
+    ranks = factored.config.operator_ranks
+    assert ranks is not None
+    return FactoredReport(
+        against="learned" if model.config.operator == "learned" else "frozen", passages=len(passages),
+        tokens=passages.numel(), loss=float(np.mean(losses)), modes={"factored": found}, ranks=ranks,
+        head_ranks=[operator.head_ranks() for operator in factored.modules() if isinstance(operator, FactoredOperator)],
+        thresholds=thresholds, reasons=reasons, certified=not reasons,
+    )  # fmt: skip
+
+
 def _operators(model: PldrForCausalLM, passages: torch.Tensor) -> torch.Tensor:
     """G_LM of every passage, [L, B, H, D, D]; a few passages at a time."""
     return torch.cat([deductive_outputs(model, part).G_LM.cpu() for part in passages.split(4)], 1)
 
 
-def _losses(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+def losses_of(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """[B, T - 1], float64."""
     return F.cross_entropy(logits[:, :-1].double().transpose(1, 2), ids[:, 1:], reduction="none")
 
@@ -350,14 +448,15 @@ def _losses(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 def _loss_difference(frozen: PldrForCausalLM, passages: torch.Tensor, losses: list[torch.Tensor]) -> float:
     """Mean loss of a frozen form minus the model's, whose losses of each passage, [1, T - 1], are known."""
     differences = [
-        (_losses(frozen(ids, use_cache=False).logits, ids) - known).mean()
+        (losses_of(frozen(ids, use_cache=False).logits, ids) - known).mean()
         for ids, known in zip(passages.split(1), losses, strict=False)
     ]
     return float(torch.stack(differences).mean())
 
 
-def _against(mode: str, found: Comparison, thresholds: Thresholds) -> list[str]:
-    worst = max(abs(bound) for bound in found.loss_interval)
+def _against(mode: str, found: Comparison, thresholds: Thresholds, worst: float | None = None) -> list[str]:
+    """Reasons; `worst`: the loss difference that counts, by default the larger end of its interval, of either sign."""
+    worst = max(abs(bound) for bound in found.loss_interval) if worst is None else worst
     reasons = []
     if not worst <= thresholds.loss:
         reasons.append(f"{mode}: loss may differ by {worst:.1e} nats per token, more than {thresholds.loss:.1e}")
@@ -377,7 +476,7 @@ class _Sums:
 
     def add(self, reference: torch.Tensor, other: torch.Tensor, ids: torch.Tensor) -> None:
         """Of one passage: logits [1, T, V] both, ids [1, T]."""
-        self.loss_differences.append(float((_losses(other, ids) - _losses(reference, ids)).mean()))
+        self.loss_differences.append(float((losses_of(other, ids) - losses_of(reference, ids)).mean()))
         one, two = (logits.double().log_softmax(-1) for logits in (reference, other))
         self.kl.append((one.exp() * (one - two)).sum(-1).clamp(min=0).flatten().cpu().numpy())
         self.same += int((reference.argmax(-1) == other.argmax(-1)).sum())
@@ -388,10 +487,16 @@ class _Sums:
         return Change(float(np.concatenate(self.kl).mean()), self.same / self.positions, self.logit_difference)
 
     def comparison(self) -> Comparison:
-        values, kl = np.array(self.loss_differences), np.concatenate(self.kl)
-        draws = np.random.default_rng(0).integers(len(values), size=(_RESAMPLES, len(values)))
-        low, high = np.percentile(values[draws].mean(1), [2.5, 97.5])
+        kl = np.concatenate(self.kl)
         return Comparison(
-            **vars(self.change()), loss_difference=float(values.mean()), loss_interval=(float(low), float(high)),
-            kl_99=float(np.percentile(kl, 99)), kl_max=float(kl.max()),
+            **vars(self.change()), loss_difference=float(np.mean(self.loss_differences)),
+            loss_interval=interval_of_mean(self.loss_differences), kl_99=float(np.percentile(kl, 99)), kl_max=float(kl.max()),
         )  # fmt: skip
+
+
+def interval_of_mean(numbers: Sequence[float]) -> tuple[float, float]:
+    """The 95% interval of their mean, by bootstrap."""
+    values = np.array(numbers)
+    draws = np.random.default_rng(0).integers(len(values), size=(_RESAMPLES, len(values)))
+    low, high = np.percentile(values[draws].mean(1), [2.5, 97.5])
+    return float(low), float(high)
