@@ -90,6 +90,9 @@ class TestReading:
         assert "row 5" in bad.first["'body' is not a text"]
         with pytest.raises(ValueError, match=r"no column 'text'; it has body, n"):
             list(read_documents([str(file)]))
+        parquet.write_table(pyarrow.table({"\x1b[31m": [1]}), tmp_path / "red.parquet")
+        with pytest.raises(ValueError, match=r"it has \\x1b\[31m$"):
+            list(read_documents([str(tmp_path / "red.parquet")]))
         file.write_bytes(file.read_bytes()[:-20])
         with pytest.raises(ValueError, match=r"books.parquet: damaged or unreadable file"):
             list(read_documents([str(file)], "body"))
@@ -252,6 +255,9 @@ class TestReading:
         file.write_bytes(packed[:100] + bytes(64) + packed[164:])
         with pytest.raises(ValueError, match=r"damaged or unreadable file|not JSON|not valid UTF-8"):
             list(read_documents([str(file)]))
+        file.write_bytes(b"")  # as a full disk leaves it
+        with pytest.raises(ValueError, match=rf"rows.jsonl{ending}: damaged or unreadable file \(it is empty\)"):
+            list(read_documents([str(file)], strict=False))
 
     def test_errors(self, tmp_path, toy_tokenizer):
         with pytest.raises(FileNotFoundError, match=r"nothing\*.txt matches no file"):

@@ -147,6 +147,7 @@ class TestBases:
         ("output: x", "missing key 'data'"),
         ("- a list", "must be a section with keys"),
         ("output: [", "not valid YAML"),
+        ("seed: " + "9" * 5000, r"r\.yaml: not valid YAML \(Exceeds the limit"),
         ("", "must be a section with keys"),
     ],
 )
@@ -154,6 +155,11 @@ def test_recipe_errors_name_the_place(tmp_path, text, message):
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
         load_recipe(tmp_path / "r.yaml")
+
+
+def test_an_override_that_is_not_yaml_is_named(write_recipe):
+    with pytest.raises(ValueError, match=r"recipe: override 'seed=9+': not valid YAML \(Exceeds the limit"):
+        load_recipe(write_recipe(), ["seed=" + "9" * 5000])
 
 
 def test_overrides(write_recipe):

@@ -1,13 +1,15 @@
 import base64
 import json
 import os
+import random
 import unicodedata
 
 import pytest
 import sentencepiece
+from tokenizers import normalizers
 
 from helpers import WORDS, shared
-from pldr.tokenizer import check_text, check_vocabulary, load_tokenizer, train_sentencepiece
+from pldr.tokenizer import _check_table, check_text, check_vocabulary, load_tokenizer, train_sentencepiece
 
 TRICKY = [
     "", "   ", " leading", "trailing ", "two  spaces", "tab\tsep\there", "new\nline\r\nand more\n", "\n",
@@ -173,6 +175,55 @@ def test_a_table_of_characters_that_is_cut_off(pair, toy_model_file, tmp_path):
     for place in ("cut.model", "folder"):
         with pytest.raises(ValueError, match=rf"{place}: damaged .*a table of characters that is cut off"):
             load_tokenizer(tmp_path / place)
+
+
+def table_of(pair):
+    steps = json.loads(pair[0].backend_tokenizer.to_str())["normalizer"]["normalizers"]
+    return next(base64.b64decode(step["precompiled_charsmap"]) for step in steps if step["type"] == "Precompiled")
+
+
+def test_tables_of_characters_that_pass_lead_no_text_astray(pair, capfd):
+    """The library would panic at the first text that leads out of a table, long after the tokenizer was loaded."""
+    whole, dice = table_of(pair), random.Random(0)
+    _check_table(whole)
+    texts = [chr(code) for code in range(1, 0x20000) if not 0xD800 <= code < 0xE000]
+    refused = 0
+    for _ in range(15):
+        table = bytearray(whole)
+        table[dice.randrange(4, len(table))] ^= 1 << dice.randrange(8)
+        try:
+            _check_table(bytes(table))
+        except ValueError:
+            refused += 1
+        else:
+            normalizer = normalizers.Precompiled(bytes(table))
+            for text in texts:
+                normalizer.normalize_str(text)
+    assert 0 < refused < 15
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("place", "number", "message"),
+    [
+        (0, 0xFFFFFC00, "leads out of itself"),  # the root's children
+        ("leaf", 0x80000000 | 5_000_000, "leads to no text"),
+    ],
+)
+def test_a_table_of_characters_that_leads_astray(pair, toy_model_file, tmp_path, place, number, message):
+    table = bytearray(table_of(pair))
+    numbers = memoryview(table)[4 : 4 + int.from_bytes(table[:4], "little")].cast("I")
+    if place == "leaf":
+        place = next(index for index, value in enumerate(numbers) if value >> 31)
+    numbers[place] = number
+    numbers.release()
+    model = pieces_of(toy_model_file)
+    model.normalizer_spec.precompiled_charsmap = bytes(table)
+    (tmp_path / "astray.model").write_bytes(model.SerializeToString())
+    with pytest.raises(
+        ValueError, match=rf"astray\.model: damaged SentencePiece model \(a table of characters that {message}"
+    ):
+        load_tokenizer(tmp_path / "astray.model")
 
 
 @pytest.mark.parametrize(

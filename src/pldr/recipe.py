@@ -286,14 +286,9 @@ def load_recipe(name: str | os.PathLike[str], overrides: list[str] | None = None
             with its place; a recipe that is its own base.
         FileNotFoundError: there is no such recipe, or no such base.
     """
-    import yaml
-
     sections = _read_over_bases(find_recipe(name))
-    try:
-        for override in overrides or []:
-            _override(sections, override, yaml.safe_load)
-    except yaml.YAMLError as error:
-        raise ValueError(f"recipe: override {override!r}: not valid YAML ({one_line(error)})") from None
+    for override in overrides or []:
+        _override(sections, override)
     return _parse(Recipe, sections, "")
 
 
@@ -322,15 +317,20 @@ def _find_base(path: Path, base: object) -> Path:
 
 
 def _read_sections(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        sections = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"recipe {path}: not valid YAML ({one_line(error)})") from None
+    sections = _parse_yaml(path.read_bytes(), f"recipe {path}")
     if not isinstance(sections, dict):
         raise ValueError(f"recipe {path}: must be a section with keys, got {sections!r}")
     return sections
+
+
+def _parse_yaml(text: str | bytes, name: str) -> Any:
+    """Raises ValueError: not YAML, too deep, or an integer of too many digits; `name` says where."""
+    import yaml
+
+    try:
+        return yaml.safe_load(text if isinstance(text, str) else text.decode("utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{name}: not valid YAML ({one_line(error)})") from None
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -339,7 +339,7 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return below | above | {key: _merged(below[key], above[key]) for key in both}
 
 
-def _override(mapping: Any, override: str, parse: Any) -> None:
+def _override(mapping: Any, override: str) -> None:
     key, separator, value = override.partition("=")
     if not separator:
         raise ValueError(f"recipe: override {override!r} is not of the form key=value")
@@ -348,7 +348,7 @@ def _override(mapping: Any, override: str, parse: Any) -> None:
         mapping = mapping.setdefault(name, {}) if isinstance(mapping, dict) else None
         if not isinstance(mapping, dict):
             raise ValueError(f"recipe: {key}: {name} is not a section")
-    mapping[last] = parse(value)
+    mapping[last] = _parse_yaml(value, f"recipe: override {override!r}")
 
 
 def _parse(kind: Any, value: Any, place: str) -> Any:

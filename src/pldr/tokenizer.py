@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -98,12 +99,28 @@ def _tables(normalizer: Any) -> Iterator[bytes]:
 
 
 def _check_table(table: bytes) -> None:
-    """
+    """Look at all that the tokenizers library follows, out of bounds too, when it meets a text that leads there.
+
+    A table is the length of a trie in bytes, the trie, and the texts that its leaves point to, each with a NUL behind it. The
+    trie is a double array of 32-bit numbers: a node's children begin at its own place XOR its offset, each a byte further.
+
     Raises:
-        ValueError: a table of characters says that it is longer than it is; the tokenizers library would make room for it.
+        ValueError: it ends before its trie does, or a node or leaf of it points to what is not there.
     """
-    if len(table) < 4 or int.from_bytes(table[:4], "little") > len(table) - 4:
+    length = int.from_bytes(table[:4], "little")
+    if length < 4 or length % 4 or length > len(table) - 4:
         raise ValueError("a table of characters that is cut off")
+    trie, texts = np.frombuffer(table[4 : 4 + length], "<u4").astype(np.int64), table[4 + length :]
+    inner = np.flatnonzero((trie >> 31 == 0) | (np.arange(len(trie)) == 0))
+    nodes = trie[inner]
+    children = inner ^ ((nodes >> 10) << ((nodes & (1 << 9)) >> 6))
+    if (children | 255).max() >= len(trie):
+        raise ValueError("a table of characters that leads out of itself")
+    leaves = trie[children[nodes >> 8 & 1 == 1]] & ((1 << 31) - 1)
+    starts = {0, *(place + 1 for place, byte in enumerate(texts) if byte == 0)}
+    texts.decode("utf-8")
+    if not starts.issuperset(leaves.tolist()):
+        raise ValueError("a table of characters that leads to no text")
 
 
 def _check_lengths(pieces: Iterable[str]) -> None:

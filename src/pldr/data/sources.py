@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pldr.files import one_line, sha256
+from pldr.files import one_line, printable, sha256
 from pldr.tokenizer import check_text
 
 if TYPE_CHECKING:
@@ -362,7 +362,8 @@ def _read_parquet(file: Path, column: str, bad: BadRows) -> Iterator[Piece]:
         # Buffered, so that a group of rows is not held, and row by row, since many can be one long text, stored once.
         opened = parquet.ParquetFile(file, buffer_size=_PIECE_CHARACTERS)
         if column not in opened.schema_arrow.names:
-            raise ValueError(f"data: {file}: no column {column!r}; it has {', '.join(opened.schema_arrow.names)}")
+            names = printable(", ".join(opened.schema_arrow.names))
+            raise ValueError(f"data: {file}: no column {column!r}; it has {names}")
         for number, batch in enumerate(opened.iter_batches(batch_size=1, columns=[column]), 1):
             place = f"{file}: row {number}"
             try:
@@ -406,6 +407,8 @@ _OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, "
 
 def _open(file: Path) -> io.BufferedReader:
     """Its bytes, decompressed."""
+    if file.suffix in _OPENERS and file.stat().st_size == 0:  # for gzip, and for it alone, that is no error
+        raise EOFError("it is empty")
     opened: io.BufferedReader = _OPENERS.get(file.suffix, open)(file, "rb")
     return opened
 

@@ -5,6 +5,7 @@ read from them have the columns that the harness's task has on the hub.
 """
 
 import json
+import reprlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,47 +49,54 @@ class Layout:
     labels: tuple[str, ...] = ()
 
 
+def _text(fields: Row, name: str) -> str:
+    """Raises ValueError: it is neither a text nor a number, which some files have for one."""
+    if type(fields[name]) not in (str, int, float):
+        raise ValueError(f"{name} must be a text, got {reprlib.repr(fields[name])}")
+    return str(fields[name])
+
+
 def _stem_and_choices(question: Row, label: str) -> Row:
     """ARC and OpenBookQA share a format; the hub spells its question differently."""
     choices = question["question"]["choices"]
-    names = [choice["label"] for choice in choices]
+    names = [_text(choice, "label") for choice in choices]
     answer = question["answerKey"]
     if answer not in names:
         raise ValueError(f"answerKey {answer!r} is none of the choices {', '.join(names)}")
-    stem = question["question"]["stem"]
-    columns = {"text": [choice["text"] for choice in choices], "label": names}
+    stem = _text(question["question"], "stem")
+    columns = {"text": [_text(choice, "text") for choice in choices], "label": names}
     return {"question": stem, "question_stem": stem, "choices": columns, "answerKey": answer}
 
 
 def _hellaswag(question: Row, label: str) -> Row:
-    endings = [str(ending) for ending in question["endings"]]
+    endings = [_text({"ending": ending}, "ending") for ending in question["endings"]]
     right = int(question["label"])
     if not 0 <= right < len(endings):
         raise ValueError(f"label {right} is none of {len(endings)} endings")
-    texts = {name: str(question[name]) for name in ("ctx_a", "ctx_b", "activity_label")}
+    texts = {name: _text(question, name) for name in ("ctx_a", "ctx_b", "activity_label")}
     return texts | {"endings": endings, "label": str(right)}
 
 
 def _piqa(question: Row, label: str) -> Row:
-    return {name: str(question[name]) for name in ("goal", "sol1", "sol2")} | {"label": int(label)}
+    return {name: _text(question, name) for name in ("goal", "sol1", "sol2")} | {"label": int(label)}
 
 
 def _social_iqa(question: Row, label: str) -> Row:
     names = ("context", "question", "answerA", "answerB", "answerC")
-    return {name: str(question[name]) for name in names} | {"label": label}
+    return {name: _text(question, name) for name in names} | {"label": label}
 
 
 def _winogrande(question: Row, label: str) -> Row:
-    sentence, answer = str(question["sentence"]), str(question["answer"])
+    sentence, answer = _text(question, "sentence"), _text(question, "answer")
     if "_" not in sentence:
         raise ValueError("sentence has no _ to fill in")
     if answer not in ("1", "2"):
         raise ValueError(f"answer must be 1 or 2, got {answer!r}")
-    return {name: str(question[name]) for name in ("option1", "option2")} | {"sentence": sentence, "answer": answer}
+    return {name: _text(question, name) for name in ("option1", "option2")} | {"sentence": sentence, "answer": answer}
 
 
 def _truthfulqa(question: Row, label: str) -> Row:
-    row: Row = {"question": str(question["question"])}
+    row: Row = {"question": _text(question, "question")}
     for name in ("mc1_targets", "mc2_targets"):
         targets = question[name]
         if 1 not in targets.values():
