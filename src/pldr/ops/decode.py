@@ -28,6 +28,8 @@ except ModuleNotFoundError:  # the CPU build of torch brings no Triton
 # benchmarks/results/decode-h100.json, "paths".
 FEW = 3
 SOME = 128
+# Into how many parts the sums of products with few features are cut, so that all of the chip has work.
+_PARTS = 4
 
 
 class Stream(NamedTuple):
@@ -114,14 +116,9 @@ def linear_add(x: "torch.Tensor | kernels.Parts", linear: Linear, residual: torc
         return Stream(kernels.linear_add(x, linear, residual))
     x = x.to(linear.dtype)
     if path == "some":
-        # Few features: the sum over the inputs is cut, so that all of the chip has work.
-        return Stream(kernels.dot(x, linear, residual=residual, split=SPLITS if x.shape[1] > 1024 else 2))
+        return Stream(kernels.dot(x, linear, residual=residual, split=_PARTS))
     product = linear(x)
     return Stream(product, residual) if path == "many" else Stream(product.float() + residual)
-
-
-# Parts of the sum over the gated unit's width.
-SPLITS = 4
 
 
 def residual_unit(u: torch.Tensor, gate_up: Linear, down: Linear, weights: Norm) -> torch.Tensor:
@@ -150,6 +147,7 @@ def attend(
     pairing: str,
     left: torch.Tensor,
     right: torch.Tensor | None,
+    arrivals: torch.Tensor,
 ) -> torch.Tensor:
     """Attention of one new token a sequence, whose key and value go into the cache: softmax(q L kᵀ / sqrt(D)) v.
 
@@ -162,12 +160,13 @@ def attend(
         pairing: see `reference.apply_rotary`.
         left: [H, D, R], or [S ≥ N, H, D, R] with one a sequence: G_LM, or the left factor.
         right: [H, D, R], the factor that keys are kept through; None where they are kept whole.
+        arrivals: [S ≥ N, H] (int32), for the kernels to count in: zeros before and after.
 
     Returns:
         [N, M]; on CUDA, for few sequences, the parts of it that `linear_add` sums.
     """
     if qkv.is_cuda and kernels is not None:
-        return kernels.attend(qkv, keys, values, positions, rotary, pairing, left, right, few=len(qkv) <= FEW)
+        return kernels.attend(qkv, keys, values, positions, rotary, pairing, left, right, arrivals, few=len(qkv) <= FEW)
     return reference.attend(qkv, keys, values, positions, rotary, pairing, left, right)
 
 

@@ -25,11 +25,11 @@ except ImportError:  # Triton before 3.4
 _TILE = 8192
 # Into how many parts attention over the cache is split while there are few sequences, so that all of the chip has work.
 _PARTS = 8
+_MERGE = False
+_MOST_SPLIT = 48
 # Cached tokens that a program of attention looks at in one go, and its warps: for few sequences, and for many.
-_ATTEND_FEW = {"BLOCK": 32, "num_warps": 4}
-_ATTEND_MANY = {"BLOCK": 32, "num_warps": 4}
-# Tiles of the products for some sequences: features and inputs of one step, and how deep loads run ahead.
-_DOT = {"BF": 32, "BK": 128, "num_stages": 4, "num_warps": 4}
+_ATTEND_FEW = {"BLOCK": 64, "num_warps": 4}
+_ATTEND_MANY = {"BLOCK": 32, "num_warps": 2}
 # Rows of the largest vocabulary that `choose` holds in registers.
 MOST_LOGITS = 65536
 
@@ -62,13 +62,21 @@ def _release(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
         gdc_launch_dependents()
 
 
+@triton.jit
+def _prefetch(pointers):  # type: ignore[no-untyped-def]
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
 # --- few sequences ---------------------------------------------------------------------------------------------------
 
 
-def _tile(inputs: int) -> tuple[int, int, int]:
-    """Columns and rows of a program's weights, and its warps."""
+def _tile(inputs: int, features: int) -> tuple[int, int, int]:
+    """Columns and rows of a program's weights, and its warps: what was the fastest. All inputs of a row are held at once."""
     columns = triton.next_power_of_2(inputs)
-    return columns, max(1, _TILE // columns), 4 if columns <= 1024 else 8
+    rows = max(1, _TILE // columns)
+    return columns, rows * 2 if features > 16384 else rows, 8 if columns <= 1024 else 4
 
 
 def embed(tokens: torch.Tensor, table: torch.Tensor, scale: float) -> torch.Tensor:
@@ -96,7 +104,7 @@ def norm_linear(x: torch.Tensor, norm: Norm, linear: Linear) -> tuple[torch.Tens
     features = len(linear.weight)
     y = torch.empty(sequences, features, dtype=torch.float32, device=x.device)
     h = torch.empty_like(x)
-    columns, rows, warps = _tile(width)
+    columns, rows, warps = _tile(width, features)
     _norm_linear[(triton.cdiv(features, rows),)](
         x, norm.weight, norm.bias, linear.weight, linear.bias, y, h, y, y, width, features, norm.eps,
         N=sequences, GATED=False, HIGHEST=False, LATE=True, COLUMNS=columns, ROWS=rows, num_warps=warps, **_dependent(x),
@@ -108,7 +116,7 @@ def norm_highest(x: torch.Tensor, norm: Norm, head: Linear, state: State, column
     """`norm_linear`, then `choose_highest`, without ever writing the logits."""
     sequences, width = x.shape
     features = len(head.weight)
-    columns, rows, warps = _tile(width)
+    columns, rows, warps = _tile(width, features)
     blocks = triton.cdiv(features, rows)
     best = torch.empty(sequences, blocks, dtype=torch.float32, device=x.device)
     where = torch.empty(sequences, blocks, dtype=torch.int32, device=x.device)
@@ -124,7 +132,7 @@ def norm_gated(x: torch.Tensor, norm: Norm, gate_up: Linear) -> tuple[torch.Tens
     features = len(gate_up.weight) // 2
     y = torch.empty(sequences, features, dtype=torch.float32, device=x.device)
     h = torch.empty_like(x)
-    columns, rows, warps = _tile(width)
+    columns, rows, warps = _tile(width, features)
     _norm_linear[(triton.cdiv(features, rows),)](
         x, norm.weight, norm.bias, gate_up.weight, gate_up.bias, y, h, y, y, width, features, norm.eps,
         N=sequences, GATED=True, HIGHEST=False, LATE=False, COLUMNS=columns, ROWS=rows, num_warps=warps, **_dependent(x),
@@ -189,7 +197,7 @@ def linear_add(x: torch.Tensor | Parts, linear: Linear, residual: torch.Tensor) 
     features, width = linear.weight.shape
     sequences = len(residual)
     y = torch.empty(sequences, features, dtype=torch.float32, device=residual.device)
-    columns, rows, warps = _tile(width)
+    columns, rows, warps = _tile(width, features)
     parts = x if isinstance(x, Parts) else Parts(x, x, x)
     _linear_add[(triton.cdiv(features, rows),)](
         *parts, linear.weight, linear.bias, residual, y, width, features,
@@ -255,34 +263,35 @@ def attend(
     pairing: str,
     left: torch.Tensor,
     right: torch.Tensor | None,
+    arrivals: torch.Tensor,
     *,
     few: bool,
 ) -> torch.Tensor | Parts:
     sequences, (_, heads, length, rank), dimensions = len(qkv), keys.shape, values.shape[-1]
-    parts = _PARTS if few else 1
-    if few:
-        out = torch.empty(sequences, parts, heads, dimensions, dtype=torch.float32, device=qkv.device)
+    parts = _PARTS if few else 2 if sequences <= _MOST_SPLIT else 1
+    out = torch.empty(sequences, heads * dimensions, dtype=qkv.dtype, device=qkv.device)
+    part = highest = total = out
+    if parts > 1:
+        part = torch.empty(sequences, parts, heads, dimensions, dtype=torch.float32, device=qkv.device)
         highest = torch.empty(sequences, parts, heads, dtype=torch.float32, device=qkv.device)
         total = torch.empty_like(highest)
-    else:
-        out = highest = total = torch.empty(sequences, heads * dimensions, dtype=qkv.dtype, device=qkv.device)
     _attend[(heads, sequences, parts)](
-        qkv, keys, values, positions, rotary, left, left if right is None else right, out, highest, total,
-        keys.stride(0), keys.stride(1), values.stride(0), values.stride(1), rotary.stride(0),
+        qkv, keys, values, positions, rotary, left, left if right is None else right, out, part, highest, total,
+        arrivals, keys.stride(0), keys.stride(1), values.stride(0), values.stride(1), rotary.stride(0),
         left.stride(0) if left.dim() == 4 else 0, dimensions**-0.5,
         H=heads, D=dimensions, R=rank, BLOCK_R=triton.next_power_of_2(rank), PARTS=parts,
-        ADJACENT=pairing == "adjacent", FACTORED=right is not None,
+        MERGE=_MERGE or not few, ADJACENT=pairing == "adjacent", FACTORED=right is not None,
         **(_ATTEND_FEW if few else _ATTEND_MANY), **_dependent(qkv),
     )  # fmt: skip
-    return Parts(out, highest, total) if few else out
+    return Parts(part, highest, total) if few and not _MERGE else out
 
 
 @triton.jit
 def _attend(  # type: ignore[no-untyped-def]
-    qkv, keys, values, positions, rotary, left, right, out, highest, total,
+    qkv, keys, values, positions, rotary, left, right, out, parts, highest, total, arrivals,
     keys_row, keys_head, values_row, values_head, sines, left_row, scale,
     H: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, PARTS: tl.constexpr,
-    ADJACENT: tl.constexpr, FACTORED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    MERGE: tl.constexpr, ADJACENT: tl.constexpr, FACTORED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A program: one head of one sequence over one part of its cache. The last part also keeps the new key and value.
 
@@ -355,9 +364,21 @@ def _attend(  # type: ignore[no-untyped-def]
     acc = tl.sum(acc * share[:, None], 0) + p * new_v.to(tl.float32)
     if PARTS > 1:
         index = (row * PARTS + part) * H + head
-        tl.store(out + index * D + d, acc)
+        tl.store(parts + index * D + d, acc)
         tl.store(highest + index, top)
         tl.store(total + index, summed)
+        if MERGE:  # whoever comes last puts the parts together, always in the same order
+            tl.debug_barrier()
+            arrived = arrivals + row * H + head
+            if tl.atomic_add(arrived, 1) == PARTS - 1:
+                index = (row * PARTS + tl.arange(0, PARTS)) * H + head
+                tops = tl.load(highest + index, cache_modifier=".cg")
+                share = tl.exp(tops - tl.max(tops, 0))
+                summed = tl.sum(share * tl.load(total + index, cache_modifier=".cg"), 0)
+                each = tl.load(parts + index[:, None] * D + d[None, :], cache_modifier=".cg")
+                acc = tl.sum(share[:, None] * each, 0) / summed
+                tl.store(out + (row * H + head) * D + d, acc.to(out.dtype.element_ty))
+                tl.store(arrived, 0)
     else:
         tl.store(out + (row * H + head) * D + d, (acc / summed).to(out.dtype.element_ty))
 
@@ -387,35 +408,50 @@ def dot(
         y = torch.empty(sequences, features, dtype=x.dtype, device=x.device)
     else:
         y = torch.empty(split, sequences, features, dtype=torch.float32, device=x.device)
-    tile = _DOT if features < 16384 else _DOT | {"BF": 64}
+    tile = _dot_tile(sequences, len(linear.weight), residual is not None)
     steps = triton.cdiv(triton.cdiv(inputs, tile["BK"]), split)
-    _dot[(triton.cdiv(features, tile["BF"]), triton.cdiv(sequences, rows), split)](
+    _dot[(triton.cdiv(len(linear.weight), tile["BF"]), triton.cdiv(sequences, rows), split)](
         x, linear.weight, linear.bias, x if residual is None else residual, y, sequences, inputs, features,
-        GATED=gated, ADD=residual is not None, BN=rows, STEPS=steps, LATE=not gated and residual is None,
+        GATED=gated, ADD=residual is not None, BN=rows, STEPS=steps,
+        LINES=triton.next_power_of_2(triton.cdiv(steps * tile["BK"], 64)), LATE=not gated and residual is None,
         **tile, **_dependent(x),
     )  # fmt: skip
     return y
+
+
+def _dot_tile(sequences: int, features: int, add: bool) -> dict[str, int]:
+    """Features and inputs of a program's step, how deep its loads run ahead, and its warps: what was the fastest."""
+    if features > 16384:
+        return {"BF": 128, "BK": 64, "num_stages": 4, "num_warps": 8}
+    wide = sequences > 32
+    return {"BF": 64 if wide else 32, "BK": 64 if add and not wide else 128, "num_stages": 4, "num_warps": 4}
 
 
 @triton.jit
 def _dot(  # type: ignore[no-untyped-def]
     x, weight, bias, residual, y, sequences, inputs, features,
     GATED: tl.constexpr, ADD: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr, STEPS: tl.constexpr,
-    LATE: tl.constexpr, PDL: tl.constexpr,
+    LINES: tl.constexpr, LATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A program: BN sequences, BF features, STEPS · BK inputs."""
+    """A program: BN sequences, BF rows of weights, STEPS · BK inputs. Gated, the rows are those of BF / 2 features in turn."""
     if not LATE:
         _release(PDL)
     rows = tl.program_id(1) * BN + tl.arange(0, BN)
-    columns = tl.program_id(0) * BF + tl.arange(0, BF)
+    first = tl.program_id(0) * BF
     part = tl.program_id(2)
-    inside = (rows < sequences)[:, None] & (columns < features)[None, :]
-    b = tl.load(bias + columns, mask=columns < features, other=0.0).to(tl.float32)
     if GATED:
-        b_up = tl.load(bias + features + columns, mask=columns < features, other=0.0).to(tl.float32)
-        up = tl.zeros([BN, BF], tl.float32)
-        below = features.to(tl.int64) * inputs
+        of_tile = tl.arange(0, BF) // 2 + first // 2
+        columns = of_tile + (tl.arange(0, BF) % 2) * features
+    else:
+        of_tile = tl.arange(0, BF) + first
+        columns = of_tile
+    real = of_tile < features
+    last = 2 * features - 1 if GATED else features - 1
+    b = tl.load(bias + columns, mask=real, other=0.0).to(tl.float32)
     total = tl.zeros([BN, BF], tl.float32)
+    if PDL:  # into the second-level cache, by lines of 64 weights, while the kernel before still runs
+        line = tl.minimum(part * (STEPS * BK) + tl.arange(0, LINES) * 64, inputs - 1)
+        _prefetch(weight + tl.minimum(columns, last)[:, None].to(tl.int64) * inputs + line[None, :])
     _wait(PDL)
     if LATE:
         _release(PDL)
@@ -424,19 +460,22 @@ def _dot(  # type: ignore[no-untyped-def]
         a = tl.load(
             x + rows[:, None] * inputs + k[None, :], mask=(rows < sequences)[:, None] & (k < inputs)[None, :], other=0.0
         )
-        held = (k < inputs)[:, None] & (columns < features)[None, :]
-        tile = weight + columns[None, :].to(tl.int64) * inputs + k[:, None]
-        total = tl.dot(a, tl.load(tile, mask=held, other=0.0), total)
-        if GATED:
-            up = tl.dot(a, tl.load(tile + below, mask=held, other=0.0), up)
-    at = rows[:, None] * features + columns[None, :]
+        w = tl.load(
+            weight + columns[None, :].to(tl.int64) * inputs + k[:, None], mask=(k < inputs)[:, None] & real[None, :], other=0.0
+        )
+        total = tl.dot(a, w, total)
     if part == 0:
         total += b[None, :]
-        if ADD:
-            total += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
     if GATED:
-        total = total * tl.sigmoid(total) * (up + b_up[None, :])
-    at += part.to(tl.int64) * sequences * features
+        gate, up = tl.split(tl.reshape(total, [BN, BF // 2, 2]))
+        total = gate * tl.sigmoid(gate) * up
+        columns = first // 2 + tl.arange(0, BF // 2)
+    at = rows[:, None] * features + columns[None, :]
+    inside = (rows < sequences)[:, None] & (columns < features)[None, :]
+    if ADD:
+        if part == 0:
+            total += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+        at += part.to(tl.int64) * sequences * features
     tl.store(y + at, total.to(y.dtype.element_ty), mask=inside)
 
 
