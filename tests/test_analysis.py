@@ -327,7 +327,8 @@ class TestCommand:
         actual = json.loads(out)["tensors"]["G_LM"]["log10_determinant"]
         assert_close(torch.tensor(actual, dtype=torch.float64), expected, max_error=1e-9)
         fails(run("inspect", file, "text.txt"), "holds a tensor alone: no data")
-        fails(run("inspect", file, "--rope", "halves"), "no options but --json and --html")
+        fails(run("inspect", file, "--rope", "halves"), "no options but html")
+        fails(run("inspect", file, "--text-column", "x"), "no options but html")
         G_LM[1, 2, 0, 0] = math.nan
         save_file({"G_LM": G_LM}, file)
         fails(run("inspect", file), "G_LM: layer 1, head 2 holds NaN or infinite values")

@@ -17,7 +17,7 @@ def test_demo_measures_what_it_says(write_recipe, tmp_path, monkeypatch):
     for name, value in {"NEW_TOKENS": 12, "REPEATS": 1, "PASSAGES": 5, "STORY_LENGTH": 128}.items():
         monkeypatch.setattr(demo, name, value)
     path = write_recipe(optimization__steps=20, data__sequence_length=48)
-    result = demo.run_demo(tmp_path / "demo", str(path))
+    result = demo.run_demo(tmp_path / "demo", train=True, recipe=str(path))
     numbers = result.numbers
     assert json.loads((tmp_path / "demo" / "demo.json").read_text()) == json.loads(json.dumps(numbers))
     for name, layers in (("stories", 7), ("trained", 2)):

@@ -216,26 +216,31 @@ def test_text_alone_in_every_mode(run, folder, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "name --tasks, a --suite, or text files for --perplexity"),
+        ([], "--tasks: name some, or a suite, or text files for their perplexity"),
         (["--suite", "papers"], "suite: must be one of paper, got 'papers'"),
         (["--tasks", "piqq"], "no task 'piqq'; did you mean piqa"),
         (["--tasks", "piqa", "--limit", "0"], "limit: must be a number of questions"),
         (["--tasks", "piqa", "--limit", "2.7"], "limit: must be a number of questions"),
         (["--tasks", "piqa", "--limit", "inf"], "limit: must be a number of questions"),
-        (["--tasks", "piqa", "--num-fewshot", "-1"], "num_fewshot: must be 0 or more"),
-        (["--tasks", "piqa", "--data-dir", "nowhere"], "data_dir: nowhere is not a folder"),
+        (["--tasks", "piqa", "--num-fewshot", "-1"], "--num-fewshot: must be 0 or more"),
+        (["--tasks", "piqa", "--data-dir", "nowhere"], "--data-dir: nowhere is not a folder"),
         (["--tasks", "piqa", "--data-dir", "."], "piqa: no validation data; expected piqa/valid.jsonl and piqa/valid-labels.lst"),
         (["--tasks", "yaml_of_nothing.yaml", "--allow-code"], "yaml_of_nothing.yaml: could not be loaded"),
         (["--tasks", "yaml_of_nothing.yaml"], "a task file can run code of its own (!function, templates)"),
         (["--perplexity", "nowhere.txt"], "nowhere.txt: No such file or directory"),
         (["--perplexity"], "--perplexity: needs text files"),
         (["text.txt"], "--perplexity: needs text files, and they need it"),
-        (["--perplexity", "text.txt", "--batch-size", "none"], "batch_size: must be a positive number or auto"),
+        (["--perplexity", "text.txt", "--batch-size", "none"], "--batch-size: must be a positive number or auto"),
         (["--perplexity", "text.txt", "--operator", "warm"], "operator: must be one of learned, cached, frozen"),
         (["--perplexity", "text.txt", "--calibration", "nowhere.txt"], "nowhere.txt"),
         (["--perplexity", "text.txt", "--stride", "65"], "stride: must be between 1 and the window of 64"),
         (["--perplexity", "text.txt", "--window", "65"], "window: must be between 1 and the context of 64"),
         (["--perplexity", "empty.txt"], "empty.txt: is empty"),
+        # What would be ignored is refused.
+        (["--tasks", "piqa", "--window", "8", "--stride", "4"], "--window, --stride: only text files can use it"),
+        (["--perplexity", "text.txt", "--limit", "3", "--num-fewshot", "2"], "--limit, --num-fewshot: only tasks or a suite"),
+        (["--perplexity", "text.txt", "--data-dir", ".", "--allow-code"], "--data-dir, --allow-code: only tasks or a suite"),
+        (["--perplexity", "text.txt", "--compare", "--operator", "learned"], "--operator, --compare: choose one"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line(run, folder, tmp_path, monkeypatch, arguments, message):
@@ -274,7 +279,7 @@ def test_data_that_the_hub_does_not_give_is_one_line(monkeypatch):
 
     monkeypatch.setattr("lm_eval.tasks.TaskManager.load", unreachable)
     with pytest.raises(ValueError, match=r"piqa: could not be loaded \(ConnectionError: Couldn't reach 'baber/piqa' on the Hub\); "
-                       r"without the hub, --data-dir DIR takes DIR/piqa/valid.jsonl and DIR/piqa/valid-labels.lst"):  # fmt: skip
+                       r"without the hub, give data_dir a folder with piqa/valid.jsonl and piqa/valid-labels.lst"):  # fmt: skip
         load_tasks(["piqa"])
 
 

@@ -22,7 +22,7 @@ def case(name, layout="hub"):
     if layout == "hub":
         model = load_model(place / "hub")
     else:
-        model = load_model(place, rope_pairing="halves" if name.startswith("v52") else None)
+        model = load_model(place, rope="halves" if name.startswith("v52") else None)
     return model, load_file(place / "expected.safetensors")
 
 

@@ -27,6 +27,8 @@ _PUBLIC = {
     "info": "checkpoints.info",
     "load_tokenizer": "tokenizer",
     "train_tokenizer": "data.vocabulary",
+    "merge_checkpoint": "training.checkpoint",
+    "plot_run": "plots",
     "generate_text": "generation",
     "load_recipe": "recipe",
     "train": "training.run",
@@ -35,6 +37,7 @@ _PUBLIC = {
     "certify": "study.certify",
     "compress": "study.compress",
     "reproduce": "study.claims",
+    "run_demo": "study.demo",
     "STORIES": "models.shipped",
     "HELD_OUT": "models.shipped",
 }

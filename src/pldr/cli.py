@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +36,7 @@ OperatorFile = Annotated[
 ]
 TextColumn = Annotated[str, Option(help="Of JSON lines, Parquet files and hub data sets.")]
 Length = Annotated[int | None, Option(help="Tokens of a passage; 512, or the context if that is less.")]
-Device = Annotated[str, Option(help="Where to run, for example cpu or cuda.")]
+Device = Annotated[str | None, Option(help="Where to run, cpu (default) or for example cuda.")]
 Dtype = Annotated[str, Option(help="float32, bfloat16, or auto: as it is stored.")]
 Strict = Annotated[bool, Option("--strict", help="Refuse bad rows of the data, rather than skip them.")]
 
@@ -73,7 +74,7 @@ def generate(
     tokenizer: Tokenizer = None,
     rope: Rope = None,
     g_lm: OperatorFile = None,
-    device: Device = "cpu",
+    device: Device = None,
     dtype: Dtype = "auto",
 ) -> None:
     """Continue a text, with the model named or with the small story model that ships with pldr."""
@@ -200,7 +201,7 @@ def convert(
     from pldr.checkpoints.convert import convert_checkpoint
 
     model = convert_checkpoint(
-        source, destination, to=to, rope_pairing=rope, G_LM=g_lm, tokenizer=tokenizer, overwrite=overwrite
+        source, destination, to=to, rope=rope, g_lm=g_lm, tokenizer=tokenizer, overwrite=overwrite
     )
     typer.echo(f"{destination}: {model.num_parameters():,} parameters, {model.config.operator} operator, {to} layout")
 
@@ -252,7 +253,7 @@ def compress(
     text_column: TextColumn = "text",
     tokenizer: Tokenizer = None,
     rope: Rope = None,
-    device: Device = "cpu",
+    device: Device = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -291,7 +292,7 @@ def inspect(
     g_lm: OperatorFile = None,
     as_json: AsJson = False,
     html: Annotated[Path | None, Option(help="Also write a report with pictures, one HTML file.")] = None,
-    device: Device = "cpu",
+    device: Device = None,
     dtype: Dtype = "auto",
 ) -> None:
     """Statistics of A, A_LM, A_P and G_LM: rank, determinant, singular values, whether they depend on the text."""
@@ -323,7 +324,7 @@ def certify(
     text_column: TextColumn = "text",
     tokenizer: Tokenizer = None,
     rope: Rope = None,
-    device: Device = "cpu",
+    device: Device = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -387,7 +388,7 @@ def evaluate(
     tokenizer: Tokenizer = None,
     rope: Rope = None,
     g_lm: OperatorFile = None,
-    device: Device = "cpu",
+    device: Device = None,
     dtype: Dtype = "float32",
     as_json: AsJson = False,
 ) -> None:
@@ -414,21 +415,16 @@ def plot(
     output: Annotated[Path | None, Option(help="PNG file; curves.png in the folder by default.")] = None,
 ) -> None:
     """Draw the curves of a training run."""
-    from pldr.files import require
-
-    require("train", "matplotlib")
     from pldr.plots import plot_run
 
-    target = output or run / "curves.png"
-    plot_run(run, target)
-    typer.echo(target)
+    typer.echo(plot_run(run, output))
 
 
 @_verb("demo")
 def demo(
     output: Annotated[Path, Option(help="Folder for the model, the picture and the table.")] = Path("demo-output"),
     train: Annotated[bool, Option("--train", help="Also train a small model, and compare that too.")] = False,
-    recipe: Annotated[str, Option(help="What --train trains.")] = "demo-cpu",
+    recipe: Annotated[str | None, Option(help="What --train trains; demo-cpu by default.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Cache and freeze the operator of the model that ships with pldr, and compare; with --train, of a new one too."""
@@ -438,7 +434,7 @@ def demo(
     require("train", "accelerate", "matplotlib")
     from pldr.study.demo import run_demo
 
-    _print(run_demo(output, recipe if train else None), as_json)
+    _print(run_demo(output, train=train, recipe=recipe), as_json)
 
 
 # --- running and printing -------------------------------------------------------------------------------------------
@@ -468,7 +464,7 @@ def main() -> NoReturn:
     except Exception as error:
         if os.environ.get("PLDR_TRACEBACK"):
             raise
-        _report(_described(error))
+        _report(_as_typed(_described(error)))
         sys.exit(2 if sys.argv[1:2] == ["certify"] else 1)  # whose code 1 is a verdict
     if code == 130:  # typer has made an exit of the interruption
         _report("interrupted")
@@ -484,6 +480,20 @@ def _described(error: Exception) -> str:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     kind = "" if isinstance(error, _EXPECTED) else f"unexpected {type(error).__name__} (PLDR_TRACEBACK=1 shows where): "
     return kind + one_line(error, limit=2000)
+
+
+def _as_typed(message: str) -> str:
+    """What the library says of its parameters, of the verb's options: "--max-new-tokens: must be …"."""
+    command: Any = typer.main.get_command(app)
+    for word in sys.argv[1:3]:
+        command = getattr(command, "commands", {}).get(word, command)
+    opts = (opt for parameter in command.params for opt in parameter.opts if opt.startswith("--"))
+    options = {opt[2:].replace("-", "_"): opt for opt in opts}
+    subject, colon, rest = message.partition(":")
+    if colon and options.keys() >= set(subject.split(", ")):
+        subject = ", ".join(options[name] for name in subject.split(", "))
+    # A name of several words is no other word; what is part of a path stays.
+    return subject + colon + re.sub(r"(?<![\w/.-])[a-z]+_[a-z_]+(?![\w/.-])", lambda m: options.get(m[0], m[0]), rest)
 
 
 def _quiet() -> None:

@@ -38,7 +38,7 @@ def check_output(path: str | os.PathLike[str], *, overwrite: bool = False) -> Pa
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path}: is a file; choose another output folder")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise FileExistsError(f"{path}: exists and is not empty; choose another folder, or pass --overwrite")
+        raise FileExistsError(f"{path}: exists and is not empty; choose another folder, or overwrite it")
     parent = _nearest_folder(path)
     if not os.access(parent, os.W_OK):
         raise PermissionError(f"{path}: {parent} is not writable; choose another output folder")

@@ -588,6 +588,6 @@ register_checkpoint_conversion_mapping(
         WeightConverter(f"{layouts.HUB_G}$", layouts.OUR_G.format(0), operations=[_UnpackPredefinedG()]),
     ],
 )
-AutoConfig.register("pldrllm", PldrConfig)
+AutoConfig.register("pldrllm", PldrConfig, exist_ok=True)
 AutoModel.register(PldrConfig, PldrModel)
 AutoModelForCausalLM.register(PldrConfig, PldrForCausalLM)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pldr.files import read_json_lines, whole_file
+from pldr.files import read_json_lines, require, whole_file
 from pldr.recipe import DAG_TENSORS
 
 if TYPE_CHECKING:
@@ -82,18 +82,23 @@ def plot_operators(
 # --- a training run -------------------------------------------------------------------------------------------------
 
 
-def plot_run(run: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
+def plot_run(run: str | os.PathLike[str], output: str | os.PathLike[str] | None = None) -> Path:
     """The curves of a training run over steps: loss, accuracy, how far G_LM varies, what freezing costs, DAG losses.
 
     Args:
         run: output folder of `pldr train`, with its ``log.jsonl``.
-        path: PNG file to write.
+        output: PNG file to write; ``curves.png`` in the folder by default.
+
+    Returns:
+        The file.
 
     Raises:
+        ModuleNotFoundError: it needs the extra "train".
         FileNotFoundError: the folder has no log.
         ValueError: the log is damaged (line named) or empty.
     """
-    file = Path(run) / "log.jsonl"
+    require("train", "matplotlib")
+    file, output = Path(run) / "log.jsonl", Path(output or Path(run) / "curves.png")
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; {run} is not the output of pldr train")
     log = _read_log(file)
@@ -109,7 +114,8 @@ def plot_run(run: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
     if probed:
         _plot_operator_metrics(axes[0, 2:], log)
     _finish(axes[0], xlabel="step")
-    _save(figure, path)
+    _save(figure, output)
+    return output
 
 
 def _plot_operator_metrics(axes: Any, log: list[dict[str, Any]]) -> None:

@@ -60,7 +60,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
         candidates = sorted(path.glob("*.model"))
         if len(candidates) != 1:
             found = f"{len(candidates)} *.model files" if candidates else "no *.model file"
-            raise FileNotFoundError(f"{path}: no tokenizer.json and {found}; name a tokenizer with --tokenizer")
+            raise FileNotFoundError(f"{path}: no tokenizer.json and {found}; name a tokenizer")
         path = candidates[0]
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such tokenizer file")
@@ -68,10 +68,11 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
 
 
 def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
-    from transformers import AutoTokenizer  # which brings torch
+    from transformers import AutoConfig, AutoTokenizer  # which bring torch
 
     from pldr.configuration_pldr import PldrConfig
 
+    AutoConfig.register("pldrllm", PldrConfig, exist_ok=True)  # or it warns of a type that it does not know
     try:
         fields, settings = read_json(folder / "tokenizer.json"), folder / "tokenizer_config.json"
         vocabulary = fields["model"]["vocab"]  # a dictionary, or a list of pieces with their scores
@@ -336,5 +337,7 @@ def train_sentencepiece(
                 input_sentence_size=_MOST_LINES, shuffle_input_sentence=True,
             )  # fmt: skip
     except RuntimeError as error:
-        raise ValueError(f"tokenizer: vocab_size={vocab_size} does not work for this text: {error}") from None
+        # Of SentencePiece's error the last sentence is for people, what stands before it for its authors.
+        reason = str(error).rpartition("] ")[2].partition(" or decrease")[0] or error
+        raise ValueError(f"vocab_size: {vocab_size} does not work for this text: {reason}") from None
     return path

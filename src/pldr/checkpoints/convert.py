@@ -28,8 +28,8 @@ def convert_checkpoint(
     destination: str | os.PathLike[str],
     *,
     to: str = "pldr",
-    rope_pairing: str | None = None,
-    G_LM: str | os.PathLike[str] | None = None,
+    rope: str | None = None,
+    g_lm: str | os.PathLike[str] | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
 ) -> PldrForCausalLM:
@@ -38,7 +38,7 @@ def convert_checkpoint(
     The published layouts know no factored operator: what is written there is its product, a predefined G_LM.
 
     Args:
-        source, rope_pairing, G_LM: see `load_model`.
+        source, rope, g_lm: see `load_model`.
         destination: folder to write; it appears only when whole.
         to: "pldr" (this library), "hub" (the published Hugging Face layout) or "reference" (the published framework's).
         tokenizer: tokenizer to put beside the weights; by default the source folder's, where it has one.
@@ -51,9 +51,9 @@ def convert_checkpoint(
         ValueError, OSError: see `load_model`; then nothing is written.
     """
     if to not in CHECKPOINT_LAYOUTS:
-        raise ValueError(f"--to: must be one of {', '.join(CHECKPOINT_LAYOUTS)}, got {to!r}")
+        raise ValueError(f"to: must be one of {', '.join(CHECKPOINT_LAYOUTS)}, got {to!r}")
     check_output(destination, overwrite=overwrite)
-    model = load_model(source, rope_pairing=rope_pairing, G_LM=G_LM)
+    model = load_model(source, rope=rope, g_lm=g_lm)
     found = _find_tokenizer(Path(source), tokenizer)
     if found is not None:
         check_vocabulary(found[0], model.config.vocab_size)
@@ -160,7 +160,7 @@ def freeze_checkpoint(
         g_lm: in place of prompts, where to read G_LM; see `load_predefined_G`.
         trainable: make G_LM a parameter, to train on with.
         tokenizer: see `load_with_tokenizer`; needed with prompts alone.
-        rope: RoPE of a checkpoint in the reference layout; see `load_model`, `rope_pairing`.
+        rope: RoPE of a checkpoint in the reference layout; see `load_model`.
         overwrite: replace a destination that is not empty.
 
     Raises:

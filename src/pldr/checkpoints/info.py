@@ -42,14 +42,14 @@ def info(
 
     Args:
         model: a folder in any layout, a ``.pth`` file, or a loaded model.
-        rope, g_lm: see `pldr.load_model`, `rope_pairing` and `G_LM`.
+        rope, g_lm: see `pldr.load_model`.
 
     Raises:
         ValueError, OSError: see `pldr.load_model`; a damaged certificate.
     """
     if isinstance(model, PldrForCausalLM):
         return Info(model_facts(model))
-    loaded = load_model(model, rope_pairing=rope, G_LM=g_lm)
+    loaded = load_model(model, rope=rope, g_lm=g_lm)
     facts = model_facts(loaded)
     certificate = read_certificate(Path(model))
     if certificate is not None:

@@ -34,8 +34,8 @@ def load_model(
     *,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "cpu",
-    rope_pairing: str | None = None,
-    G_LM: str | os.PathLike[str] | None = None,
+    rope: str | None = None,
+    g_lm: str | os.PathLike[str] | None = None,
 ) -> PldrForCausalLM:
     """A model in evaluation mode from a folder in any of the three layouts, or not at all.
 
@@ -47,9 +47,8 @@ def load_model(
             its ``*hyperparameters.py`` beside it.
         dtype: of the weights; "auto": what config.json says, or as they are stored.
         device: where to put the model.
-        rope_pairing: for a reference checkpoint of a v52 model, "halves"; that layout does not say. Others say so
-            themselves.
-        G_LM: for a reference v51G checkpoint, the file of its predefined operator, where it is not
+        rope: for a reference checkpoint of a v52 model, "halves"; that layout does not say. Others say so themselves.
+        g_lm: for a reference v51G checkpoint, the file of its predefined operator, where it is not
             ``predefined_G_LM.pkl`` in the same folder.
 
     Raises:
@@ -62,13 +61,11 @@ def load_model(
         raise FileNotFoundError(f"{path}: no such model folder")
     check_regular(path)
     if path.is_dir() and (path / "config.json").is_file():
-        if rope_pairing is not None or G_LM is not None:
-            raise ValueError(
-                "rope_pairing and G_LM apply to the reference layout only; this folder's config.json decides"
-            )
+        if rope is not None or g_lm is not None:
+            raise ValueError("rope, g_lm: apply to the reference layout only; this folder's config.json decides")
         config, state = _read_folder(path)
     elif path.suffix == ".pth" or (path.is_dir() and any(path.glob("*.pth"))):
-        config, state = _read_reference(path, rope_pairing, G_LM)
+        config, state = _read_reference(path, rope, g_lm)
     else:
         raise FileNotFoundError(f"{path}: neither config.json nor a .pth file; this is not a model folder")
     model = _model_of(config, state, dtype, path)
@@ -121,7 +118,7 @@ def load_with_tokenizer(
         tokenizer: a tokenizer, or where one is; by default the one beside the model's files.
         device: where to put the model; by default the CPU, or where a loaded model is.
         dtype: "float32", "bfloat16", or "auto": as the model is stored or loaded.
-        rope, g_lm: see `load_model`, `rope_pairing` and `G_LM`; not for a loaded model.
+        rope, g_lm: see `load_model`; not for a loaded model.
         needs_tokenizer: whether to raise where there is none, rather than to return None.
 
     Raises:
@@ -135,13 +132,13 @@ def load_with_tokenizer(
     if isinstance(model, PldrForCausalLM):
         if rope is not None or g_lm is not None:
             raise ValueError(
-                "rope and g_lm: apply to files in the reference layout, not to a model that is loaded already"
+                "rope, g_lm: apply to files in the reference layout, not to a model that is loaded already"
             )
         if tokenizer is None and needs_tokenizer:
             raise ValueError("tokenizer: a model that is loaded already has none beside it; pass it, or its folder")
         loaded, beside = _placed(model, usable or model.device, dtype), None
     else:
-        loaded = load_model(model, dtype=dtype, device=usable or "cpu", rope_pairing=rope, G_LM=g_lm)
+        loaded = load_model(model, dtype=dtype, device=usable or "cpu", rope=rope, g_lm=g_lm)
         beside = Path(model) if Path(model).is_dir() else Path(model).parent
     if tokenizer is None and beside is not None:
         try:
@@ -388,34 +385,32 @@ def _check_sums(folder: Path) -> None:
 
 
 def _read_reference(
-    path: Path, rope_pairing: str | None, G_LM: str | os.PathLike[str] | None
+    path: Path, rope: str | None, g_lm: str | os.PathLike[str] | None
 ) -> tuple[PldrConfig, dict[str, torch.Tensor]]:
     """Configuration and tensors of a checkpoint in the reference layout, under our names."""
     weights, hyperparameters = find_reference_files(path)
     found = read_hyperparameters(hyperparameters)
     try:
         fields = layouts.hyperparameters_to_ours(found)
-        if rope_pairing is not None:
-            fields["rope_pairing"] = rope_pairing
+        if rope is not None:
+            fields["rope_pairing"] = rope
         config = PldrConfig(**fields)
     except (StrictDataclassError, ValueError, TypeError) as error:
         raise ValueError(f"{hyperparameters}: {one_line(error)}") from None
     state = _under_our_names(read_pth(weights), config, weights)
     stored = _check_one_dtype(state.values(), str(weights))
     if config.operator == "constant":
-        file = Path(G_LM) if G_LM is not None else weights.with_name(layouts.REFERENCE_G)
+        file = Path(g_lm) if g_lm is not None else weights.with_name(layouts.REFERENCE_G)
         if not file.is_file():
-            raise FileNotFoundError(
-                f"{file}: a v51G checkpoint needs its predefined operator; name its file with --g-lm"
-            )
+            raise FileNotFoundError(f"{file}: a v51G checkpoint needs its predefined operator; name its file by g_lm")
         operator = load_predefined_G(file)
         try:
             check_operator_tensor(operator, config)
         except ValueError as error:
             raise ValueError(f"{file}, with {hyperparameters.name}: {error}") from None
         state |= {layouts.OUR_G.format(index): layer.to(stored) for index, layer in enumerate(operator)}
-    elif G_LM is not None:
-        raise ValueError("G_LM: this checkpoint has a learned operator; convert it first, then use pldr freeze --g-lm")
+    elif g_lm is not None:
+        raise ValueError("g_lm: this checkpoint has a learned operator; convert it first, then freeze it")
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     check_tensors(shapes, config, f"{weights}, with {hyperparameters.name}")
     return config, state

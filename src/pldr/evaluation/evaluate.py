@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pldr.checkpoints.load import load_with_tokenizer
 from pldr.data.sources import names_of
-from pldr.evaluation.modes import MODES, check_mode, name_of
+from pldr.evaluation.modes import MODES, check_mode, keeps_training, name_of
 from pldr.evaluation.perplexity import check_window, evaluate_texts
 from pldr.evaluation.published import SUITES, suite_report
 from pldr.evaluation.scoring import Scorer, make_scorers, mode_disagreement, read_calibration
@@ -98,6 +98,7 @@ class Evaluation(Printable):
         return evaluation_view(self.to_json())
 
 
+@keeps_training
 def evaluate(
     model: str | os.PathLike[str] | PldrForCausalLM,
     files: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
@@ -150,13 +151,21 @@ def evaluate(
         ModuleNotFoundError: tasks need the extra "eval".
     """
     names = _task_names(tasks, suite)
-    if not names and not files:
-        raise ValueError("eval: name --tasks, a --suite, or text files for --perplexity")
+    texts = {name: read_text(name) for name in names_of(files)}
+    if not names and not texts:
+        raise ValueError("tasks: name some, or a suite, or text files for their perplexity")
+    # What would be ignored is refused.
+    of_tasks = {"limit": limit, "num_fewshot": num_fewshot, "data_dir": data_dir, "allow_code": allow_code or None}
+    of_texts = {"window": window, "stride": stride}
+    for given, options, what in ((names, of_tasks, "tasks or a suite"), (texts, of_texts, "text files")):
+        if unused := [name for name, value in options.items() if value is not None and not given]:
+            raise ValueError(f"{', '.join(unused)}: only {what} can use it; name some, or leave it out")
+    if compare and operator != "frozen":
+        raise ValueError("operator, compare: choose one; compare runs every mode")
     if num_fewshot is not None and num_fewshot < 0:
         raise ValueError(f"num_fewshot: must be 0 or more, got {num_fewshot}")
     if data_dir is not None and not Path(data_dir).is_dir():
         raise ValueError(f"data_dir: {data_dir} is not a folder")
-    texts = {name: read_text(name) for name in names_of(files)}
     if names:
         require("eval", "lm_eval")
         from pldr.evaluation.harness import check_limit, load_tasks, run_tasks

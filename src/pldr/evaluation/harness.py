@@ -5,6 +5,7 @@ What the modes mean is in `pldr.evaluation.modes`; the harness's own command is 
 
 import contextlib
 import difflib
+import functools
 import json
 import logging
 import math
@@ -14,13 +15,13 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
+from lm_eval.api import task as harness_task
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.evaluator import evaluate as run_harness
@@ -57,7 +58,7 @@ class PldrLM(TemplateLM):
         device: a GPU if there is one, else the CPU, which also stands in for the "cuda:0" that the harness asks for unless
             told otherwise.
         dtype: "float32" (default), "bfloat16" or "auto".
-        rope, g_lm: see `pldr.load_model` (`rope_pairing`, `G_LM`).
+        rope, g_lm: see `pldr.load_model`.
 
     Raises:
         ValueError: an unknown mode, a batch size that is no number, or a tokenizer of another vocabulary.
@@ -211,7 +212,7 @@ class PldrLM(TemplateLM):
 # --- tasks ----------------------------------------------------------------------------------------------------------
 
 
-@cache
+@functools.cache
 def _task_manager() -> TaskManager:
     """The harness's index of its tasks; it takes seconds to make."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -240,8 +241,8 @@ def load_tasks(
     for name in names:
         if Path(name).is_file() and not allow_code:
             raise ValueError(
-                f"eval: {name}: a task file can run code of its own (!function, templates); read it, and pass --allow-code "
-                "if you trust it"
+                f"tasks: {name}: a task file can run code of its own (!function, templates); read it, and set allow_code if "
+                "you trust it"
             )
     found = [name for pattern in names for name in _matching(pattern)]
     specs = {name: name if data_dir is None else _local_task(name, Path(data_dir), num_fewshot or 0) for name in found}
@@ -294,23 +295,25 @@ def _local_task(name: str, data_dir: Path, num_fewshot: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _harness() -> Iterator[None]:
-    """While the harness runs: standard output is ours, and what the hub's library says of its retries is left out."""
+    """While the harness runs: standard output is ours, and its bars and what the hub's library says are left out."""
     logger = logging.getLogger("huggingface_hub")
-    before = logger.level
+    level, bar = logger.level, harness_task.tqdm
     logger.setLevel(logging.CRITICAL)
+    harness_task.tqdm = functools.partial(bar, disable=True)
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield
     finally:
-        logger.setLevel(before)
+        logger.setLevel(level)
+        harness_task.tqdm = bar
 
 
 def _hint(name: str) -> str:
     layout = LAYOUTS.get(name)
     if layout is None:
         return ""
-    files = " and ".join(f"DIR/{layout.folder}/{file}" for file in next(iter(layout.splits.values())))
-    return f"; without the hub, --data-dir DIR takes {files}"
+    files = " and ".join(f"{layout.folder}/{file}" for file in next(iter(layout.splits.values())))
+    return f"; without the hub, give data_dir a folder with {files}"
 
 
 # --- evaluation -----------------------------------------------------------------------------------------------------
@@ -377,7 +380,7 @@ def _check_examples(name: str, task: Any) -> None:
     if pool is not None and len(pool) < needed:
         raise ValueError(
             f"eval: {name}: {shots} examples before each question are to be drawn from {len(pool)} questions; lower "
-            "--num-fewshot"
+            "num_fewshot"
         )
 
 

@@ -8,10 +8,11 @@ Shapes: B sequences, T tokens, V vocabulary, L layers, H heads, D head dimension
 """
 
 import copy
+import functools
 import os
 import statistics
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch.nn import functional as F
@@ -25,6 +26,9 @@ from pldr.operator import freeze
 from pldr.recipe import DAG_TENSORS
 
 MODES = ("learned", "cached", "frozen")
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def modes_of(model: PldrForCausalLM) -> tuple[str, ...]:
@@ -77,6 +81,22 @@ def model_in_mode(model: PldrForCausalLM, mode: str, calibration: torch.Tensor |
     if calibration is None or not len(calibration):
         raise ValueError("calibration: no passages to freeze G_LM from")
     return frozen_copy(model, calibration.to(model.device))
+
+
+def keeps_training(function: Callable[P, R]) -> Callable[P, R]:
+    """A function whose first argument, where it is a model in memory and was in training mode, is so again afterwards."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **options: P.kwargs) -> R:
+        model: Any = args[0] if args else options.get("model")
+        training = isinstance(model, PldrForCausalLM) and model.training
+        try:
+            return function(*args, **options)
+        finally:
+            if training:
+                model.train()
+
+    return wrapped
 
 
 def cache_settings(mode: str) -> dict[str, bool]:

@@ -1,6 +1,6 @@
 """The paper's zero-shot benchmarks: their tasks in lm-evaluation-harness, and their data as their authors publish it.
 
-A folder given as `--data-dir` holds one folder a benchmark with the published files under their published names; the rows
+A folder given as `data_dir` holds one folder a benchmark with the published files under their published names; the rows
 read from them have the columns that the harness's task has on the hub.
 """
 
@@ -154,8 +154,8 @@ def read_benchmark(task: str, data_dir: Path, *, few_shot: bool = False) -> dict
     layout = LAYOUTS.get(task)
     if layout is None:
         raise ValueError(
-            f"--data-dir: no local layout is known for {task}, only for {', '.join(LAYOUTS)}; without --data-dir its data "
-            "come from the hub"
+            f"data_dir: no local layout is known for {task}, only for {', '.join(LAYOUTS)}; without it the data come from "
+            "the hub"
         )
     found = {}
     for split, names in layout.splits.items():

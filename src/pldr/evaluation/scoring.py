@@ -239,7 +239,8 @@ def mode_disagreement(scorers: dict[str, Scorer], passages: torch.Tensor) -> flo
 
 @contextlib.contextmanager
 def progress(title: str, total: int, *, disable: bool = False) -> Iterator[Callable[[int], None]]:
-    """A bar on standard error, and what moves it on."""
-    with Progress(console=Console(stderr=True), transient=True, disable=disable) as bar:
+    """A bar on standard error, where that is a terminal, and what moves it on."""
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=disable or not console.is_terminal) as bar:
         task = bar.add_task(title, total=total)
         yield lambda count: bar.advance(task, count)

@@ -26,7 +26,7 @@ from pldr.checkpoints.load import load_model, load_with_tokenizer
 from pldr.data.rows import choose_passages
 from pldr.data.sources import Source, names_of
 from pldr.deductive import deductive_outputs, variation
-from pldr.evaluation.modes import OperatorModes, frozen_copy, name_of
+from pldr.evaluation.modes import OperatorModes, frozen_copy, keeps_training, name_of
 from pldr.files import check_output, whole_folder
 from pldr.modeling_pldr import PldrForCausalLM
 from pldr.operator import FactoredOperator
@@ -202,6 +202,7 @@ class Certificate(Printable):
         return certificate_view(self.to_json())
 
 
+@keeps_training
 def certify(
     model: str | os.PathLike[str] | PldrForCausalLM,
     data: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
@@ -244,7 +245,7 @@ def certify(
     if passages < 2 or calibration < 1:
         raise ValueError(f"passages: must be at least 2, and calibration at least 1, got {passages} and {calibration}")
     if frozen is not None and output is not None:
-        raise ValueError("frozen and output: the certificate goes into the folder given by frozen; choose one")
+        raise ValueError("frozen, output: the certificate goes into the folder given by frozen; choose one")
     if output is not None:
         check_output(output, overwrite=overwrite)
     stored, text_tokenizer = load_with_tokenizer(model, tokenizer, device=device, rope=rope)
@@ -318,7 +319,9 @@ def certificate_of(
 
 
 def _progress(items: Iterable[int]) -> Iterable[int]:
-    return track(items, "certifying", console=Console(stderr=True), transient=True)
+    """With a bar on standard error, where that is a terminal."""
+    console = Console(stderr=True)
+    return track(items, "certifying", console=console, transient=True, disable=not console.is_terminal)
 
 
 def _check_learned(model: PldrForCausalLM) -> None:

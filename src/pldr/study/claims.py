@@ -293,7 +293,7 @@ def ablation(lab: Lab) -> Finding:
     healthy = [f"learned-{seed}" for seed in seeds if is_healthy(lab.measure(f"learned-{seed}"))]
     if not healthy:
         raise ValueError(
-            "reproduce ablation: every learned run diverged or collapsed; there is no operator to transfer; try a larger --size"
+            "reproduce ablation: every learned run diverged or collapsed; there is no operator to transfer; try a larger size"
         )
     source = lab.load(healthy[0])
     assert source is not None
@@ -532,7 +532,7 @@ def reproduce(
     if claim not in (*CLAIMS, "all"):
         raise ValueError(f"reproduce: no claim {claim!r}; choose one of {', '.join(CLAIMS)}, all")
     if (train is None) != (validation is None):
-        raise ValueError("train and validation: give both or neither")
+        raise ValueError("train, validation: give both or neither")
     if parallel < 1:
         raise ValueError(f"parallel: must be at least 1, got {parallel}")
     output, findings = Path(output), []

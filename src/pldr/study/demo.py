@@ -22,7 +22,8 @@ from pldr.plots import plot_operators
 from pldr.recipe import Recipe, load_recipe
 from pldr.tables import Printable, demo_view
 from pldr.tokenizer import load_tokenizer
-from pldr.training.run import source_of, train
+from pldr.training.run import source_of
+from pldr.training.run import train as train_recipe
 
 STORY_PROMPT = "The old man looked out over the sea and"
 REFERENCE_PROMPT = "The list of names is a comma-separated list of expressions. An expression"
@@ -50,25 +51,28 @@ class Demo(Printable):
         return demo_view(self.numbers)
 
 
-def run_demo(output: str | os.PathLike[str] = "demo-output", recipe_name: str | None = None) -> Demo:
+def run_demo(output: str | os.PathLike[str] = "demo-output", *, train: bool = False, recipe: str | None = None) -> Demo:
     """Measure what caching and freezing its operator changes, of the model that ships with pldr and of a newly trained one.
 
     Args:
         output: folder; an earlier demo in it is replaced, anything else is not.
-        recipe_name: also train this recipe's model into ``output/model`` first (see `pldr.recipe.find_recipe`).
+        train: also train a small model into ``output/model`` first, and measure that too.
+        recipe: of that model (see `pldr.recipe.find_recipe`); "demo-cpu" by default.
 
     Returns:
         What ``output/demo.json`` holds too.
 
     Raises:
         FileExistsError: the folder holds something that no demo wrote.
-        ValueError: a recipe without validation data or without a learned operator.
+        ValueError: a recipe without validation data or without a learned operator, or one that is not to be trained.
         ModuleNotFoundError: it needs the extra "train".
     """
-    require("train", "matplotlib")
+    require("train", "accelerate", "matplotlib")
+    if recipe is not None and not train:
+        raise ValueError("recipe: says what train is to train; give both or neither")
     output = Path(output)
     start = time.perf_counter()
-    recipe = None if recipe_name is None else _checked_recipe(recipe_name, output)
+    to_train = _checked_recipe(recipe or "demo-cpu", output) if train else None
     check_output(output, overwrite=(output / _RECORD).is_file())
     output.mkdir(parents=True, exist_ok=True)
     (output / _RECORD).touch()  # the mark of a folder that a later demo may replace
@@ -79,12 +83,12 @@ def run_demo(output: str | os.PathLike[str] = "demo-output", recipe_name: str | 
     result: dict[str, Any] = {
         "stories": measure(model, tokenizer, passages[1:], passages[:1], STORY_PROMPT, output / "stories")
     }
-    if recipe is not None:
-        training = train(recipe, overwrite=True)
-        model, tokenizer = load_model(recipe.output), load_tokenizer(recipe.output)
-        length = recipe.data.sequence_length
-        passages = read_passages(source_of(recipe.data, "validation"), tokenizer, length, PASSAGES)
-        calibration = read_passages(source_of(recipe.data, "train"), tokenizer, length, 1)
+    if to_train is not None:
+        training = train_recipe(to_train, overwrite=True)
+        model, tokenizer = load_model(to_train.output), load_tokenizer(to_train.output)
+        length = to_train.data.sequence_length
+        passages = read_passages(source_of(to_train.data, "validation"), tokenizer, length, PASSAGES)
+        calibration = read_passages(source_of(to_train.data, "train"), tokenizer, length, 1)
         measured = measure(model, tokenizer, passages, calibration, REFERENCE_PROMPT, output / "trained")
         result["trained"] = measured | {"training": training}
     result |= {"folder": str(output), "seconds": time.perf_counter() - start}

@@ -55,13 +55,12 @@ def inspect(
         raise ValueError(f"html: {html} is a folder; name a file")
     if (
         not isinstance(model, PldrForCausalLM)
-        and Path(model).is_file()
+        and not Path(model).is_dir()
         and Path(model).suffix in (".safetensors", ".pkl")
     ):
-        if any((data, passages, length, tokenizer, rope, g_lm, device not in (None, "cpu"), dtype != "auto")):
-            raise ValueError(
-                f"inspect: {model} holds a tensor alone: no data and no options but --json and --html go with it"
-            )
+        others = (data, passages, length, text_column != "text", tokenizer, rope, g_lm, device not in (None, "cpu"))
+        if any(others) or dtype != "auto":
+            raise ValueError(f"inspect: {model} holds a tensor alone: no data and no options but html go with it")
         analysis = replace(analyse_operator(load_predefined_G(model)), model=str(model))
     else:
         loaded, text_tokenizer = load_with_tokenizer(model, tokenizer, device=device, dtype=dtype, rope=rope, g_lm=g_lm)

@@ -475,6 +475,8 @@ def merge_checkpoint(
     check_output(destination, overwrite=overwrite)
     if not (checkpoint / "config.json").is_file():
         raise FileNotFoundError(f"{checkpoint}: no config.json; this is not a training checkpoint")
+    if not any((checkpoint / name).is_file() for name in (SUMS, STATE, RECIPE)):
+        raise ValueError(f"{checkpoint}: no {SUMS}; this is a model folder, not a training checkpoint")
     check_checkpoint(checkpoint)
     with no_init_weights():
         model = PldrForCausalLM(read_config(checkpoint))
