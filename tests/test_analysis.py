@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from helpers import FIXTURES, SENTENCE, assert_close, fails, shared
-from pldr import deductive_outputs, evaluate, freeze, inspect, load_model, load_tokenizer
+from pldr import certify, deductive_outputs, evaluate, freeze, inspect, load_model, load_tokenizer
 from pldr.checkpoints.load import load_predefined_G
 from pldr.data.rows import read_passages
 from pldr.data.sources import Source
@@ -360,7 +360,16 @@ class TestCommand:
         fails(run("inspect", folder, empty), "less than one sequence of 64 tokens")
         fails(run("inspect", folder, tmp_path / "none.txt"), "matches no file")
         fails(run("inspect", tmp_path / "nowhere"), "no such model folder")
+        fails(run("inspect", tmp_path / "no.safetensors"), "no.safetensors: no such file or folder")
         fails(run("inspect", FIXTURES / "v51-small", "--tokenizer", folder), "the model has vocab_size=97")
+
+
+def test_a_model_stays_in_training(folder, text, toy_tokenizer):
+    model, options = load_model(folder).train(), {"tokenizer": toy_tokenizer}
+    inspect(model, text, passages=2, length=16, **options)
+    certify(model, text, passages=2, calibration=1, length=16, **options)
+    evaluate(model, text, window=16, **options)
+    assert all(module.training for module in model.modules())
 
 
 def test_data_may_be_one_name_or_several_texts_or_paths(folder, text, toy_tokenizer):

@@ -95,7 +95,7 @@ class TestGenerate:
             (["the", "--temperature", "1e-300"], "temperature: must be positive, got 1e-300: at least 1e-06"),
             (["the", "--top-p", "0"], "--top-p: must be in (0, 1]"),
             (["the", "--top-p", "1.1"], "--top-p: must be in (0, 1]"),
-            (["the", "--top-k=-1"], "--top-k: must be 0 (all tokens) or more"),
+            (["the", "--top-k=-1"], "pldr: --top-k: must be 0 (all tokens) or more"),
             (["the", "--beams", "0"], "beams: must be at least 1"),
             (["the", "--beams", "2", "--stream"], "beam search knows its text only at the end"),
             (["the", "--cache", "all"], "cache: must be one of kv+g, kv, g, none"),
@@ -335,6 +335,14 @@ def test_tokenizer_train_and_merge(run, tmp_path):
     fails(run("tokenizer", "train", tmp_path / "a.jsonl", "--output", tmp_path / "b", "--strict"), "not JSON")
     assert not (tmp_path / "b").exists()
     fails(run("merge", tmp_path, tmp_path / "c"), "not a training checkpoint")
+    fails(run("merge", pldr.STORIES, tmp_path / "c"), "this is a model folder, not a training checkpoint")
+    few = run("tokenizer", "train", tmp_path / "a.jsonl", "--output", tmp_path / "b", "--vocab-size", "5")
+    fails(few, "--vocab-size: 5 does not work for this text: Vocabulary size is smaller than required_chars")
+
+
+def test_the_demo_trains_no_recipe_unasked(run, tmp_path):
+    fails(run("demo", "--output", tmp_path / "d", "--recipe", "laptop"), "--recipe: says what train is to train")
+    assert not (tmp_path / "d").exists()
 
 
 def test_the_demo_replaces_only_its_own_folder(run, tmp_path):

@@ -2,6 +2,8 @@ import base64
 import json
 import os
 import random
+import subprocess
+import sys
 import unicodedata
 
 import pytest
@@ -255,9 +257,18 @@ def test_the_configuration_beside_it_is_not_read(pair, tmp_path):
 
 
 def test_impossible_vocabulary_leaves_nothing(tmp_path):
-    with pytest.raises(ValueError, match="vocab_size=5000 does not work for this text"):
+    with pytest.raises(
+        ValueError, match=r"^vocab_size: 5000 does not work for this text: Vocabulary size too high \(5000\)"
+    ):
         train_sentencepiece(["a few words only"], tmp_path / "t.model", vocab_size=5000)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tokenizer_loads_without_a_word():
+    """Also where it is the first thing that a process does."""
+    code = "import pldr; pldr.load_tokenizer(pldr.STORIES)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout + result.stderr == ""
 
 
 def test_streamed_pieces_add_up(pair):
