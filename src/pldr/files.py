@@ -7,10 +7,12 @@ import math
 import os
 import platform
 import re
+import reprlib
 import shutil
+import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import count
@@ -253,28 +255,76 @@ def write_json(path: str | os.PathLike[str], value: Any, *, indent: int | None =
     write_text(path, to_json(value, indent=indent) + "\n")
 
 
-def read_json(path: str | os.PathLike[str]) -> Any:
+def read_json(path: str | os.PathLike[str], shape: Any = Any) -> Any:
     """
     Raises:
         OSError: the file can not be read.
-        ValueError: it is not valid JSON in UTF-8.
+        ValueError: it is not valid JSON in UTF-8, or not of the shape.
     """
-    return parse_json(read_text(path), path)
+    return parse_json(read_text(path), path, shape)
 
 
-def parse_json(text: str, name: object) -> Any:
+def parse_json(text: str, name: object, shape: Any = Any) -> Any:
     """
     Args:
         text: JSON.
         name: where it is from, for the error.
+        shape: see `check_shape`.
 
     Raises:
-        ValueError: it is not valid JSON, or more than Python reads: too deep, or with a number of too many digits.
+        ValueError: it is not valid JSON, or more than Python reads: too deep, or with a number of too many digits; or it
+            is not of the shape.
     """
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{name}: not valid JSON ({one_line(error)})") from None
+    try:
+        check_shape(value, shape)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    return value
+
+
+# What a type in a shape says of a value.
+_TYPES: dict[object, tuple[str, Callable[[Any], bool]]] = {
+    Any: ("anything", lambda value: True),
+    dict: ("an object", lambda value: type(value) is dict),
+    list: ("a list", lambda value: type(value) is list),
+    bool: ("true or false", lambda value: type(value) is bool),
+    str: ("a text", lambda value: type(value) is str),
+    int: ("a count", lambda value: type(value) is int and 0 <= value < 1 << 53),
+    float: ("a finite number", lambda value: type(value) in (int, float) and abs(value) <= sys.float_info.max),
+}
+
+
+def check_shape(value: Any, shape: Any, place: str = "") -> None:
+    """
+    Args:
+        value: what was read from JSON.
+        shape: what it should be: `bool`, `str`, `int` (a count), `float` (a finite number), `dict`, `list` or `Any`;
+            {name: shape}, an object with these fields at least; [shape], a list of such; (shape,), such or none; or the
+            value itself.
+        place: of the value in others, for the error.
+
+    Raises:
+        ValueError: it is something else; the first field that is missing or wrong is named.
+    """
+    if isinstance(shape, tuple):
+        if value is not None:
+            check_shape(value, shape[0], place)
+    elif isinstance(shape, dict) and isinstance(value, dict):
+        for name, part in shape.items():
+            check_shape(value.get(name), part, f"{place}.{name}" if place else name)
+    elif isinstance(shape, list) and isinstance(value, list):
+        for index, item in enumerate(value):
+            check_shape(item, shape[0], f"{place}[{index}]")
+    else:
+        type_of = type(shape) if isinstance(shape, (dict, list)) else shape
+        kind, fits = _TYPES.get(type_of, (repr(shape), lambda value: value == shape))
+        if not fits(value):
+            wrong = "is missing" if value is None else f"must be {kind}, got {reprlib.repr(value)}"
+            raise ValueError(f"{place or 'it'} {wrong}")
 
 
 def read_json_lines(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:

@@ -15,13 +15,13 @@ import torch
 import transformers
 
 from pldr import __version__
-from pldr.files import one_line, read_json, write_json
+from pldr.files import check_shape, one_line, read_json, write_json
 
 FILE = "certificate.json"
 # Of a frozen model, and of one with a factored operator.
 KIND, FACTORED_KIND = "pldr certificate 1", "pldr factored certificate 1"
 
-# What a certificate says, as `pldr.study.certify` writes it: types, lists of one, and what is always the same.
+# What a certificate says, as `pldr.study.certify` writes it; see `pldr.files.check_shape`.
 _CHANGE = {"kl_mean": float, "agreement": float, "logit_difference": float}
 _COMPARISON = _CHANGE | {"loss_difference": float, "loss_interval": [float], "kl_99": float, "kl_max": float}
 _REPORT = {
@@ -106,26 +106,10 @@ def read_certificate(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
         certificate = read_json(file)
         if certificate != with_checksum(certificate):
             raise ValueError("its contents do not match its checksum")
-        _check_shape(certificate, _FACTORED_CERTIFICATE if certificate.get("kind") == FACTORED_KIND else _CERTIFICATE)
+        check_shape(certificate, _FACTORED_CERTIFICATE if certificate.get("kind") == FACTORED_KIND else _CERTIFICATE)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file}: not a valid certificate ({one_line(error)}); certify the model again") from None
     return certificate
-
-
-def _check_shape(value: Any, shape: Any, name: str = "") -> None:
-    """Raises ValueError: a field is missing or not of its type; the first one is named."""
-    parts: list[tuple[Any, Any, Any]] = []
-    if isinstance(shape, dict) and isinstance(value, dict):
-        parts = [(value.get(key), part, key) for key, part in shape.items()]
-    elif isinstance(shape, list) and isinstance(value, list):
-        parts = [(item, shape[0], index) for index, item in enumerate(value)]
-    # A whole number is a number as well, if it is not too long for one.
-    elif not (
-        value == shape or type(value) is shape or (shape is float and type(value) is int and abs(value) < 1 << 53)
-    ):
-        raise ValueError(f"{name.removeprefix('.')} is missing, or not what it should be")
-    for item, part, key in parts:
-        _check_shape(item, part, f"{name}.{key}")
 
 
 def is_about(certificate: dict[str, Any], tensors: dict[str, torch.Tensor]) -> bool:

@@ -5,6 +5,7 @@ sharded, one file each a rank (`model-2-of-4.safetensors`), every tensor cut alo
 any number of ranks. The recipe that it was made with is part of it.
 """
 
+import dataclasses
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -27,9 +29,10 @@ from pldr.configuration_pldr import PldrConfig
 from pldr.files import (
     check_output,
     one_line,
+    parse_json,
     process_mark,
-    read_json,
     read_sums,
+    read_text,
     settle,
     sha256,
     sync,
@@ -39,15 +42,28 @@ from pldr.files import (
 from pldr.modeling_pldr import PldrForCausalLM
 from pldr.tokenizer import load_tokenizer
 from pldr.training.processes import on_main
+from pldr.training.randomness import random_file, read_random_states
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _SHARD = re.compile(r"(?P<kind>\w+)-(?P<rank>\d+)-of-(?P<ranks>\d+)\.safetensors")
 SUMS = "CHECKPOINT.SHA256"
 RECIPE = "recipe.json"  # and the number of processes
 STATE = "run.json"  # what the Trainer forgets
-_STATE_KEYS = {"totals", "guesses", "tr_loss", "last", "last_logged", "log_lines"}
-SCHEDULER = "scheduler.json"
 _TRAINER_STATE = "trainer_state.json"
+# What is read of each; see `pldr.files.check_shape`.
+_LOSSES = {"loss": float, "accuracy": float}
+_SHAPES: dict[str, Any] = {
+    RECIPE: {"processes": int, "data": dict, "optimization": {"batch_size": int, "accumulation": int}},
+    STATE: {
+        "totals": {"sequences": int, "steps": int, "skipped": int, **_LOSSES},
+        "guesses": [float], "tr_loss": float, "last": (_LOSSES,), "last_logged": int, "log_lines": int,
+    },
+    _TRAINER_STATE: {
+        **dict.fromkeys(("global_step", "logging_steps", "eval_steps", "save_steps", "num_input_tokens_seen"), int),
+        **dict.fromkeys(("best_global_step", "best_metric", "best_model_checkpoint"), None),
+        "epoch": float, "total_flos": float, "train_batch_size": int, "log_history": [dict], "stateful_callbacks": dict,
+    },
+}  # fmt: skip
 
 
 def checkpoints(run: str | os.PathLike[str]) -> list[Path]:
@@ -103,8 +119,6 @@ def _fault(checkpoint: Path) -> str | None:
         return _wrong_file(checkpoint) or _missing_file(checkpoint) or _wrong_content(checkpoint)
     except (ValueError, OSError, SafetensorError) as error:
         return one_line(error)
-    except (KeyError, TypeError, AttributeError) as error:  # JSON of another form
-        return f"{type(error).__name__}: {one_line(error)}"
 
 
 def _wrong_file(checkpoint: Path) -> str | None:
@@ -124,9 +138,8 @@ def _wrong_file(checkpoint: Path) -> str | None:
 
 def _missing_file(checkpoint: Path) -> str | None:
     def names() -> Iterator[str]:
-        yield from ("config.json", RECIPE, STATE, SCHEDULER, _TRAINER_STATE)
-        processes = read_json(checkpoint / RECIPE)["processes"]
-        yield from ["rng_state.pth"] if processes == 1 else (f"rng_state_{rank}.pth" for rank in range(processes))
+        yield from ("config.json", *_SHAPES)
+        yield from map(random_file, range(_read(checkpoint, RECIPE)["processes"]))
 
     for name in names():
         if not (checkpoint / name).is_file():
@@ -139,16 +152,25 @@ def _missing_file(checkpoint: Path) -> str | None:
     return None
 
 
+def _read(checkpoint: Path, name: str) -> Any:
+    """What one of the JSON files holds, as it must be."""
+    return parse_json(read_text(checkpoint / name), name, _SHAPES[name])
+
+
 def _wrong_content(checkpoint: Path) -> str | None:
-    state = read_json(checkpoint / STATE)
-    if not isinstance(state, dict):
-        return f"{STATE} is no object"
-    if lacking := sorted(_STATE_KEYS - state.keys()):
-        return f"{STATE} lacks {lacking[0]}"
-    step = TrainerState.load_from_json(str(checkpoint / _TRAINER_STATE)).global_step
+    state, its = _read(checkpoint, STATE), _read(checkpoint, _TRAINER_STATE)
+    if unknown := sorted(its.keys() - {field.name for field in dataclasses.fields(TrainerState)}):
+        return f"{_TRAINER_STATE}: {unknown[0]} is unknown"
+    step = its["global_step"]
     named = _step_in(checkpoint.name.removeprefix("abandoned-"))
     if named is not None and named != step:
         return f"it was written after step {step}"
+    if min(its[f"{name}_steps"] for name in ("logging", "eval", "save")) < 1:
+        return f"{_TRAINER_STATE}: something is due every 0 steps"
+    if max(state["totals"]["steps"], state["last_logged"]) > step or len(state["guesses"]) != 2:
+        return f"{STATE} is of another step"
+    for rank in range(_read(checkpoint, RECIPE)["processes"]):
+        read_random_states(checkpoint / random_file(rank))
     config, model = read_config(checkpoint), SavedTensors(checkpoint, "model")
     check_tensors(model.shapes(), config, "model")
     found, expected = SavedTensors(checkpoint, "optimizer").shapes(), _optimizer_shapes(config)

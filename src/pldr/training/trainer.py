@@ -22,7 +22,6 @@ from pldr.recipe import DistributedRecipe, Recipe
 from pldr.training.callbacks import ClipByValue, Stops, tensorboard_callback
 from pldr.training.checkpoint import (
     RECIPE,
-    SCHEDULER,
     STATE,
     CheckpointWriter,
     SavedTensors,
@@ -32,6 +31,7 @@ from pldr.training.checkpoint import (
     step_of,
 )
 from pldr.training.folder import add_to_log, described, log_lines
+from pldr.training.randomness import random_file, read_random_states, save_random_states, set_random_states
 
 # Held-out passages that an evaluation measures the operator on.
 PROBED = 16
@@ -398,10 +398,11 @@ class PldrTrainer(Trainer):
             self.model.config.save_pretrained(self._partial)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """The optimizer alone: the learning rate follows from the recipe and the step."""
         self.writer.save(optimizer_tensors(self._names(), self.optimizer), Path(output_dir), "optimizer")
-        if self.is_world_process_zero():
-            state = {k: v for k, v in self.lr_scheduler.state_dict().items() if k != "lr_lambdas"}
-            write_json(Path(output_dir) / SCHEDULER, state)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        save_random_states(Path(output_dir) / random_file(self.args.process_index))
 
     def _names(self) -> dict[torch.Tensor, str]:
         return {parameter: name for name, parameter in self.model.named_parameters()}
@@ -412,12 +413,24 @@ class PldrTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        folder = Path(checkpoint)
-        load_optimizer(self._names(), self.optimizer, SavedTensors(folder, "optimizer"))
-        state = read_json(folder / SCHEDULER)
-        self.lr_scheduler.load_state_dict({**state, "lr_lambdas": [None] * len(state["base_lrs"])})
-        for group, rate in zip(self.optimizer.param_groups, state["_last_lr"], strict=True):
+        load_optimizer(self._names(), self.optimizer, SavedTensors(Path(checkpoint), "optimizer"))
+        schedule = self.lr_scheduler
+        schedule.last_epoch = step_of(Path(checkpoint))
+        schedule._step_count = schedule.last_epoch + 1
+        factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+        schedule._last_lr = [rate * factor for rate, factor in zip(schedule.base_lrs, factors, strict=True)]
+        for group, rate in zip(self.optimizer.param_groups, schedule._last_lr, strict=True):
             group["lr"] = rate
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            # A run of fewer processes has left the others nothing.
+            file = Path(checkpoint) / random_file(self.args.process_index)
+            if file.is_file():
+                set_random_states(read_random_states(file))
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Nothing: no precision of ours needs one."""
 
     def restore_run(self) -> None:
         """What the Trainer forgets of the checkpoint it goes on from: sums that the next log line continues."""
