@@ -179,10 +179,7 @@ def test_a_checkpoint_is_a_model_and_holds_no_pickle(write_recipe, tmp_path, run
     (saved,) = checkpoints(recipe.output)
     one, other = load_model(saved).state_dict(), load_model(recipe.output).state_dict()
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
-    # The state of the random generators is read without executing anything (torch.load, weights_only).
-    assert [path.name for path in saved.iterdir() if path.suffix in (".bin", ".pt", ".pkl", ".pth")] == [
-        "rng_state.pth"
-    ]
+    assert {path.suffix for path in saved.iterdir()} == {".json", ".safetensors", ".SHA256"}
     modes = {path.stat().st_mode & 0o777 for path in (*saved.iterdir(), *Path(recipe.output).glob("*.*"))}
     assert modes == {(tmp_path / "recipe.yaml").stat().st_mode & 0o777}, (
         "others may read what the user's other files are"
@@ -573,6 +570,13 @@ def rename_tensor(path):
     save_file(tensors, path, metadata={"format": "pt"})
 
 
+def edit_tensor(folder, name, change):
+    """Of the random states; without a change, one less."""
+    states = load_file(folder / "random-0.safetensors")
+    state = states.pop(name)
+    save_file(states | ({} if change is None else {name: change(state)}), folder / "random-0.safetensors")
+
+
 def flip_unlisted(folder):
     file = folder / "optimizer.safetensors"
     content = bytearray(file.read_bytes())
@@ -592,16 +596,41 @@ class TestDamage:
         "no optimiser": (lambda c: save_file({}, c / "optimizer.safetensors"), r"optimizer: \d+ tensors are missing"),
         "model renamed": (lambda c: rename_tensor(c / "optimizer.safetensors") or
                           os.replace(c / "optimizer.safetensors", c / "model.safetensors"), "optimizer tensors"),
-        "no random state": (lambda c: (c / "rng_state.pth").unlink(), "rng_state.pth is missing"),
+        "no random state": (lambda c: (c / "random-0.safetensors").unlink(), "random-0.safetensors is missing"),
         "many random states": (lambda c: edit(c / "recipe.json", lambda r: r.update(processes=300_000_000)),
-                               "rng_state_0.pth is missing"),
+                               "random-1.safetensors is missing"),
         "many shards": (lambda c: (c / "model.safetensors").rename(c / "model-1-of-300000000.safetensors"),
                         "1 of 300000000 model files are there"),
         "no recipe": (lambda c: (c / "recipe.json").unlink(), "recipe.json is missing"),
         "another step": (lambda c: edit(c / "trainer_state.json", lambda s: s.update(global_step=8)),
                          "it was written after step 8"),
-        "no totals": (lambda c: edit(c / "run.json", lambda s: s.pop("totals") and None), "run.json lacks totals"),
-        "another form": (lambda c: edit(c / "run.json", lambda s: [1]), "run.json is no object"),
+        "no totals": (lambda c: edit(c / "run.json", lambda s: s.pop("totals") and None), "run.json: totals is missing"),
+        "another form": (lambda c: edit(c / "run.json", lambda s: [1]), r"run.json: it must be an object, got \[1\]"),
+        "sums of another type": (lambda c: edit(c / "run.json", lambda s: s["totals"].update(loss=[1])),
+                                 r"run.json: totals.loss must be a finite number, got \[1\]"),
+        "sums of a later step": (lambda c: edit(c / "run.json", lambda s: s.update(last_logged=13)),
+                                 "run.json is of another step"),
+        "sums of more": (lambda c: edit(c / "run.json", lambda s: s.update(guesses=[1, 1, 1])),
+                         "run.json is of another step"),
+        "a recipe of another form": (lambda c: edit(c / "recipe.json", lambda r: r.update(optimization=None)),
+                                     "recipe.json: optimization is missing"),
+        "processes that are none": (lambda c: edit(c / "recipe.json", lambda r: r.update(processes=True)),
+                                    "recipe.json: processes must be a count, got True"),
+        "steps as a text": (lambda c: edit(c / "trainer_state.json", lambda s: s.update(save_steps="4")),
+                            "trainer_state.json: save_steps must be a count, got '4'"),
+        "every 0 steps": (lambda c: edit(c / "trainer_state.json", lambda s: s.update(logging_steps=0)),
+                          "trainer_state.json: something is due every 0 steps"),
+        "a state unknown": (lambda c: edit(c / "trainer_state.json", lambda s: s.update(other=1)),
+                            "trainer_state.json: other is unknown"),
+        "no random state at all": (lambda c: (c / "random-0.safetensors").write_bytes(b"x"),
+                                   "random-0.safetensors: damaged random states"),
+        "random state of none": (lambda c: edit_tensor(c, "python", None), "holds no random state 'python'"),
+        "random state of another size": (lambda c: edit_tensor(c, "torch", lambda s: s[:-1]), "torch: torch.uint8"),
+        "random state of another type": (lambda c: edit_tensor(c, "gauss", lambda s: s.float()), "gauss: torch.float32"),
+        # The generators themselves would read what lies behind their words.
+        "random place": (lambda c: edit_tensor(c, "numpy", lambda s: torch.cat((s[:-1], s[-1:] + 625))), "numpy: no state"),
+        "random words": (lambda c: edit_tensor(c, "python", lambda s: -s), "python: no state of its generator"),
+        "random bytes": (lambda c: edit_tensor(c, "torch", lambda s: s * 0 + 255), "random-0.safetensors: damaged"),
     }  # fmt: skip
 
     @pytest.mark.parametrize("name", DAMAGES)

@@ -74,11 +74,11 @@ def set_random_states(states: dict[str, torch.Tensor]) -> None:
 
 def _states() -> dict[str, torch.Tensor]:
     _, python, held = random.getstate()
-    _, words, place, holds, value = np.random.get_state(legacy=True)
-    gauss = [math.nan if held is None else held, value if holds else math.nan]
+    numpy = np.random.get_state(legacy=False)
+    gauss = [math.nan if held is None else held, numpy["gauss"] if numpy["has_gauss"] else math.nan]
     states = {
         "python": torch.tensor(python, dtype=torch.int64),
-        "numpy": torch.tensor([*words.tolist(), place], dtype=torch.int64),
+        "numpy": torch.tensor([*numpy["state"]["key"].tolist(), numpy["state"]["pos"]], dtype=torch.int64),
         "gauss": torch.tensor(gauss, dtype=torch.float64),
         "torch": torch.random.get_rng_state(),
     }
