@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -155,6 +156,49 @@ def test_a_file_that_is_not_json_is_named(tmp_path):
         file.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"a\.json: not valid"):
             read_json(file)
+
+
+SHAPE = {"kind": "a 1", "steps": int, "loss": float, "more": {"name": str, "done": bool}, "rows": [{"n": int}], "last": (float,),
+         "none": None, "any": Any}  # fmt: skip
+FITS = {
+    "kind": "a 1",
+    "steps": 3,
+    "loss": -1,
+    "more": {"name": "", "done": False},
+    "rows": [{"n": 0}],
+    "other": [],
+    "any": [],
+}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("kind", "a 2", "kind must be 'a 1', got 'a 2'"),
+        ("steps", True, "steps must be a count, got True"),
+        ("steps", -1, "steps must be a count, got -1"),
+        ("steps", 1 << 53, "steps must be a count, got 9007199254740992"),
+        ("loss", math.nan, "loss must be a finite number, got nan"),
+        ("loss", 10**400, "loss must be a finite number, got 1000.*"),
+        ("loss", None, "loss is missing"),
+        ("more", [], r"more must be an object, got \[\]"),
+        ("more", {"done": True}, "more.name is missing"),
+        ("more", {"name": "x", "done": 1}, "more.done must be true or false, got 1"),
+        ("rows", {}, r"rows must be a list, got \{\}"),
+        ("rows", [{"n": 1}, 2], r"rows\[1\] must be an object, got 2"),
+        ("rows", [{"n": 1}, {"n": "x" * 10**6}], r"rows\[1\].n must be a count, got 'x{,20}\.\.\.x{,20}'"),
+        ("last", "x", "last must be a finite number, got 'x'"),
+        ("none", 0, "none must be None, got 0"),
+    ],
+)
+def test_json_of_another_shape_says_where(tmp_path, field, value, message):
+    file = tmp_path / "a.json"
+    for last in (None, 2.5):
+        file.write_text(json.dumps(FITS | {"last": last}))
+        assert read_json(file, SHAPE)["last"] == last
+    file.write_text(json.dumps(FITS | {field: value}))
+    with pytest.raises(ValueError, match=rf"a\.json: {message}$"):
+        read_json(file, SHAPE)
 
 
 def test_sums_are_as_sha256sum_writes_them(tmp_path):

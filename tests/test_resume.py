@@ -671,7 +671,9 @@ class TestDamage:
         with pytest.raises(ValueError, match=r"checkpoint-12: tensor lm_head.weight holds NaN or infinite values"):
             train(load_recipe("recipe.yaml"), resume=True, progress=False)
 
-    @pytest.mark.parametrize("line", ["[1]", "1", '{"loss": 1}', '{"step": "1"}', '{"loss'])
+    @pytest.mark.parametrize(
+        "line", ["[1]", "1", '{"loss": 1}', '{"step": "1"}', '{"loss', '{"step": 9' + "9" * 5000 + "}", "[" * 99999]
+    )
     def test_a_log_that_is_none(self, finished, tmp_path, monkeypatch, line):
         shutil.copytree(finished, tmp_path / "run")
         monkeypatch.chdir(tmp_path / "run")
@@ -679,6 +681,22 @@ class TestDamage:
         Path("out/log.jsonl").write_text("\n".join([lines[0], line, *lines[1:]]) + "\n")
         with pytest.raises(ValueError, match=r"out/log.jsonl: line 2 is not an object with a step; remove it"):
             train(load_recipe("recipe.yaml"), resume=True, progress=False)
+
+    @pytest.mark.parametrize("name", ["log.jsonl", "tokenizer.json", "config.json"])
+    @pytest.mark.parametrize(
+        "put", [os.mkfifo, os.mkdir, lambda place: place.symlink_to(place), lambda place: place.symlink_to("/dev/zero")]
+    )
+    def test_what_is_no_file_where_one_is_written(self, finished, tmp_path, monkeypatch, name, put):
+        shutil.copytree(finished, tmp_path / "run")
+        monkeypatch.chdir(tmp_path / "run")
+        log = Path("out/log.jsonl").read_bytes()
+        Path("out", name).unlink(missing_ok=True)
+        put(Path("out", name))
+        older = checkpoints("out")[1]
+        with pytest.raises(OSError, match=rf"out/{name}: is no file, but where the run writes one; move it away"):
+            train(load_recipe("recipe.yaml"), resume=older, progress=False)
+        assert len(checkpoints("out")) == 3
+        assert name == "log.jsonl" or Path("out/log.jsonl").read_bytes() == log
 
 
 class TestSavingInTheBackground:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import glob
-import json
 import os
 import platform
 import shutil
@@ -16,8 +15,10 @@ from typing import Any
 from accelerate import PartialState
 
 from pldr.files import (
+    CHECKSUMS,
     check_output,
     is_running,
+    parse_json,
     process_mark,
     read_json,
     read_text,
@@ -72,8 +73,9 @@ def _open(
         check_output(output, overwrite=overwrite or (resume == "auto" and _is_broken_off(output)))
         stack.enter_context(_new_folder(real))
     else:
-        abandon_newer(start)
+        _check_places(output)
         _cut_log(output / _LOG, step_of(start), read_json(start / STATE)["log_lines"])
+        abandon_newer(start)
     write_json(output / RECIPE, described(recipe, processes))
     return start
 
@@ -194,6 +196,15 @@ def _checkpoint_to_resume(recipe: Recipe, resume: bool | str | os.PathLike[str],
     return start
 
 
+def _check_places(output: Path) -> None:
+    """Raises OSError: something else is where a run writes a file."""
+    for name in (_LOG, RECIPE, CHECKSUMS, "config.json", "generation_config.json", "model.safetensors",
+                 "tokenizer.json", "tokenizer_config.json", "tokenizer.model"):  # fmt: skip
+        place = output / name
+        if os.path.lexists(place) and not place.is_file():
+            raise OSError(f"{place}: is no file, but where the run writes one; move it away")
+
+
 def _differences(old: object, new: object, name: str = "") -> Iterator[tuple[str, object, object]]:
     """Place, old and new value of every field that changes the losses of a run."""
     if name in _FREE:
@@ -238,8 +249,8 @@ def _cut_log(file: Path, step: int, lines: int) -> None:
     kept = []
     for number, line in enumerate(read_text(file).splitlines()[:lines], 1):
         try:
-            logged = json.loads(line)["step"] <= step
-        except (json.JSONDecodeError, RecursionError, TypeError, KeyError):
+            logged = parse_json(line, file, {"step": int})["step"] <= step
+        except ValueError:
             raise ValueError(f"{file}: line {number} is not an object with a step; remove it") from None
         if logged:
             kept.append(line + "\n")
