@@ -241,7 +241,9 @@ class TestTrain:
         good = '{"step": 1, "loss": 2.0}\n'
         (tmp_path / "log.jsonl").write_text(good + '{"step"')
         fails(run("plot", tmp_path), "line 2: not valid JSON")
-        for line in ("5", '{"loss": 1}', '{"step": 1, "loss": "x"}', '{"step": 1, "G_variation": 3}'):
+        for line in ("5", '{"loss": 1}', '{"step": 1, "loss": "x"}', '{"step": 1, "G_variation": 3}', '{"step": [1]}',
+                     '{"step": 1, "G_variation": [[1]]}', '{"step": 1, "accuracy": "x"}', '{"step": 1, "dag_A_P": {}}',
+                     '{"step": 1, "eval_accuracy": 1e999}'):  # fmt: skip
             (tmp_path / "log.jsonl").write_text(good + line)
             fails(run("plot", tmp_path), "line 2: not a line of a training log")
         (tmp_path / "log.jsonl").write_text(

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pldr.files import read_json_lines, require, whole_file
+from pldr.files import check_shape, read_json_lines, require, whole_file
 from pldr.recipe import DAG_TENSORS
 
 if TYPE_CHECKING:
@@ -138,16 +138,21 @@ def _curve(log: list[dict[str, Any]], name: str) -> tuple[list[int], list[Any]]:
     return [line["step"] for line in lines], [line[name] for line in lines]
 
 
+# What is drawn of a line, where it has it; see `pldr.files.check_shape`.
+_DRAWN: dict[str, Any] = {
+    "loss": float, "eval_loss": float, "accuracy": (float,), "eval_accuracy": (float,), "G_variation": [float],
+    "G_frozen_difference": float, "dag_A_LM": (float,), "dag_A_P": (float,), "dag_G_LM": (float,),
+}  # fmt: skip
+
+
 def _read_log(file: Path) -> list[dict[str, Any]]:
     """Raises ValueError: a line that no training wrote (named)."""
     lines = []
     for where, line in read_json_lines(file):
         try:
-            scalars = [line[name] for name in ("step", "loss", "eval_loss", "G_frozen_difference") if name in line]
-            numbers = [*scalars, *line.get("G_variation", [])]
-            if "step" not in line or not all(isinstance(value, (int, float)) for value in numbers):
-                raise ValueError("no step, or a value that is no number")
-        except (ValueError, TypeError, AttributeError) as error:
+            check_shape(line, {"step": int})
+            check_shape(line, {name: shape for name, shape in _DRAWN.items() if name in line})
+        except ValueError as error:
             raise ValueError(f"{where}: not a line of a training log ({error})") from None
         lines.append(line)
     if len({len(line["G_variation"]) for line in lines if "G_variation" in line}) > 1:
