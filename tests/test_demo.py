@@ -24,7 +24,7 @@ def test_demo_measures_what_it_says(write_recipe, tmp_path, monkeypatch):
         measured = numbers[name]
         assert (tmp_path / "demo" / f"{name}-G_LM.png").read_bytes().startswith(b"\x89PNG")
         kinds = [("no cache", "learned"), ("KV", "cached"), ("KV+G", "cached"), ("frozen G", "frozen")]
-        assert [(row["cache"], row["G_LM"]) for row in measured["generation"]] == kinds
+        assert [(row["cache"], row["mode"]) for row in measured["generation"]] == kinds
         assert all(len(row["token_ids"]) == 12 for row in measured["generation"])
         # KV and KV+G differ only in what they keep, never in what they compute.
         assert measured["generation"][1]["token_ids"] == measured["generation"][2]["token_ids"]

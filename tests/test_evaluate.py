@@ -231,7 +231,7 @@ def test_text_alone_in_every_mode(run, folder, tmp_path):
         (["--perplexity"], "--perplexity: needs text files"),
         (["text.txt"], "--perplexity: needs text files, and they need it"),
         (["--perplexity", "text.txt", "--batch-size", "none"], "--batch-size: must be a positive number or auto"),
-        (["--perplexity", "text.txt", "--operator", "warm"], "operator: must be one of learned, cached, frozen"),
+        (["--perplexity", "text.txt", "--mode", "warm"], "mode: must be one of learned, cached, frozen"),
         (["--perplexity", "text.txt", "--calibration", "nowhere.txt"], "nowhere.txt"),
         (["--perplexity", "text.txt", "--stride", "65"], "stride: must be between 1 and the window of 64"),
         (["--perplexity", "text.txt", "--window", "65"], "window: must be between 1 and the context of 64"),
@@ -259,7 +259,7 @@ def test_a_constant_operator_has_one_mode(run, folder, tmp_path, data):
     text.write_text("the cat sat")
     fails(run("eval", frozen, "--perplexity", text, "--compare"), "constant, so that frozen is its only mode")
     fails(
-        run("eval", frozen, "--perplexity", text, "--operator", "learned"), "constant, so that frozen is its only mode"
+        run("eval", frozen, "--perplexity", text, "--mode", "learned"), "constant, so that frozen is its only mode"
     )
     fails(
         run("eval", frozen, "--perplexity", text, "--calibration", text),
@@ -300,7 +300,7 @@ class TestTheHarnessModel:
         settings = {"until": [], "max_gen_toks": 12}
         prompts = ["the cat sat", "who ran to see", "the dog ran"]
         for mode, cache in (("learned", "none"), ("cached", "kv+g")):
-            model = lm(operator=mode)
+            model = lm(mode=mode)
             texts = model.generate_until(self.requests("generate_until", *((prompt, settings) for prompt in prompts)))
             expected = [
                 generate_text(model.scorer.model, model.tokenizer, prompt, max_new_tokens=12, cache=cache).text
@@ -315,7 +315,7 @@ class TestTheHarnessModel:
 
     def test_more_text_than_the_context_holds_is_refused(self, lm):
         with pytest.raises(ValueError, match="up to 64 tokens, the model's context is 64"):
-            lm(operator="cached").generate_until(self.requests("generate_until", ("the cat", {"max_gen_toks": 64})))
+            lm(mode="cached").generate_until(self.requests("generate_until", ("the cat", {"max_gen_toks": 64})))
 
     def test_whole_texts(self, lm):
         model = lm()
@@ -332,7 +332,7 @@ class TestTheHarnessModel:
         assert len(found) == 2
 
     def test_a_text_without_context_follows_the_end_of_a_document(self, lm):
-        model = lm(operator="cached")
+        model = lm(mode="cached")
         ((score, _),) = model.loglikelihood(self.requests("loglikelihood", ("", "the cat sat")))
         expected = model.scorer.score([([model.tokenizer.eos_token_id], model.tok_encode("the cat sat"))])[0]
         assert score == expected.log_likelihood
@@ -438,7 +438,7 @@ def test_the_harnesss_own_command_knows_the_model(run, folder, tmp_path, data):
     models = [
         ("pldr", f"pretrained={frozen}"),
         ("hf", f"pretrained={frozen},dtype=float32,prefix_token_id=3"),
-        ("pldr", f"pretrained={folder},operator=cached"),
+        ("pldr", f"pretrained={folder},mode=cached"),
     ]
     runs = [
         [
@@ -467,7 +467,7 @@ for sys.argv[1:] in json.loads(sys.argv[1]):
         (record,) = (tmp_path / str(n)).rglob("results*.json")
         results = json.loads(record.read_text())
         scores.append((results["results"]["choice"]["acc,none"], results["results"]["rolling"]["word_perplexity,none"]))
-        modes.append(results["config"].get("operator_mode"))
+        modes.append(results["config"].get("mode"))
     assert modes == ["frozen", None, "cached"]
     code, out, _ = run("eval", frozen, "--tasks", ",".join(names), "--allow-code", "--json")
     assert code == 0

@@ -54,7 +54,7 @@ def evaluation(name="piqa"):
 
 def demo(name="out", prompt="The sea", same=True):
     caches = {"no cache": "learned", "KV": "cached", "KV+G": "cached", "frozen G": "frozen"}
-    rows = [{"cache": cache, "G_LM": mode, "tokens_per_second": 100.0 * speed, "same_text": same, "text": f" and {prompt}"}
+    rows = [{"cache": cache, "mode": mode, "tokens_per_second": 100.0 * speed, "same_text": same, "text": f" and {prompt}"}
             for speed, (cache, mode) in enumerate(caches.items(), 1)]  # fmt: skip
     layer = {"layer": 0, "variation": 1e-6, "untrained_variation": 0.25, "log10_determinant": -223.4, "rank": 14.5}
     stories = {"losses": {"learned": 1.5, "cached": 1.5 + 1e-7, "frozen": 1.5 - 2e-6}, "operator": [layer], "head_dim": 64,

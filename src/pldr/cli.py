@@ -371,7 +371,7 @@ def evaluate(
     tasks: Annotated[list[str] | None, Option(help="Tasks of lm-evaluation-harness, comma-separated.")] = None,
     suite: Annotated[str | None, Option(help="paper: its eight benchmarks, and their average.")] = None,
     perplexity: Annotated[bool, Option("--perplexity", help="Measure perplexity on the files.")] = False,
-    operator: Annotated[str, Option(help="Where G_LM comes from: frozen, cached or learned.")] = "frozen",
+    mode: Annotated[str, Option(help="Where G_LM comes from: frozen, cached or learned.")] = "frozen",
     compare: Annotated[bool, Option("--compare", help="Run all three, and compare every answer.")] = False,
     data_dir: Annotated[Path | None, Option(help="Benchmarks' published files, in place of the hub.")] = None,
     limit: Annotated[float | None, Option(help="Questions of each task; below 1, their share.")] = None,
@@ -399,7 +399,7 @@ def evaluate(
     from pldr.evaluation.evaluate import evaluate as run
 
     evaluation = run(
-        model, files or (), tasks=tasks or (), suite=suite, operator=operator, compare=compare, data_dir=data_dir,
+        model, files or (), tasks=tasks or (), suite=suite, mode=mode, compare=compare, data_dir=data_dir,
         limit=limit, num_fewshot=num_fewshot, allow_code=allow_code, batch_size=batch_size, window=window, stride=stride,
         calibration=calibration, text_column=text_column, threshold=threshold, tokenizer=tokenizer, rope=rope,
         g_lm=g_lm, device=device, dtype=dtype,

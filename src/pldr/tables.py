@@ -377,7 +377,7 @@ def _measured(measured: dict[str, Any]) -> Iterator[RenderableType]:
     loss, generation = measured["losses"], measured["generation"]
     table = _table(["cache"], ["held-out loss", "difference", "tokens/s", "greedy text"])
     for row in generation:
-        mode = row["G_LM"]
+        mode = row["mode"]
         speed, speed_up = row["tokens_per_second"], row["tokens_per_second"] / generation[0]["tokens_per_second"]
         difference = "" if mode == "learned" else f"{loss[mode] - loss['learned']:+.0e}"
         same = "the same" if row["same_text"] else "differs"

@@ -105,7 +105,7 @@ def evaluate(
     *,
     tasks: str | Sequence[str] = (),
     suite: str | None = None,
-    operator: str = "frozen",
+    mode: str = "frozen",
     compare: bool = False,
     data_dir: str | os.PathLike[str] | None = None,
     limit: float | None = None,
@@ -130,7 +130,7 @@ def evaluate(
         files: text files, whose perplexity is measured.
         tasks: of lm-evaluation-harness: names, groups, patterns, YAML files; a text may hold several, comma-separated.
         suite: "paper": the eight benchmarks of the paper, and their average.
-        operator: the mode, "frozen", "cached" or "learned".
+        mode: "frozen", "cached" or "learned".
         compare: run all three, and compare every answer.
         data_dir: folder with the benchmarks' published files, in place of the hub.
         limit: questions of each task; below 1, their share.
@@ -175,8 +175,8 @@ def evaluate(
     assert text_tokenizer is not None
     context = loaded.config.max_position_embeddings
     check_window(context, window, stride)
-    for mode in MODES if compare else (operator,):
-        check_mode(loaded, mode)
+    for asked in MODES if compare else (mode,):
+        check_mode(loaded, asked)
     if calibration and loaded.config.operator != "learned":
         raise ValueError("calibration: this model's operator is constant already")
     if names:
@@ -191,7 +191,7 @@ def evaluate(
         passages = read_calibration(text_tokenizer, context, names_of(calibration or ()), text_column)
         report.calibration = names_of(calibration) if calibration else "ships with pldr"
     scorers = make_scorers(loaded, passages, batch_size=batch_size)
-    chosen = scorers if compare else {operator: scorers[operator]}
+    chosen = scorers if compare else {mode: scorers[mode]}
     report.modes = list(chosen)
     if passages is not None:
         report.disagreement = _disagreement(loaded, scorers, passages)

@@ -50,7 +50,7 @@ class PldrLM(TemplateLM):
 
     Args:
         pretrained: folder in any layout, or `.pth` file; or a scorer, to which a `tokenizer` belongs, and no other argument.
-        operator: "frozen" (default), "cached" or "learned"; a constant operator is always "frozen".
+        mode: "frozen" (default), "cached" or "learned"; a constant operator is always "frozen".
         calibration: text file or pattern that a learned operator is frozen from; by default what ships with pldr.
         tokenizer: folder or SentencePiece file, if not in the model folder, or a tokenizer.
         batch_size: sequences of a batch; "auto" fills batches by their number of tokens.
@@ -69,7 +69,7 @@ class PldrLM(TemplateLM):
     def __init__(
         self,
         pretrained: str | Path | Scorer,
-        operator: str = "frozen",
+        mode: str = "frozen",
         calibration: str | None = None,
         tokenizer: str | Path | PreTrainedTokenizerFast | None = None,
         batch_size: int | str = "auto",
@@ -92,14 +92,14 @@ class PldrLM(TemplateLM):
             assert text_tokenizer is not None
             self.tokenizer = text_tokenizer
             passages = None
-            if model.config.operator == "learned" and operator == "frozen":
+            if model.config.operator == "learned" and mode == "frozen":
                 files = [calibration] if calibration else None
                 passages = read_calibration(self.tokenizer, model.config.max_position_embeddings, files)
             size = str(batch_size).split(":")[0]  # the harness's auto:N says how often to look for a new one
-            self.scorer = Scorer(model, operator, calibration=passages, batch_size=size)
-            if operator == "learned":
+            self.scorer = Scorer(model, mode, calibration=passages, batch_size=size)
+            if mode == "learned":
                 _log.warning(
-                    "G_LM sees the very tokens that are scored: compare with other models' scores by operator=frozen"
+                    "G_LM sees the very tokens that are scored: compare with other models' scores by mode=frozen"
                 )
         self._device = self.scorer.model.device
 
@@ -116,7 +116,7 @@ class PldrLM(TemplateLM):
         """For the harness's record of a run."""
         model = self.scorer.model
         return {
-            "operator_mode": self.scorer.operator, "model_num_parameters": model.num_parameters(),
+            "mode": self.scorer.mode, "model_num_parameters": model.num_parameters(),
             "model_dtype": str(model.dtype),
         }  # fmt: skip
 
@@ -138,7 +138,7 @@ class PldrLM(TemplateLM):
                 raise ValueError(
                     f"eval: the continuation {texts[1]!r} has no token of its own; its task can not be scored"
                 )
-        with progress(f"log-likelihoods, {self.scorer.operator}", len(requests)) as done:
+        with progress(f"log-likelihoods, {self.scorer.mode}", len(requests)) as done:
             scores = self.scorer.score([(context, continuation) for _, context, continuation in requests], done=done)
         for (texts, _, _), score in zip(requests, scores, strict=True):
             self.cache_hook.add_partial("loglikelihood", texts, tuple(score))
@@ -151,7 +151,7 @@ class PldrLM(TemplateLM):
             found = list(windows(self.tok_encode(request.args[0]), self.eot_token_id, self.max_length, self.max_length))
             pairs += found
             owners += [owner] * len(found)
-        with progress(f"log-likelihoods, {self.scorer.operator}", len(pairs), disable=disable_tqdm) as done:
+        with progress(f"log-likelihoods, {self.scorer.mode}", len(pairs), disable=disable_tqdm) as done:
             scores = self.scorer.score(pairs, done=done)
         totals = [0.0] * len(requests)
         for owner, score in zip(owners, scores, strict=True):
@@ -176,7 +176,7 @@ class PldrLM(TemplateLM):
             ids = self.tok_encode(context)[-room:] or [self.eot_token_id]
             groups[json.dumps(settings, sort_keys=True), len(ids)].append((index, ids))
         texts: dict[int, str] = {}
-        with progress(f"texts, {self.scorer.operator}", len(requests), disable=disable_tqdm) as done:
+        with progress(f"texts, {self.scorer.mode}", len(requests), disable=disable_tqdm) as done:
             for (settings_text, length), members in groups.items():
                 settings = json.loads(settings_text)
                 for batch in self.scorer.batches(members, length + settings["max_gen_toks"]):
@@ -197,7 +197,7 @@ class PldrLM(TemplateLM):
         ids = torch.tensor(prompts, device=self.device)
         found = self.scorer.model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=settings.pop("max_gen_toks"),
-            **cache_settings(self.scorer.operator), stop_strings=until or None, tokenizer=self.tokenizer,
+            **cache_settings(self.scorer.mode), stop_strings=until or None, tokenizer=self.tokenizer,
             pad_token_id=self.tokenizer.pad_token_id, eos_token_id=self.eot_token_id, **settings,
         )  # fmt: skip
         texts = []

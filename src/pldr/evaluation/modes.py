@@ -44,10 +44,10 @@ def name_of(model: str | os.PathLike[str] | PldrForCausalLM) -> str:
 def check_mode(model: PldrForCausalLM, mode: str) -> None:
     """Raises ValueError: there is no such mode, or the model, whose operator is constant, does not have it."""
     if mode not in MODES:
-        raise ValueError(f"operator: must be one of {', '.join(MODES)}, got {mode!r}")
+        raise ValueError(f"mode: must be one of {', '.join(MODES)}, got {mode!r}")
     if mode not in modes_of(model):
         raise ValueError(
-            f"operator: {mode} needs a learned operator; this model's is constant, so that frozen is its only mode"
+            f"mode: {mode} needs a learned operator; this model's is constant, so that frozen is its only mode"
         )
 
 

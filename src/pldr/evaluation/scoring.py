@@ -53,12 +53,12 @@ class Scorer:
 
     Attributes:
         model: what scores; for "frozen" with a constant operator.
-        operator: the mode.
+        mode: it.
         truncated: contexts so far that were too long for the model and lost their beginning.
 
     Args:
         model: in float32, float16 or bfloat16; its own dtype is used, and log-softmax in float32.
-        operator: "learned", "cached" or "frozen".
+        mode: "learned", "cached" or "frozen".
         calibration: [C, T], what a learned operator is frozen from (the mean over C); for "frozen" only.
         batch_size: sequences of a batch; "auto": as many as fit into some 2,000 tokens on a CPU, 65,000 on a GPU, fewer
             with a large vocabulary.
@@ -71,15 +71,15 @@ class Scorer:
     def __init__(
         self,
         model: PldrForCausalLM,
-        operator: str,
+        mode: str,
         *,
         calibration: torch.Tensor | None = None,
         batch_size: int | str = "auto",
     ) -> None:
         if batch_size != "auto" and not (str(batch_size).isdecimal() and int(batch_size) > 0):
             raise ValueError(f"batch_size: must be a positive number or auto, got {batch_size!r}")
-        self.model = model_in_mode(model, operator, calibration)
-        self.operator = operator
+        self.model = model_in_mode(model, mode, calibration)
+        self.mode = mode
         self.truncated = 0
         self.batch_size = None if batch_size == "auto" else int(batch_size)
 
@@ -114,7 +114,7 @@ class Scorer:
         """
         fitted = [self._fit(tuple(context), tuple(continuation)) for context, continuation in pairs]
         scores: dict[int, Score] = {}
-        for found in self._score_whole(fitted) if self.operator == "learned" else self._score_shared(fitted):
+        for found in self._score_whole(fitted) if self.mode == "learned" else self._score_shared(fitted):
             scores |= found
             done(len(found))
         return [scores[index] for index in range(len(fitted))]

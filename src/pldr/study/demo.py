@@ -150,7 +150,7 @@ def measure(
         "generation": [
             {
                 "cache": row.cache,
-                "G_LM": row.mode,
+                "mode": row.mode,
                 "tokens_per_second": row.tokens_per_second,
                 "same_text": row.generation.token_ids == texts[0].generation.token_ids,
                 "token_ids": row.generation.token_ids,
