@@ -141,7 +141,7 @@ class TestFreezeConvertInfo:
 
     def test_freeze_with_a_file(self, run, folder, tmp_path):
         fails(run("freeze", folder, tmp_path / "out", "--g-lm", FIXTURES / "v51G-random" / "predefined_G_LM.pkl",
-                  "--prompt", "x"), "pass either --prompt")  # fmt: skip
+                  "--prompt", "x"), "pass either prompts")  # fmt: skip
         code, _, _ = run("freeze", folder, tmp_path / "out", "--g-lm", FIXTURES / "v51G-random" / "predefined_G_LM.pkl")
         assert code == 0
         assert load_model(tmp_path / "out").config.operator == "constant"
@@ -150,7 +150,7 @@ class TestFreezeConvertInfo:
         from safetensors.torch import save_file
 
         before = sorted(tmp_path.iterdir())
-        fails(run("freeze", folder, tmp_path / "out"), "pass either --prompt")
+        fails(run("freeze", folder, tmp_path / "out"), "pass either prompts")
         fails(run("freeze", folder, tmp_path / "out", "--prompt", ""), "prompt: is empty")
         fails(run("freeze", folder, folder, "--prompt", "the"), "exists and is not empty")
         fails(run("freeze", folder, tmp_path / "out", "--g-lm", tmp_path / "none.pkl"), "no such file")

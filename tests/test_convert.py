@@ -496,7 +496,8 @@ def test_freeze_checkpoint(small_model, toy_tokenizer, tmp_path):
     model.save_pretrained(tmp_path / "learned")
     toy_tokenizer.save_pretrained(tmp_path / "learned")
     texts = ["the cat sat on a mat", "a dog ran"]
-    frozen, before = freeze_checkpoint(tmp_path / "learned", tmp_path / "frozen", prompts=texts, trainable=True)
+    result = freeze_checkpoint(tmp_path / "learned", tmp_path / "frozen", prompts=texts, trainable=True)
+    frozen, before = result.model, result.parameters_before
     assert before == model.num_parameters() > frozen.num_parameters()
     ids = [torch.tensor(toy_tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
     written = load_model(tmp_path / "frozen")

@@ -258,9 +258,7 @@ def test_a_constant_operator_has_one_mode(run, folder, tmp_path, data):
     text = data / "text.txt"
     text.write_text("the cat sat")
     fails(run("eval", frozen, "--perplexity", text, "--compare"), "constant, so that frozen is its only mode")
-    fails(
-        run("eval", frozen, "--perplexity", text, "--mode", "learned"), "constant, so that frozen is its only mode"
-    )
+    fails(run("eval", frozen, "--perplexity", text, "--mode", "learned"), "constant, so that frozen is its only mode")
     fails(
         run("eval", frozen, "--perplexity", text, "--calibration", text),
         "calibration: this model's operator is constant",

@@ -1,14 +1,20 @@
 """What is printed and drawn: the same numbers in a terminal, a pipe and a notebook, and names as they are, whatever is in them."""
 
+import json
 import re
 from html import unescape
+from pathlib import Path
 
 import pytest
 import torch
 
-from pldr.checkpoints.info import model_facts
-from pldr.files import printable
+from pldr.checkpoints.convert import FrozenCheckpoint
+from pldr.checkpoints.info import Info, model_facts
+from pldr.data.vocabulary import TrainedTokenizer
+from pldr.evaluation.evaluate import Evaluation
+from pldr.files import printable, to_json
 from pldr.plots import plot_operators
+from pldr.study.lab import Finding, Verdict
 from pldr.study.statistics import Analysis, analyse_model, summarise
 from pldr.tables import (
     analysis_view,
@@ -19,6 +25,7 @@ from pldr.tables import (
     layer_rows,
     show,
 )
+from pldr.training.run import TrainingSummary
 
 # A file's or a task's name that rich would take for markup, for an error in markup or for a picture, or that a terminal
 # would obey.
@@ -49,6 +56,7 @@ def evaluation(name="piqa"):
         "model": name, "operator": "learned", "modes": modes, "device": "cpu", "dtype": "float32", "tasks": {name: task},
         "groups": {name + " group": {"scores": scores}},
         "suite": {"averages": {mode: {"average": 0.625} for mode in modes}}, "texts": {name: dict.fromkeys(modes, text)},
+        "warnings": [f"{name} is odd"],
     }  # fmt: skip
 
 
@@ -69,6 +77,26 @@ def analysis(name="G_LM", source=""):
 
 def facts(small_model, name="model"):
     return model_facts(small_model()) | {"dtype": name}
+
+
+def results(model):
+    """One of each of the smaller results, and what it says."""
+    finding = Finding("A claim", Verdict.CONFIRMED, "it is so", ["A section."], {"x": 1.5}, subject="a model")
+    evaluation = Evaluation("m", "learned", ["frozen"], "cpu", "float32", disagreement=0.5, truncated=2)
+    yield finding, "Confirmed for a model: it is so."
+    yield evaluation, "warning: 2 contexts were longer than the model's and lost their beginning"
+    yield TrainedTokenizer(Path("t"), "bpe", 1290, ""), "t: 1,290 pieces (bpe)"
+    yield FrozenCheckpoint(Path("f"), model, 10**6), "(before: 1,000,000)"
+    yield TrainingSummary({"output": "o", "tokens": 1234, "train_loss": 2.0}), "train_loss"
+    yield Info(model_facts(model)), "KV-cache"
+
+
+def test_every_result_prints_in_a_terminal_and_a_notebook_and_as_json(small_model):
+    for result, text in results(small_model()):
+        assert text in str(result)
+        assert text in unescape(re.sub("<[^>]+>", "", result._repr_html_()))
+        assert json.loads(to_json(result.to_json())) == json.loads(json.dumps(result.to_json()))
+        assert len(repr(result)) < 4000
 
 
 @pytest.fixture
@@ -124,8 +152,8 @@ def test_names_are_only_names(small_model, printed, name):
     assert shown.isprintable()
     assert shown in printed(facts_view(facts(small_model, name)))
     assert printed(certificate_view(certificate(name, [name]))).count(shown) == 2
-    # The model; the task among scores and differences, its metric twice, its group; the text.
-    assert printed(evaluation_view(evaluation(name))).count(shown) == 7
+    # The model; the task among scores and differences, its metric twice, its group; the text; a warning.
+    assert printed(evaluation_view(evaluation(name))).count(shown) == 8
     assert printed(analysis_view(analysis(name, source=name))).count(shown) == 2
     # The prompt and the text that continues it; the folder in two files and two commands.
     assert printed(demo_view(demo(name, name))).count(shown) == 6

@@ -7,13 +7,16 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from typer import Argument, Option
 
 from pldr.files import one_line, printable
 from pldr.training import TrainingInterrupted
+
+if TYPE_CHECKING:
+    from pldr.tables import Printable
 
 _EXPECTED = (ValueError, OSError, FloatingPointError, ModuleNotFoundError)
 
@@ -127,21 +130,14 @@ def train(
     from pldr.files import require
     from pldr.recipe import load_recipe
 
-    parsed = load_recipe(recipe, overrides)
-    parsed.data.strict |= strict
+    parsed = load_recipe(recipe, [*(overrides or ()), *(["data.strict=true"] if strict else ())])
     require("train", "accelerate")
     _quiet()
     from pldr.training.run import train as run
 
     summary = run(parsed, overwrite=overwrite, resume=str(resume_from) if resume_from else resume)
-    if os.environ.get("RANK", "0") != "0":
-        return
-    if as_json:
-        _print_json({"output": parsed.output} | summary)
-        return
-    for name, value in summary.items():
-        typer.echo(f"{name:>18}  {value:,.4f}" if isinstance(value, float) else f"{name:>18}  {value:,}")
-    typer.echo(f"{'saved in':>18}  {parsed.output}")
+    if os.environ.get("RANK", "0") == "0":  # of several processes, one prints
+        _print(summary, as_json)
 
 
 @_verb("tokenizer train my-book.txt --output my-tokenizer --vocab-size 2000", "train", tokenizer_app)
@@ -155,6 +151,7 @@ def train_tokenizer(
     interval: Annotated[str, Option(help="Which documents: start:stop, by index or percent.")] = "",
     strict: Strict = False,
     overwrite: Overwrite = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train a SentencePiece model and save it as a transformers fast tokenizer too."""
     _quiet()
@@ -166,7 +163,7 @@ def train_tokenizer(
     )  # fmt: skip
     if result.skipped:
         _report(f"data: {result.skipped}")
-    typer.echo(f"{output}: {vocab_size:,} pieces ({model})")
+    _print(result, as_json)
 
 
 @_verb("merge runs/big/checkpoint-1000 runs/big-merged")
@@ -217,24 +214,17 @@ def freeze(
     tokenizer: Tokenizer = None,
     rope: Rope = None,
     overwrite: Overwrite = False,
+    as_json: AsJson = False,
 ) -> None:
     """Make the operator a constant, from prompts or from a file, and drop the network that computed it."""
-    from pldr.files import read_text
-
-    prompts = list(prompt or [])
-    if prompts_file is not None:
-        prompts += [line for line in read_text(prompts_file).splitlines() if line.strip()]
-    if bool(prompts) == (g_lm is not None):
-        raise ValueError("pass either --prompt / --prompts-file (with some text) or --g-lm")
     _quiet()
     from pldr.checkpoints.convert import freeze_checkpoint
 
     frozen = freeze_checkpoint(
-        model, destination, prompts=prompts, g_lm=g_lm, trainable=trainable, tokenizer=tokenizer, rope=rope,
-        overwrite=overwrite,
+        model, destination, prompts=prompt or (), prompts_file=prompts_file, g_lm=g_lm, trainable=trainable,
+        tokenizer=tokenizer, rope=rope, overwrite=overwrite,
     )  # fmt: skip
-    parameters = f"{frozen.model.num_parameters():,} parameters (before: {frozen.parameters_before:,})"
-    typer.echo(f"{destination}: constant operator, {parameters}")
+    _print(frozen, as_json)
 
 
 @_verb("compress runs/laptop runs/compressed --tolerance 1e-3")
@@ -404,7 +394,7 @@ def evaluate(
         calibration=calibration, text_column=text_column, threshold=threshold, tokenizer=tokenizer, rope=rope,
         g_lm=g_lm, device=device, dtype=dtype,
     )  # fmt: skip
-    for warning in evaluation.warnings:
+    for warning in evaluation.warnings if as_json else ():  # else they are printed
         _report(f"warning: {warning}")
     _print(evaluation, as_json)
 
@@ -504,7 +494,7 @@ def _quiet() -> None:
     logging.set_verbosity_error()
 
 
-def _print(result: Any, as_json: bool) -> None:
+def _print(result: "Printable", as_json: bool) -> None:
     """A result of the library: as tables, or as one JSON object."""
     if as_json:
         _print_json(result.to_json())

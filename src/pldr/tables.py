@@ -8,7 +8,7 @@ import io
 import math
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
 from rich import text as rich_text
@@ -40,6 +40,10 @@ class Printable:
     """A result that shows as tables where it is printed, in a terminal as in a notebook; subclasses say what to show."""
 
     def __rich__(self) -> RenderableType:
+        raise NotImplementedError
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers, lists and texts."""
         raise NotImplementedError
 
     def __str__(self) -> str:
@@ -82,6 +86,13 @@ def _add(table: Table, rows: Iterable[Sequence[str]], style: str | None = None) 
 def _prose(text: str, style: str = "dim") -> Text:
     """Sentences, broken between words; all other texts are left to the terminal to break, so that paths can be copied."""
     return Text(text, style=style, no_wrap=False, overflow="fold")
+
+
+def numbers_view(numbers: Mapping[str, Any]) -> RenderableType:
+    """Names and what they are, in two columns."""
+    shown = {name: f"{x:,.4f}" if isinstance(x, float) else f"{x:,}" if isinstance(x, int) else str(x)
+             for name, x in numbers.items()}  # fmt: skip
+    return _table(["", ""], [], shown.items(), show_header=False, box=None, padding=(0, 2))
 
 
 # --- a model --------------------------------------------------------------------------------------------------------
@@ -224,6 +235,7 @@ def evaluation_view(report: dict[str, Any]) -> RenderableType:
         rows = (row for name, task in report["tasks"].items() for row in _difference_rows(name, task, modes[1:]))
         parts.append(_table([f"against {modes[0]}", "G_LM"], ["answers that differ", "largest difference, nats"], rows))
     parts += [_perplexity_table(name, found) for name, found in report.get("texts", {}).items()]
+    parts += [_prose(f"warning: {warning}", "yellow") for warning in report["warnings"]]
     return Group(*parts)
 
 

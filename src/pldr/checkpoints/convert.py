@@ -4,20 +4,23 @@ import os
 import pickle
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
+from rich.console import RenderableType
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerFast
 
 from pldr import layouts
 from pldr.checkpoints.load import load_model, load_predefined_G, load_with_tokenizer
-from pldr.files import check_output, one_line, whole_folder, write_json
+from pldr.files import check_output, one_line, read_text, whole_folder, write_json
 from pldr.generation import encode_prompt
 from pldr.modeling_pldr import PldrForCausalLM
 from pldr.operator import freeze, stored_operator
+from pldr.tables import Printable, Text
 from pldr.tokenizer import check_vocabulary, load_tokenizer
 
 CHECKPOINT_LAYOUTS = ("pldr", "hub", "reference")
@@ -128,23 +131,35 @@ def _published_state(model: PldrForCausalLM) -> dict[str, torch.Tensor]:
 # --- freezing -------------------------------------------------------------------------------------------------------
 
 
-class FrozenCheckpoint(NamedTuple):
+@dataclass(frozen=True)
+class FrozenCheckpoint(Printable):
     """What `freeze_checkpoint` made.
 
     Attributes:
+        folder: where it is.
         model: as it was written.
         parameters_before: of the model that it was made from.
     """
 
-    model: PldrForCausalLM
+    folder: Path
+    model: PldrForCausalLM = field(repr=False)
     parameters_before: int
+
+    def to_json(self) -> dict[str, Any]:
+        parameters = self.model.num_parameters()
+        return {"folder": str(self.folder), "parameters": parameters, "parameters_before": self.parameters_before}
+
+    def __rich__(self) -> RenderableType:
+        parameters = f"{self.model.num_parameters():,} parameters (before: {self.parameters_before:,})"
+        return Text(f"{self.folder}: {self.model.config.operator} operator, {parameters}")
 
 
 def freeze_checkpoint(
     model: str | os.PathLike[str],
     destination: str | os.PathLike[str],
     *,
-    prompts: str | Sequence[str] | None = None,
+    prompts: str | Sequence[str] = (),
+    prompts_file: str | os.PathLike[str] | None = None,
     g_lm: str | os.PathLike[str] | None = None,
     trainable: bool = False,
     tokenizer: str | os.PathLike[str] | PreTrainedTokenizerFast | None = None,
@@ -157,6 +172,7 @@ def freeze_checkpoint(
         model: what to freeze; see `load_model`.
         destination: folder to write, with the tokenizer where there is one; it appears only when whole.
         prompts: text to compute G_LM from, or several, whose mean is kept.
+        prompts_file: file of such texts, one per line.
         g_lm: in place of prompts, where to read G_LM; see `load_predefined_G`.
         trainable: make G_LM a parameter, to train on with.
         tokenizer: see `load_with_tokenizer`; needed with prompts alone.
@@ -164,21 +180,23 @@ def freeze_checkpoint(
         overwrite: replace a destination that is not empty.
 
     Raises:
-        ValueError: not exactly one of `prompts` and `g_lm`; see `load_with_tokenizer`, `load_predefined_G`, `freeze`.
+        ValueError: neither prompts nor `g_lm`, or both; see `load_with_tokenizer`, `load_predefined_G`, `freeze`.
         OSError: a file can not be read, or the folder not be written. Nothing is written where something is wrong.
     """
     check_output(destination, overwrite=overwrite)
-    if bool(prompts) == (g_lm is not None):
-        raise ValueError("freeze: pass either prompts (with some text) or g_lm")
-    loaded, found = load_with_tokenizer(Path(model), tokenizer, rope=rope, needs_tokenizer=bool(prompts))
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if prompts_file is not None:
+        texts += [line for line in read_text(prompts_file).splitlines() if line.strip()]
+    if bool(texts) == (g_lm is not None):
+        raise ValueError("freeze: pass either prompts or a prompts_file (with some text), or else g_lm")
+    loaded, found = load_with_tokenizer(Path(model), tokenizer, rope=rope, needs_tokenizer=bool(texts))
     before = loaded.num_parameters()
     if g_lm is not None:
         freeze(loaded, G_LM=load_predefined_G(g_lm), trainable=trainable)
     else:
-        texts = [prompts] if isinstance(prompts, str) else prompts or ()
         freeze(loaded, [torch.tensor(encode_prompt(found, text)) for text in texts], trainable=trainable)
     with whole_folder(destination, overwrite=overwrite) as folder:
         loaded.save_pretrained(folder)
         if found is not None:
             found.save_pretrained(folder)
-    return FrozenCheckpoint(loaded, before)
+    return FrozenCheckpoint(Path(destination), loaded, before)

@@ -4,25 +4,37 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from rich.console import RenderableType
 
 from pldr.data.sources import BadRows, Source, names_of, read_pieces
 from pldr.files import whole_folder
+from pldr.tables import Printable, Text
 from pldr.tokenizer import load_tokenizer, train_sentencepiece
 
 
 @dataclass(frozen=True)
-class TrainedTokenizer:
+class TrainedTokenizer(Printable):
     """A tokenizer that was trained and saved.
 
     Attributes:
         folder: where it is, as SentencePiece model and as transformers fast tokenizer.
+        model: "unigram" or "bpe".
         vocab_size: its tokens.
         skipped: what was skipped of the data, in one line; "" if every row was good.
     """
 
     folder: Path
+    model: str
     vocab_size: int
     skipped: str
+
+    def to_json(self) -> dict[str, Any]:
+        return vars(self) | {"folder": str(self.folder)}
+
+    def __rich__(self) -> RenderableType:
+        return Text(f"{self.folder}: {self.vocab_size:,} pieces ({self.model})")
 
 
 def train_tokenizer(
@@ -62,7 +74,7 @@ def train_tokenizer(
         skipped = train_pieces(source, folder / "tokenizer.model", vocab_size, model, strict=strict)
         tokenizer = load_tokenizer(folder / "tokenizer.model")
         tokenizer.save_pretrained(folder)
-    return TrainedTokenizer(Path(output), len(tokenizer), skipped)
+    return TrainedTokenizer(Path(output), model, len(tokenizer), skipped)
 
 
 def train_pieces(

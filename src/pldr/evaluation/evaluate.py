@@ -160,8 +160,8 @@ def evaluate(
     for given, options, what in ((names, of_tasks, "tasks or a suite"), (texts, of_texts, "text files")):
         if unused := [name for name, value in options.items() if value is not None and not given]:
             raise ValueError(f"{', '.join(unused)}: only {what} can use it; name some, or leave it out")
-    if compare and operator != "frozen":
-        raise ValueError("operator, compare: choose one; compare runs every mode")
+    if compare and mode != "frozen":
+        raise ValueError("mode, compare: choose one; compare runs every mode")
     if num_fewshot is not None and num_fewshot < 0:
         raise ValueError(f"num_fewshot: must be 0 or more, got {num_fewshot}")
     if data_dir is not None and not Path(data_dir).is_dir():

@@ -230,15 +230,14 @@ class Lab:
         """The page, README.md, and its numbers, results.json."""
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
         about: dict[str, Any] = {
-            "claim": finding.claim, "verdict": finding.sentence, "outcome": finding.verdict, "command": self.command,
-            "device": device, "date": time.strftime("%Y-%m-%d"),
-            "versions": versions(), "size": dataclasses.asdict(self.size), "data": self.data,
+            "command": self.command, "device": device, "date": time.strftime("%Y-%m-%d"), "versions": versions(),
+            "size": dataclasses.asdict(self.size), "data": self.data,
         }  # fmt: skip
         used = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
         made_with = f"`{about['command']}` · {device} · {used} · {about['date']}"
         page = "\n\n".join([f"# {finding.claim}", f"**{finding.sentence}**", *finding.sections, made_with])
         write_text(self.folder / "README.md", page + "\n")
-        write_json(self.folder / "results.json", _without_places(about | {"numbers": finding.numbers}), indent=1)
+        write_json(self.folder / "results.json", _without_places(about | finding.to_json()), indent=1)
 
 
 def _without_places(value: Any) -> Any:
@@ -281,6 +280,10 @@ class Finding(Printable):
     numbers: dict[str, Any]
     subject: str = ""
     page: Path | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """What is in the page's results.json about the claim."""
+        return {"claim": self.claim, "verdict": self.sentence, "outcome": self.verdict, "numbers": self.numbers}
 
     @property
     def sentence(self) -> str:

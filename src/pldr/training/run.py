@@ -12,10 +12,12 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from huggingface_hub.errors import StrictDataclassFieldValidationError
+from rich.console import RenderableType
 from transformers import PreTrainedTokenizerFast, PrinterCallback, set_seed
 
 from pldr.configuration_pldr import PldrConfig
@@ -26,6 +28,7 @@ from pldr.files import one_line, process_mark, read_json, settle, sync
 from pldr.modeling_pldr import PldrForCausalLM
 from pldr.operator import freeze
 from pldr.recipe import DataRecipe, Recipe
+from pldr.tables import Printable, numbers_view
 from pldr.tokenizer import load_tokenizer
 from pldr.training import TrainingInterrupted
 from pldr.training.callbacks import ProgressBar
@@ -36,7 +39,7 @@ from pldr.training.trainer import ADVICE, PROBED, PldrTrainer, training_argument
 
 def train(
     recipe: Recipe, *, overwrite: bool = False, resume: bool | str | os.PathLike[str] = False, progress: bool = True
-) -> dict[str, float]:
+) -> "TrainingSummary":
     """Train a model into the recipe's output folder.
 
     The folder holds checkpoints and ``log.jsonl`` during the run; the model and its tokenizer appear at the end. The
@@ -50,7 +53,7 @@ def train(
         progress: show a progress bar.
 
     Returns:
-        steps, tokens, left_out_tokens (of the last partial sequence), seconds and tokens_per_second (of this call),
+        output (the folder), steps, tokens, left_out_tokens (of the last partial sequence), seconds and tokens_per_second (of this call),
         train_loss, train_accuracy and, with such data, validation_loss, validation_accuracy, test_loss and
         test_accuracy (nats per token and fractions, with G_LM learned: computed from each full sequence).
 
@@ -78,6 +81,16 @@ def train(
             trainer = _trainer(recipe, model, data, folder, checkpoints(folder)[0])
             _run(trainer, done, progress=progress and process.is_main_process)
         return _finish(trainer, done, data, tokenizer)
+
+
+class TrainingSummary(Printable, dict[str, Any]):
+    """What `train` did, by name."""
+
+    def to_json(self) -> dict[str, Any]:
+        return dict(self)
+
+    def __rich__(self) -> RenderableType:
+        return numbers_view(self)
 
 
 @dataclass
@@ -209,7 +222,7 @@ def _datasets(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, process: Parti
     return _Datasets(train, validation, test)
 
 
-def _finish(trainer: PldrTrainer, done: _Done, data: _Datasets, tokenizer: PreTrainedTokenizerFast) -> dict[str, float]:
+def _finish(trainer: PldrTrainer, done: _Done, data: _Datasets, tokenizer: PreTrainedTokenizerFast) -> TrainingSummary:
     """Write the model, then evaluate it; the summary of `train`."""
     model, recipe = trainer.whole_model(), trainer.recipe
     broken = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
@@ -222,7 +235,8 @@ def _finish(trainer: PldrTrainer, done: _Done, data: _Datasets, tokenizer: PreTr
         _write_model(model, tokenizer, trainer.folder)
     trainer.accelerator.wait_for_everyone()
     length = recipe.data.sequence_length
-    result = {
+    result: dict[str, Any] = {
+        "output": recipe.output,
         # What was done, which a callback may have cut short of what was planned.
         "steps": trainer.state.global_step,
         "tokens": trainer.totals["sequences"] * length,
@@ -236,7 +250,7 @@ def _finish(trainer: PldrTrainer, done: _Done, data: _Datasets, tokenizer: PreTr
         if rows is not None:
             metrics = trainer.evaluate(rows, metric_key_prefix=name)
             result |= {f"{part}_{key}": metrics[f"{name}_{key}"] for key in ("loss", "accuracy")}
-    return result
+    return TrainingSummary(result)
 
 
 def _write_model(model: PldrForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
