@@ -240,7 +240,7 @@ def test_text_alone_in_every_mode(run, folder, tmp_path):
         (["--tasks", "piqa", "--window", "8", "--stride", "4"], "--window, --stride: only text files can use it"),
         (["--perplexity", "text.txt", "--limit", "3", "--num-fewshot", "2"], "--limit, --num-fewshot: only tasks or a suite"),
         (["--perplexity", "text.txt", "--data-dir", ".", "--allow-code"], "--data-dir, --allow-code: only tasks or a suite"),
-        (["--perplexity", "text.txt", "--compare", "--operator", "learned"], "--operator, --compare: choose one"),
+        (["--perplexity", "text.txt", "--compare", "--mode", "learned"], "--mode, --compare: choose one"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line(run, folder, tmp_path, monkeypatch, arguments, message):
