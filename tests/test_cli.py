@@ -2,6 +2,7 @@
 
 import json
 import resource
+import signal
 import subprocess
 import sys
 
@@ -33,6 +34,26 @@ def test_help_and_version_start_without_torch():
     assert "generate" in result.stdout
     result = subprocess.run([sys.executable, "-m", "pldr", "--version"], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == f"pldr {pldr.__version__}"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+@pytest.mark.parametrize(
+    ("stop", "code", "said"),
+    [
+        (lambda process: process.send_signal(signal.SIGINT), 130, "pldr: interrupted"),
+        (lambda process: process.stdout.close(), 1, ""),
+    ],
+    ids=["Ctrl-C", "a reader that closes"],
+)
+def test_a_stopped_command_leaves_no_traceback(stop, code, said):
+    """In the midst of a text: after its first characters."""
+    command = [sys.executable, "-m", "pldr", "generate", "Once upon a time", "--stream", "--max-new-tokens", "900"]
+    with subprocess.Popen([*command, "--cache", "none"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.read(1)
+        stop(process)
+        assert process.stderr.read().decode().strip() == said
+    assert process.returncode == code
 
 
 class TestGenerate:

@@ -113,6 +113,23 @@ class TestFolder:
                 check_output(place)
 
 
+def test_errors_name_the_place_that_was_meant(tmp_path):
+    """Not the hidden one beside it."""
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError, match="folder: is a folder; name a file"):
+        write_text(tmp_path / "folder", "x")
+    with pytest.raises(OSError, match="No such file") as hidden, whole_file(tmp_path / "file") as partial:
+        partial.with_name(f"{partial.name}-none").open()
+    assert hidden.value.filename == str(tmp_path / "file")
+    with pytest.raises(OSError, match="No such file") as hidden, whole_folder(tmp_path / "new") as partial:
+        (partial / "none").open()
+    assert hidden.value.filename == str(tmp_path / "new")
+    for place in ("/proc/self/new", "/proc/self/new/below"):
+        with pytest.raises(PermissionError, match=f"{place}: /proc/self is not writable"):
+            check_output(place)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
 class TestFile:
     def test_whole_or_as_it_was(self, tmp_path):
         file = tmp_path / "file.txt"

@@ -41,10 +41,28 @@ def check_output(path: str | os.PathLike[str], *, overwrite: bool = False) -> Pa
         raise FileExistsError(f"{path}: is a file; choose another output folder")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
         raise FileExistsError(f"{path}: exists and is not empty; choose another folder, or overwrite it")
-    parent = _nearest_folder(path)
-    if not os.access(parent, os.W_OK):
-        raise PermissionError(f"{path}: {parent} is not writable; choose another output folder")
+    try:  # which tells more than permissions do
+        os.rmdir(_hidden(path, "partial", _nearest_folder(path)))
+    except OSError as error:
+        reason = f"{_nearest_folder(path)} is not writable ({error.strerror})"
+        raise PermissionError(f"{path}: {reason}; choose another output folder") from None
     return path
+
+
+def _hidden(path: Path, kind: str, place: Path) -> Path:
+    """A new folder that `sweep` knows, for what is to come to `path` or was there."""
+    return Path(tempfile.mkdtemp(prefix=f".{path.name}.{kind}-{process_mark()}-", dir=place))
+
+
+@contextmanager
+def _errors_of(path: Path) -> Iterator[None]:
+    """Errors name the place that was meant, not the hidden one near it."""
+    try:
+        yield
+    except OSError as error:
+        if f".{path.name}.partial-" in str(error.filename):
+            error.filename = str(path)
+        raise
 
 
 def _nearest_folder(path: Path) -> Path:
@@ -72,22 +90,23 @@ def whole_folder(path: str | os.PathLike[str], *, overwrite: bool = False, keep:
     path = _behind_links(check_output(path, overwrite=overwrite))
     sweep(path)
     # Beside its place or, where that is still to be made, above it: on the same disk, and nothing else is left behind.
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-{process_mark()}-", dir=_nearest_folder(path)))
+    partial = _hidden(path, "partial", _nearest_folder(path))
     try:
-        yield partial
-        settle(partial)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and overwrite:
-            _exchange(partial, path)
-        else:
-            _put(partial, path, keep)
-        sync(path.parent)
+        with _errors_of(path):
+            yield partial
+            settle(partial)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists() and overwrite:
+                _exchange(partial, path)
+            else:
+                _put(partial, path, keep)
+            sync(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def _exchange(partial: Path, path: Path) -> None:
-    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-{process_mark()}-", dir=path.parent))
+    old = _hidden(path, "old", path.parent)
     os.replace(path, old / path.name)
     try:
         os.replace(partial, path)
@@ -118,18 +137,14 @@ def _put(partial: Path, path: Path, keep: bool) -> None:
 
 def settle(folder: Path) -> None:
     """Ordinary permissions, where temporary files have private ones, and everything on the disk."""
-    umask = _umask()
+    probe = folder / ".ordinary"  # what a folder gets here; to ask for the umask is to set it, for every thread
+    probe.mkdir()
+    ordinary = probe.stat().st_mode & 0o777
+    probe.rmdir()
     for place in (*folder.rglob("*"), folder):
         if not place.is_symlink():
-            os.chmod(place, (0o777 if place.is_dir() else 0o666) & ~umask)
+            os.chmod(place, ordinary if place.is_dir() else ordinary & 0o666)
             sync(place)
-
-
-def _umask() -> int:
-    """The process's umask, which can only be read by setting it."""
-    value = os.umask(0)
-    os.umask(value)
-    return value
 
 
 def sync(place: Path) -> None:
@@ -155,14 +170,17 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         OSError: it can not be written.
     """
     path = _behind_links(Path(path))
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: is a folder; name a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path)
     partial = path.with_name(f".{path.name}.partial-{process_mark()}-{threading.get_ident()}")
     try:
-        yield partial
-        sync(partial)
-        os.replace(partial, path)
-        sync(path.parent)
+        with _errors_of(path):
+            yield partial
+            sync(partial)
+            os.replace(partial, path)
+            sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
