@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import RenderableType
 from torch import nn
+from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
 from pldr.checkpoints.certificate import write_certificate
@@ -43,8 +44,10 @@ from pldr.tables import Printable, compression_view
 WEIGHTINGS = ("moments", "none")
 # Passages that the moments come from, and on which ranks are looked for; they are proved on others.
 _CALIBRATION = 8
-# Of a head's error, as a share of the worst head's in its layer: below it, the rest of its columns are left out.
+# Error of a head's scores, as a share of the worst head's in its layer, below which the rest of its columns are left out.
 _NEGLIGIBLE = 0.1
+# Share of the largest singular value of G_LM below which another is rounding.
+_ROUNDING = 1e-6
 # Added to the moments, as a share of their mean: directions that calibration text never takes keep a little weight.
 _RIDGE = 1e-6
 
@@ -79,12 +82,15 @@ def factors_of(
     """
     G = G_LM.double()
     (query_root, query_inverse), (key_root, key_inverse) = map(
-        _root, (_or_white(query_moment, G), _or_white(key_moment, G))
+        root_and_inverse, (_or_white(query_moment, G), _or_white(key_moment, G))
     )
     U, S, Vh = torch.linalg.svd(query_root @ G @ key_root)
     half = S.sqrt()[:, None]
     tails = S.square().flip(-1).cumsum(-1).flip(-1)
-    errors = (torch.nn.functional.pad(tails, (0, 1)) / G.shape[-1]).sqrt()
+    errors = (F.pad(tails, (0, 1)) / G.shape[-1]).sqrt()
+    plain = torch.linalg.svdvals(G)
+    numerical_rank = (plain > _ROUNDING * plain[:, :1]).sum(1)
+    errors[torch.arange(errors.shape[1], device=G.device) >= numerical_rank[:, None]] = 0
     return Factors(query_inverse @ U * half, key_inverse @ Vh.mT * half, errors)
 
 
@@ -92,7 +98,7 @@ def _or_white(moment: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
     return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device).expand_as(like) if moment is None else moment
 
 
-def _root(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def root_and_inverse(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The symmetric square root of a moment, and its inverse."""
     values, vectors = torch.linalg.eigh(moment.double())
     values = values.clamp(min=0)
@@ -166,8 +172,11 @@ class _Trials:
 
     def accepts(self, ranks: Sequence[int], passages: torch.Tensor) -> bool:
         if id(passages) not in self.known:
-            self.known[id(passages)] = _read(self.model, passages)
-        (before, greedy), (after, chosen) = self.known[id(passages)], _read(self.with_ranks(ranks), passages)
+            self.known[id(passages)] = losses_and_greedy(self.model, passages)
+        (before, greedy), (after, chosen) = (
+            self.known[id(passages)],
+            losses_and_greedy(self.with_ranks(ranks), passages),
+        )
         upper = interval_of_mean((after - before).tolist())[1]
         agreement = float((greedy == chosen).double().mean())
         return upper <= self.thresholds.loss and agreement >= self.thresholds.agreement
@@ -206,7 +215,7 @@ class _Trials:
 
 
 @torch.no_grad()
-def _read(model: PldrForCausalLM, passages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def losses_and_greedy(model: PldrForCausalLM, passages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean loss of each passage, [B] float64, and the greedy tokens, [B, T]."""
     losses, greedy = [], []
     for ids in passages.split(1):
