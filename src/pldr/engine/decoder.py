@@ -43,7 +43,9 @@ class Metric(NamedTuple):
     """A metric learner: its LayerNorms, and the units between them."""
 
     input_norm: Norm
-    residual_units: list[tuple[Unit, Norm]]  # the weights of a unit's GLUs one after the other: [G, 2 F, D] and [G, D, F]
+    residual_units: list[
+        tuple[Unit, Norm]
+    ]  # the weights of a unit's GLUs one after the other: [G, 2 F, D] and [G, D, F]
     operator: LearnedOperator  # of W, b, p, a and b_a
 
 
@@ -272,7 +274,12 @@ class Decoder:
     def move(self, source: int, target: int) -> None:
         """Put a row in another's place, caches and operator with it."""
         learned = [G for G, layer in zip(self.operators, self.layers, strict=True) if layer.left is None]
-        state = (self.state.tokens, self.state.positions, self.state.x, *(part for part in self.choice[1:] if part is not None))
+        state = (
+            self.state.tokens,
+            self.state.positions,
+            self.state.x,
+            *(part for part in self.choice[1:] if part is not None),
+        )
         for part in (*self.keys, *self.values, *learned, *state):
             part[target] = part[source]
 

@@ -169,7 +169,9 @@ class Engine:
 
     # --- for a list of prompts ---------------------------------------------------------------------------------------
 
-    def generate(self, prompts: Prompt | Sequence[Prompt], options: Options | None = None, **settings: Any) -> list[Completion]:
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], options: Options | None = None, **settings: Any
+    ) -> list[Completion]:
         """Continue prompts.
 
         Args:
@@ -193,7 +195,9 @@ class Engine:
             self.cancel(*requests)
         return [self.completion(request) for request in requests]
 
-    def stream(self, prompts: Prompt | Sequence[Prompt], options: Options | None = None, **settings: Any) -> Iterator[Piece]:
+    def stream(
+        self, prompts: Prompt | Sequence[Prompt], options: Options | None = None, **settings: Any
+    ) -> Iterator[Piece]:
         """Continue prompts and hand out their text as it comes; arguments and errors as of `generate`.
 
         Yields:
@@ -337,7 +341,9 @@ class Engine:
         options = options or Options(**settings)
         several = _several(prompts)
         requests = [
-            self._request(prompt, options if options.seed is None else replace(options, seed=options.seed + i), streaming)
+            self._request(
+                prompt, options if options.seed is None else replace(options, seed=options.seed + i), streaming
+            )
             for i, prompt in enumerate(several)
         ]
         self.waiting += requests

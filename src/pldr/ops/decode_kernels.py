@@ -461,7 +461,9 @@ def _dot(  # type: ignore[no-untyped-def]
             x + rows[:, None] * inputs + k[None, :], mask=(rows < sequences)[:, None] & (k < inputs)[None, :], other=0.0
         )
         w = tl.load(
-            weight + columns[None, :].to(tl.int64) * inputs + k[:, None], mask=(k < inputs)[:, None] & real[None, :], other=0.0
+            weight + columns[None, :].to(tl.int64) * inputs + k[:, None],
+            mask=(k < inputs)[:, None] & real[None, :],
+            other=0.0,
         )
         total = tl.dot(a, w, total)
     if part == 0:

@@ -1,0 +1,522 @@
+"""The engine: its steps against their references, its answers against the model's own, its batch against single prompts."""
+
+import math
+
+import pytest
+import torch
+from transformers import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from helpers import assert_close
+from pldr import PldrForCausalLM, freeze, make_cache
+from pldr.engine import Engine, Options
+from pldr.engine.decoder import Decoder
+from pldr.engine.text import GrowingText, continuation
+from pldr.ops import decode
+from pldr.ops import decode_reference as reference
+
+PROMPTS = [[5, 6, 7, 8, 9], [11], [20, 21, 22, 23, 24, 25, 26], [11, 12, 13, 14, 15], [30, 31]]
+OPERATORS = [
+    {"operator": "learned"},
+    {"operator": "constant", "operator_init": "random"},
+    {"operator": "factored", "operator_init": "random", "operator_ranks": [8, 16], "hidden_size": 64},
+    {"operator": "learned", "rope_pairing": "halves"},
+]
+
+
+@pytest.fixture(params=OPERATORS, ids=lambda fields: "-".join(str(value) for value in fields.values()))
+def model(request, small_model):
+    """With every kind of operator; the random weights are spread, so that the most probable token is a clear one."""
+    made = small_model(**request.param)
+    with torch.no_grad():
+        made.lm_head.weight.mul_(8)
+    return made
+
+
+def greedy(model, prompt, new):
+    ids = torch.tensor([prompt])
+    return model.generate(ids, max_new_tokens=new, do_sample=False, eos_token_id=None)[0, len(prompt) :].tolist()
+
+
+# --- against the model ----------------------------------------------------------------------------------------------
+
+
+def test_every_path_gives_one_answer_along_forced_tokens(model):
+    forced = torch.randint(4, 97, (3, 10), generator=torch.Generator().manual_seed(1))
+    prompts = torch.randint(4, 97, (3, 6), generator=torch.Generator().manual_seed(2))
+    cache = make_cache(model.config)
+    with torch.no_grad():
+        expected = [model(prompts, past_key_values=cache).logits[:, -1]]
+        expected += [model(forced[:, i : i + 1], past_key_values=cache).logits[:, -1] for i in range(10)]
+    decoder = Decoder(model, 4, 64)
+    found = [decoder.prefill(0, prompts.tolist())]
+    decoder.state.positions[:3] += 1
+    for i in range(10):
+        decoder.state.tokens[:3] = forced[:, i]
+        found.append(decoder.logits(3))
+        decoder.state.positions[:3] += 1
+    assert_close(torch.stack(found), torch.stack(expected), rms_ratio=1e-4)
+    # Each of the batch alone, its prompt alone in a row of another number.
+    single = Decoder(model, 2, 32)
+    logits = [single.prefill(1, prompts[2:].tolist())[0]]
+    assert_close(logits[0], expected[0][2], rms_ratio=1e-4)
+
+
+def test_greedy_text_is_generates(model):
+    results = Engine(model, max_batch=3).generate(PROMPTS, max_new_tokens=20, ignore_end=True)
+    for prompt, result in zip(PROMPTS, results, strict=True):
+        assert result.token_ids == greedy(model, prompt, 20)
+        assert result.finish_reason == "length"
+        assert result.prompt_tokens == len(prompt)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes(small_model, dtype):
+    model = small_model().to(dtype)
+    found = Decoder(model, 1, 64).prefill(0, [PROMPTS[2]])
+    expected = model(torch.tensor([PROMPTS[2]])).logits[:, -1]
+    assert_close(found.double(), expected.double(), max_error=0.1 if dtype == torch.bfloat16 else 1e-4)
+
+
+def test_the_model_that_ships_with_pldr(stories):
+    model, tokenizer = stories
+    prompts = ["The old man looked out over the sea and", "Once upon a time", "A"]
+    results = Engine(model, tokenizer).generate(prompts, max_new_tokens=24)
+    for prompt, result in zip(prompts, results, strict=True):
+        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        expected = greedy(model, ids, 24)
+        assert result.token_ids == expected
+        assert result.text == continuation(tokenizer, ids, expected)
+
+
+def test_logprobs_are_the_models(model):
+    result = Engine(model).generate(PROMPTS[0], max_new_tokens=12, ignore_end=True, logprobs=True)[0]
+    ids, cache = torch.tensor([PROMPTS[0] + result.token_ids]), make_cache(model.config)
+    with torch.no_grad():
+        logits = [model(ids[:, :5], past_key_values=cache).logits[:, -1:]]
+        logits.append(model(ids[:, 5:], past_key_values=cache).logits[:, :-1])
+    expected = torch.cat(logits, 1)[0].log_softmax(-1).gather(1, ids[0, 5:, None])[:, 0]
+    assert_close(torch.tensor(result.logprobs), expected, max_error=1e-4)
+    assert Engine(model).generate(PROMPTS[0], max_new_tokens=2)[0].logprobs is None
+
+
+# --- drawing --------------------------------------------------------------------------------------------------------
+
+
+def choices(rows, vocabulary=50, **fields):
+    ones = torch.ones(rows)
+    choice = reference.Choice(
+        fields.get("uniform", torch.rand(rows)), ones * fields.get("temperature", 1.0),
+        (ones * fields.get("top_k", 0)).int(), ones * fields.get("top_p", 1.0), ones * fields.get("penalty", 1.0),
+        fields.get("seen"),
+    )  # fmt: skip
+    return choice
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 0.7},
+        {"top_k": 7},
+        {"top_p": 0.6},
+        {"temperature": 1.5, "top_k": 20, "top_p": 0.8, "penalty": 1.4},
+    ],
+    ids=str,
+)
+def test_what_is_drawn_follows_transformers_distribution(settings):
+    logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(3)) * 2
+    seen = torch.zeros(1, 50, dtype=torch.uint8)
+    seen[0, ::3] = 1
+    processors = LogitsProcessorList()
+    if "penalty" in settings:
+        processors.append(RepetitionPenaltyLogitsProcessor(settings["penalty"]))
+    processors.append(TemperatureLogitsWarper(settings.get("temperature", 1.0)))
+    if "top_k" in settings:
+        processors.append(TopKLogitsWarper(settings["top_k"]))
+    if "top_p" in settings:
+        processors.append(TopPLogitsWarper(settings["top_p"]))
+    expected = processors(torch.arange(0, 50, 3)[None], logits.clone()).softmax(-1)[0]
+    # A grid of places in the cumulated probabilities counts out the distribution.
+    grid = 20_000
+    uniform = (torch.arange(grid) + 0.5) / grid
+    per_row = seen.expand(grid, -1).clone() if "penalty" in settings else None
+    tokens, logprobs = reference.draw(logits.expand(grid, -1), choices(grid, uniform=uniform, seen=per_row, **settings))
+    assert_close(torch.bincount(tokens, minlength=50) / grid, expected, max_error=2 / grid)
+    assert_close(logprobs, logits[0].log_softmax(-1)[tokens], max_error=1e-5)
+    if per_row is not None:
+        assert (per_row.gather(1, tokens[:, None]) == 1).all()
+
+
+def test_temperature_zero_is_the_most_probable_and_damage_is_told():
+    logits = torch.randn(4, 50)
+    tokens, _ = reference.draw(logits, choices(4, temperature=0.0))
+    assert tokens.tolist() == logits.argmax(-1).tolist()
+    logits[1, 3], logits[2, 4] = math.nan, math.inf
+    tokens, _ = reference.draw(logits, choices(4))
+    assert tokens[1:3].tolist() == [-1, -1]
+    assert tokens[0] >= 0 <= tokens[3]
+
+
+def test_seeds_repeat_whatever_else_runs(model):
+    settings = {"max_new_tokens": 12, "temperature": 1.2, "top_k": 30, "ignore_end": True}
+    together = Engine(model, max_batch=2).generate(PROMPTS, seed=7, **settings)
+    for index, (prompt, result) in enumerate(zip(PROMPTS, together, strict=True)):
+        alone = Engine(model).generate(prompt, seed=7 + index, **settings)[0]
+        assert alone.token_ids == result.token_ids
+    assert Engine(model).generate(PROMPTS[0], seed=8, **settings)[0].token_ids != together[0].token_ids
+    torch.manual_seed(0)
+    first = Engine(model).generate(PROMPTS[0], **settings)[0]
+    torch.manual_seed(0)
+    assert Engine(model).generate(PROMPTS[0], **settings)[0].token_ids == first.token_ids
+
+
+def test_requests_of_several_kinds_share_a_batch(model):
+    engine = Engine(model, max_batch=4)
+    asked = [Options(max_new_tokens=9, ignore_end=True), Options(max_new_tokens=5, repetition_penalty=1.8, ignore_end=True),
+             Options(max_new_tokens=7, temperature=0.9, seed=1, logprobs=True, ignore_end=True)]  # fmt: skip
+    requests = [engine.submit(prompt, options) for prompt, options in zip(PROMPTS, asked, strict=False)]
+    while any(request.finish_reason is None for request in requests):
+        engine.step()
+    for prompt, options, request in zip(PROMPTS, asked, requests, strict=False):
+        alone, found = Engine(model).generate(prompt, options)[0], engine.completion(request)
+        assert found.token_ids == alone.token_ids
+        assert (found.logprobs is None) == (alone.logprobs is None) == (not options.logprobs)
+        if alone.logprobs is not None:
+            assert found.logprobs == pytest.approx(alone.logprobs, abs=1e-4)
+    assert len(set(requests[1].token_ids)) == 5, "a large penalty repeats nothing"
+
+
+# --- ends -----------------------------------------------------------------------------------------------------------
+
+
+def test_where_a_continuation_ends(small_model):
+    model = small_model(operator="constant", operator_init="random")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(8)
+    whole = greedy(model, PROMPTS[0], 20)
+    engine = Engine(model)
+    by_id = engine.generate(PROMPTS[0], max_new_tokens=20, stop_ids=[whole[4]], ignore_end=True)[0]
+    assert (by_id.token_ids, by_id.finish_reason) == (whole[: whole.index(whole[4]) + 1], "stop")
+    model.config.eos_token_id = whole[3]
+    ended = Engine(model).generate(PROMPTS[0], max_new_tokens=20)[0]
+    assert (ended.token_ids, ended.finish_reason) == (whole[: whole.index(whole[3]) + 1], "end")
+    model.config.eos_token_id = 3
+
+
+def test_a_stop_is_cut_out_of_the_text(stories):
+    model, tokenizer = stories
+    engine = Engine(model, tokenizer)
+    whole = engine.generate("Once upon a time", max_new_tokens=40)[0].text
+    stop = whole[20:26]
+    cut = engine.generate("Once upon a time", max_new_tokens=40, stop=[stop, "no such text"])[0]
+    assert cut.finish_reason == "stop"
+    assert cut.text == whole[: whole.index(stop)]
+    pieces = list(engine.stream("Once upon a time", max_new_tokens=40, stop=stop))
+    assert "".join(piece.text for piece in pieces) == cut.text
+    assert pieces[-1].completion.finish_reason == "stop"
+
+
+def test_pieces_join_to_the_text(stories):
+    model, tokenizer = stories
+    engine = Engine(model, tokenizer, max_batch=2)
+    prompts = ["Once upon a time", "The sea", "It was"]
+    texts, completions = ["", "", ""], {}
+    for piece in engine.stream(prompts, max_new_tokens=20, temperature=1.0, seed=3):
+        texts[piece.index] += piece.text
+        if piece.completion is not None:
+            completions[piece.index] = piece.completion
+    expected = engine.generate(prompts, max_new_tokens=20, temperature=1.0, seed=3)
+    assert [completions[i] for i in range(3)] == expected
+    assert texts == [result.text for result in expected]
+
+
+def test_a_run_of_byte_tokens_is_shown_whole(toy_tokenizer):
+    prompt = toy_tokenizer("the cat", add_special_tokens=False)["input_ids"]
+    new = toy_tokenizer(" sat 日本 ☃ on", add_special_tokens=False)["input_ids"]
+    growing, shown = GrowingText(toy_tokenizer, prompt), []
+    for token in new:
+        growing.add(token)
+        shown.append(growing.piece(last=False))
+    growing.end()
+    shown.append(growing.piece(last=True))
+    assert "".join(shown) == continuation(toy_tokenizer, prompt, new)
+    assert "\ufffd" not in "".join(shown)
+
+
+# --- the batch ------------------------------------------------------------------------------------------------------
+
+
+def test_a_caller_that_stops_reading_frees_its_places(stories):
+    model, tokenizer = stories
+    engine = Engine(model, tokenizer, max_batch=1)
+    pieces = engine.stream(["Once", "The"], max_new_tokens=50)
+    next(pieces)
+    pieces.close()
+    assert not engine.running
+    assert not engine.waiting
+    request = engine.submit("The sea", Options(max_new_tokens=3))
+    cancelled = engine.submit("The sea", Options(max_new_tokens=30))
+    engine.step()
+    engine.cancel(cancelled)
+    assert (request.finish_reason, cancelled.finish_reason) == (None, "cancelled")
+
+
+def test_logits_that_are_not_finite_end_their_own_request_alone(small_model):
+    model = small_model(operator="constant", operator_init="random")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[50] = math.inf
+    engine = Engine(model)
+    good, bad = engine.submit(PROMPTS[0], Options(max_new_tokens=4)), engine.submit([50, 51], Options(max_new_tokens=4))
+    while good.finish_reason is None:
+        engine.step()
+    assert bad.finish_reason == "error"
+    assert engine.completion(good).token_ids
+    with pytest.raises(FloatingPointError, match="NaN or infinite"):
+        engine.generate([[50]], max_new_tokens=2)
+    assert not engine.running
+
+
+@pytest.mark.parametrize(
+    ("prompts", "settings", "message"),
+    [
+        ([[]], {}, "prompt: is empty"),
+        ([[97]], {}, "token 97 is none of the model's 97"),
+        ([[5] * 64], {}, "leave no room"),
+        ([[5]], {"max_new_tokens": 64}, "max_new_tokens: must be between 1 and 62"),
+        ([[5]], {"max_new_tokens": 0}, "max_new_tokens: must be at least 1"),
+        ([[5]], {"temperature": 0.0}, "temperature: must be positive"),
+        ([[5]], {"top_k": -1}, "top_k"),
+        ([[5]], {"top_p": 1.1}, "top_p"),
+        ([[5]], {"repetition_penalty": 0.0}, "repetition_penalty"),
+        ([[5]], {"seed": -1}, "seed"),
+        ([[5]], {"stop": [""]}, "stop: a text is empty"),
+        ([[5]], {"stop": "x"}, "stop: texts need a tokenizer"),
+        (["x"], {}, "prompts: texts need a tokenizer"),
+    ],
+)
+def test_mistakes_are_told_before_any_work(small_model, prompts, settings, message):
+    engine = Engine(small_model(operator="constant"))
+    with pytest.raises(ValueError, match=message):
+        engine.generate([[7, 8], *prompts], **settings)
+    assert not engine.running
+    assert not engine.waiting
+    with pytest.raises(ValueError, match="max_batch"):
+        Engine(small_model(), max_batch=0)
+    with pytest.raises(ValueError, match="max_length"):
+        Engine(small_model(), max_length=65)
+    with pytest.raises(ValueError, match="needs a tokenizer"):
+        engine.stream([[5]])
+
+
+def test_nothing_to_continue(small_model):
+    assert Engine(small_model()).generate([]) == []
+
+
+# --- kernels --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """What kernels are to write is full of NaN before they do."""
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def poison(tensor):
+        return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor.fill_(-77)
+
+    monkeypatch.setattr(torch, "empty", lambda *sizes, **fields: poison(empty(*sizes, **fields)))
+    monkeypatch.setattr(torch, "empty_like", lambda like, **fields: poison(empty_like(like, **fields)))
+
+
+def normal(*shape, dtype=torch.float32, scale=1.0):
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))) * scale).to("cuda", dtype)
+
+
+def layer(features, inputs, dtype):
+    return reference.Linear(normal(features, inputs, dtype=dtype, scale=inputs**-0.5), normal(features, dtype=dtype))
+
+
+def wide(linear):
+    return reference.Linear(*(part.double() for part in linear))
+
+
+def relative(found, expected):
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+BOUND = {torch.float32: 2e-6, torch.bfloat16: 6e-3}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sequences", [1, 3, 4, 17, 33, 130])
+@pytest.mark.parametrize(("width", "features"), [(40, 50), (896, 2688), (1100, 130)])
+def test_products_with_what_goes_before_and_after(dtype, sequences, width, features, poisoned):
+    x, residual = normal(sequences, width), normal(sequences, features)
+    norm = reference.Norm(normal(width, dtype=dtype), normal(width, dtype=dtype), 1e-6)
+    h = torch.nn.functional.layer_norm(x.double(), (width,), norm.weight.double(), norm.bias.double(), norm.eps)
+    linear, both = layer(features, width, dtype), layer(2 * features, width, dtype)
+    stream = decode.Stream(x)
+    y, kept = decode.norm_linear(stream, norm, linear)
+    assert relative(kept, h) < BOUND[dtype]
+    assert relative(y, wide(linear)(h)) < BOUND[dtype]
+    gated, _ = decode.norm_gated(stream, norm, both)
+    assert relative(gated, reference.silu_product(wide(both)(h))) < 2 * BOUND[dtype]
+    added = decode.linear_add(h.to(dtype), linear, residual).sum()
+    assert relative(added, wide(linear)(h) + residual) < BOUND[dtype]
+    # A sum in parts goes into the next norm as it stands.
+    after = reference.Norm(normal(features, dtype=dtype), normal(features, dtype=dtype), 1e-6)
+    following = decode.norm(decode.linear_add(h.to(dtype), linear, residual), after, torch.float32)
+    assert relative(following, reference.norm((wide(linear)(h) + residual).float(), after)) < BOUND[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pairing", ["adjacent", "halves"])
+@pytest.mark.parametrize(("rank", "kind"), [(32, "constant"), (32, "each"), (8, "factored"), (24, "factored")])
+@pytest.mark.parametrize("sequences", [1, 3, 5, 40, 70])
+def test_attention_over_a_cache(pairing, rank, kind, sequences, poisoned):
+    rows, heads, dimensions, length = sequences + 2, 3, 32, 300
+    qkv = normal(sequences, 3 * heads * dimensions)
+    keys, values = normal(rows, heads, length, rank), normal(rows, heads, length, dimensions)
+    positions = torch.randint(
+        length, (sequences,), dtype=torch.int32, generator=torch.Generator().manual_seed(4)
+    ).cuda()
+    positions[0] = {1: length - 1}.get(sequences, 0)
+    rotary = normal(2, length + 5, dimensions // 2)
+    left = normal(*((rows,) if kind == "each" else ()), heads, dimensions, rank, scale=rank**-0.5)
+    right = normal(heads, dimensions, rank) if kind == "factored" else None
+    arrivals = torch.zeros(rows, heads, dtype=torch.int32, device="cuda")
+    expected_caches = keys.clone(), values.clone()
+    expected = reference.attend(qkv, *expected_caches, positions, rotary, pairing, left, right)
+    identity = reference.Linear(
+        torch.eye(heads * dimensions, device="cuda"), torch.zeros(heads * dimensions, device="cuda")
+    )
+    for _ in range(2):  # what is counted is zero again
+        found = decode.attend(qkv, keys, values, positions, rotary, pairing, left, right, arrivals)
+        found = decode.linear_add(found, identity, torch.zeros(sequences, heads * dimensions, device="cuda")).sum()
+        assert relative(found, expected) < 2e-5
+        assert not arrivals.any()
+    assert relative(keys, expected_caches[0]) < 1e-6
+    assert torch.equal(values, expected_caches[1])
+
+
+def state(rows, vocabulary, device, length=9):
+    generator = torch.Generator().manual_seed(8)
+    return reference.State(
+        torch.zeros(rows, dtype=torch.int64, device=device), torch.arange(rows, dtype=torch.int32, device=device) % length,
+        torch.zeros(rows, 4, dtype=torch.int64, device=device), torch.zeros(rows, 4, device=device),
+        torch.zeros(rows, 24, device=device), torch.randn(vocabulary, 24, generator=generator).to(device), 3.0, length,
+    )  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("vocabulary", [97, 32000])
+def test_tokens_chosen_on_the_device(vocabulary, poisoned):
+    logits = torch.randn(5, vocabulary, generator=torch.Generator().manual_seed(1)) * 3
+    logits[3, 5] = math.nan
+    logits[4, 7] = math.inf
+    logits[1, 60] = logits[1, 3] = 40.0  # a tie goes to the lower id
+    seen = (torch.rand(8, vocabulary, generator=torch.Generator().manual_seed(2)) < 0.3).to(torch.uint8)
+    choice = reference.Choice(
+        torch.rand(8, 4, generator=torch.Generator().manual_seed(3)), torch.tensor([0, 0.5, 1, 1, 2, 1, 1, 1.0]),
+        torch.tensor([0, 5, 0, 7, 0, 3000, 1, 0], dtype=torch.int32), torch.tensor([1, 1, 0.9, 0.5, 0.3, 1, 1, 1.0]),
+        torch.tensor([1, 1, 2, 1, 1.5, 1, 1, 1.0]), seen,
+    )  # fmt: skip
+    here, there = state(8, vocabulary, "cpu"), state(8, vocabulary, "cuda")
+    moved = reference.Choice(*(part.cuda() for part in choice))
+    for column, chosen in enumerate((decode.choose_highest, decode.choose)):
+        extra = (choice,) if chosen is decode.choose else ()
+        chosen(logits, here, column, *extra)
+        chosen(logits.cuda(), there, column, *((moved,) if extra else ()))
+        for name in ("tokens", "positions", "chosen"):
+            assert torch.equal(getattr(here, name), getattr(there, name).cpu()), name
+        assert_close(there.x.cpu(), here.x, max_error=1e-6)
+        assert_close(there.logprobs.cpu()[:3], here.logprobs[:3], max_error=1e-5)
+    assert torch.equal(moved.seen.cpu()[:3], seen[:3])
+    norm, head = (
+        reference.Norm(torch.ones(24).cuda(), torch.zeros(24).cuda(), 1e-6),
+        layer(vocabulary, 24, torch.float32),
+    )
+    x = normal(3, 24)
+    decode.norm_highest(decode.Stream(x), norm, head, there, 2)
+    assert there.chosen[:3, 2].tolist() == head(reference.norm(x, norm)).argmax(-1).tolist()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 37, 200])
+def test_the_metric_learners_unit(rows, poisoned):
+    u, dtype = normal(rows, 32, dtype=torch.bfloat16), torch.bfloat16
+    gate_up = reference.Linear(normal(2, 256, 32, dtype=dtype, scale=0.2), normal(2, 256, dtype=dtype))
+    down = reference.Linear(normal(2, 32, 128, dtype=dtype, scale=0.1), normal(2, 32, dtype=dtype))
+    norm = reference.Norm(normal(32, dtype=dtype), normal(32, dtype=dtype), 1e-6)
+    expected = decode.residual_unit(
+        u.cpu().float(), *(reference.Linear(*(part.cpu().float() for part in w)) for w in (gate_up, down)),
+        reference.Norm(norm.weight.cpu().float(), norm.bias.cpu().float(), 1e-6),
+    )  # fmt: skip
+    assert relative(decode.residual_unit(u, gate_up, down, norm).cpu(), expected) < 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sequences", [1, 5])
+def test_eager_graph_and_batch_on_the_gpu_are_the_model_on_the_cpu(model, sequences):
+    prompts = torch.randint(4, 97, (sequences, 6), generator=torch.Generator().manual_seed(2))
+    cache = make_cache(model.config)
+    with torch.no_grad():
+        logits = model(prompts, past_key_values=cache).logits[:, -1]
+        tokens, expected = [], [logits]
+        for _ in range(8):
+            tokens.append(logits.argmax(-1))
+            logits = model(tokens[-1][:, None], past_key_values=cache).logits[:, -1]
+            expected.append(logits)
+    on_device = PldrForCausalLM(model.config).eval()
+    on_device.load_state_dict(model.state_dict())
+    on_device.cuda()
+    for graphs in (False, True):
+        decoder = Decoder(on_device, 8, 64, graphs=graphs)
+        assert_close(decoder.prefill(0, prompts.tolist()).cpu(), expected[0], max_error=2e-3)
+        results = Engine(on_device, max_batch=4, graphs=graphs).generate(
+            prompts.tolist(), max_new_tokens=8, ignore_end=True
+        )
+        assert [result.token_ids for result in results] == torch.stack(tokens, 1).tolist()
+        drawn = Engine(on_device, graphs=graphs).generate(
+            prompts.tolist(), max_new_tokens=8, ignore_end=True, logprobs=True
+        )
+        logprobs = torch.stack(expected[:8], 1).log_softmax(-1).gather(2, torch.stack(tokens, 1)[:, :, None])[..., 0]
+        assert_close(torch.tensor([result.logprobs for result in drawn]), logprobs, max_error=5e-3)
+
+
+@pytest.mark.gpu
+def test_bfloat16_on_the_gpu_is_no_worse_than_plain_and_greedy_differs_at_ties_alone(stories):
+    model, tokenizer = stories
+    exact = PldrForCausalLM(model.config).eval()
+    exact.load_state_dict(model.state_dict())
+    exact = freeze(exact, tokenizer("Once upon a time there was", return_tensors="pt")["input_ids"]).cuda()
+    plain = PldrForCausalLM(exact.config).eval()
+    plain.load_state_dict(exact.state_dict())
+    plain.cuda().bfloat16()
+    prompts = ["Once upon a time", "The old man", "It was", "She said that", "In the house of"]
+    for prompt in prompts:
+        ids = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]], device="cuda")
+        found = Engine(plain, tokenizer).generate(prompt, max_new_tokens=64, ignore_end=True)[0].token_ids
+        other = plain.generate(ids, max_new_tokens=64, do_sample=False, eos_token_id=None)[0, ids.shape[1] :].tolist()
+        if found == other:
+            continue
+        place = next(i for i, pair in enumerate(zip(found, other, strict=True)) if pair[0] != pair[1])
+        with torch.no_grad():
+            seen = torch.cat((ids, torch.tensor([found[:place]], device="cuda", dtype=torch.int64)), 1)
+            true = exact(seen).logits[0, -1]
+            rounding = (plain(seen).logits[0, -1].float() - true).abs().max()
+        assert abs(true[found[place]] - true[other[place]]) <= 2 * rounding, (prompt, place)
+
+
+def test_functions_of_a_step_name_the_same_arguments():
+    """The kernels' entries, their plain references and what calls them."""
+    import inspect
+
+    for name in ("attend", "choose", "choose_highest", "embed"):
+        asked = list(inspect.signature(getattr(decode, name)).parameters)
+        assert list(inspect.signature(getattr(reference, name)).parameters) == [a for a in asked if a != "arrivals"]
