@@ -148,6 +148,15 @@ class TestBases:
         ("- a list", "must be a section with keys"),
         ("output: [", "not valid YAML"),
         ("seed: " + "9" * 5000, r"r\.yaml: not valid YAML \(Exceeds the limit"),
+        ('seed: !!int ""', r"r\.yaml: not valid YAML \("),
+        ("output: 2020-99-99", r"r\.yaml: not valid YAML \(month must be"),
+        ("data: {train: &a [*a]}", r"r\.yaml: not valid YAML \(its aliases make more than 100,000 values"),
+        (
+            "model: {config: {hidden_size: [&a0 [x, x],"
+            + ",".join(f"&a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 40))
+            + "]}}",
+            r"r\.yaml: not valid YAML \(its aliases make more than 100,000 values",
+        ),
         ("", "must be a section with keys"),
     ],
 )

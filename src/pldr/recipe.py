@@ -195,6 +195,9 @@ class Recipe:
             raise ValueError(f"recipe: {message}")
 
 
+# Of a recipe: in lists, and lists in lists, as many as an alias (*a) names are counted again.
+_MOST_VALUES = 100_000
+
 # What a value must be by itself. None, where a type allows it, means "not set" and is not checked.
 _RULES: list[tuple[str, Callable[[Any], bool], list[str]]] = [
     ("a list of at least one name", bool, ["data.train"]),
@@ -324,13 +327,28 @@ def _read_sections(path: Path) -> dict[str, Any]:
 
 
 def _parse_yaml(text: str | bytes, name: str) -> Any:
-    """Raises ValueError: not YAML, too deep, or an integer of too many digits; `name` says where."""
+    """Raises ValueError: not YAML, too deep, an integer of too many digits, or more than a recipe holds; `name` says where."""
     import yaml
 
     try:
-        return yaml.safe_load(text if isinstance(text, str) else text.decode("utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        value = yaml.safe_load(text if isinstance(text, str) else text.decode("utf-8"))
+        if _values(value, {}) > _MOST_VALUES:
+            raise ValueError(f"its aliases make more than {_MOST_VALUES:,} values of it")
+    except Exception as error:  # noqa: BLE001 (values that are not of their tag raise anything)
         raise ValueError(f"{name}: not valid YAML ({one_line(error)})") from None
+    return value
+
+
+def _values(value: Any, known: dict[int, float]) -> float:
+    """How many values there are in lists and sections, each as often as YAML's aliases name it; of one in itself, infinity."""
+    if not isinstance(value, (dict, list, tuple, set)):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = math.inf
+        known[id(value)] = 1 + sum(
+            _values(item, known) for item in (value.values() if isinstance(value, dict) else value)
+        )
+    return known[id(value)]
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
