@@ -2,7 +2,7 @@
 
     python benchmarks/bench_cache.py [--preset v51-110M-1] [--prompt 128] [--new 64] [--device cpu] [--output FILE]
 
-The published implementation, measured on two CPU cores in fp32 at the same sizes: no cache 1.39 s a token at 130 tokens,
+The published implementation, measured on two CPU cores in fp32 at the same sizes: no cache 1.39 s per token at 130 tokens,
 KV 72 ms, KV+G 69 ms. Weights are random: speed does not depend on them.
 
 Before anything is timed, the modes are driven along the same forced tokens and their logits compared; a benchmark of a
@@ -22,7 +22,7 @@ from conditions import conditions
 from pldr import PldrConfig, PldrForCausalLM, freeze, make_cache
 
 MODES = {"none": (False, False), "g": (False, True), "kv": (True, False), "kv+g": (True, True)}
-# Seconds a token of the published implementation (two cores, fp32).
+# Seconds per token of the published implementation (two cores, fp32).
 PUBLISHED = {"none": 1.39, "kv": 0.072, "kv+g": 0.069}
 
 
@@ -51,7 +51,7 @@ def decode(model, prompt, tokens, kv, g):
 
 
 def bandwidth(device: str) -> float:
-    """Bytes a second of a plain read of 1 GB."""
+    """Bytes per second of a plain read of 1 GB."""
     data = torch.ones(250_000_000, device=device)
     times = []
     for _ in range(5):

@@ -28,7 +28,7 @@ from pldr import PldrConfig, PldrForCausalLM
 
 # Steps timed at once: like training, the host runs ahead of the device and is waited for only now and then.
 BLOCK = 5
-# Tokens a second of the published implementation, measured before on such a GPU.
+# Tokens per second of the published implementation, measured before on such a GPU.
 PUBLISHED = {"eager, 32 sequences": 101_000, "compiled": 243_000}
 
 

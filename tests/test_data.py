@@ -655,7 +655,7 @@ def test_memory_does_not_grow_with_a_line(tmp_path):
 
 @pytest.mark.slow
 def test_memory_of_the_real_tokenizer_does_not_grow(tmp_path, toy_model_file):
-    """Nor with a line, of which it would take 140 bytes a byte."""
+    """Nor with a line, of which it would take 140 bytes per byte."""
     files = [*many_rows(tmp_path, 4, 16), one_line(tmp_path, ".jsonl", 8)]
     first, second, line = peak_memory(tmp_path, str(toy_model_file), *files)
     assert second - first < 5, (first, second)

@@ -24,6 +24,7 @@ from pldr import HELD_OUT, PldrConfig, PldrForCausalLM, convert_checkpoint, reci
 from pldr.cli import app
 from pldr.files import read_text
 from pldr.study import demo
+from pldr.study.lab import Verdict
 
 ROOT = Path(__file__).parents[1]
 CARD = "src/pldr/models/stories-10m/README.md"
@@ -197,6 +198,16 @@ def test_files_in_running_text_exist():
     for document in DOCUMENTS:
         for name in re.findall(r"`(?:python )?([\w./-]+\.(?:py|ya?ml))\b[^`]*`", read_text(ROOT / document)):
             assert any(file.endswith(f"/{name}") for file in files), f"{document}: {name}"
+
+
+def test_records_of_results_speak_as_the_library_does():
+    for file in ROOT.glob("docs/results/**/*.json"):
+        text = read_text(file)
+        assert not re.search(r'"(computed|full)":|comes with|nats a ', text), file
+        if file.name == "results.json":
+            record = json.loads(text)
+            assert record["outcome"] in tuple(Verdict)
+            assert record["verdict"].lower().startswith(record["outcome"]), file
 
 
 def test_links_lead_somewhere():

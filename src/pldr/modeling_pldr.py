@@ -50,6 +50,8 @@ from pldr.operator import (
 from pldr.ops import reference
 from pldr.ops.cross_entropy import linear_cross_entropy
 
+_CACHE_DECIDES = "use_g_cache: the given past_key_values decides; choose with pldr.make_cache(g=…)"
+
 
 @dataclass
 class PldrModelOutput(BaseModelOutputWithPast):
@@ -68,7 +70,7 @@ class PldrCausalLMOutput(CausalLMOutputWithPast):
     """What `PldrForCausalLM` returns.
 
     Attributes:
-        loss: mean cross-entropy in nats a target, where labels were given.
+        loss: mean cross-entropy in nats per target, where labels were given.
         accuracy: fraction of the targets that have the highest logit (ties count), where labels were given.
         logits: [B, T, V].
         deductive_outputs: with `output_deductive_outputs=True`, one `DeductiveOutputs` a layer.
@@ -350,7 +352,7 @@ class PldrModel(PldrPreTrainedModel):
     def _cache_for(self, given: Cache | None, use_cache: bool | None, use_g_cache: bool | None) -> Cache | None:
         """The cache that was given, or a new one where one is asked for."""
         if given is not None and use_g_cache is not None:
-            raise ValueError("use_g_cache: the given past_key_values decides; choose with pldr.make_cache(g=…)")
+            raise ValueError(_CACHE_DECIDES)
         if given is None and (use_cache or use_g_cache):
             return make_cache(self.config, kv=bool(use_cache), g=use_g_cache is not False)
         return given
@@ -515,7 +517,7 @@ class PldrForCausalLM(PldrPreTrainedModel, GenerationMixin):
             )
         if cache is not None:
             if use_g_cache is not None:
-                raise ValueError("use_g_cache: the given past_key_values decides; choose with pldr.make_cache(g=…)")
+                raise ValueError(_CACHE_DECIDES)
             if kv and any(isinstance(layer, OperatorOnlyLayer) for layer in cache.layers):
                 raise ValueError("past_key_values: this cache keeps no keys and values; pass use_cache=False as well")
         elif not kv:

@@ -66,21 +66,16 @@ def model_facts(model: PldrForCausalLM) -> dict[str, Any]:
         one are smaller).
     """
     config = model.config
-    parts = {"embedding": 0, "attention": 0, "operator": 0, "feed_forward": 0, "head": 0}
-    for name, parameter in model.named_parameters():
-        if ".operator." in name:
-            part = "operator"
-        elif ".self_attn." in name or "post_attention" in name:
-            part = "attention"
-        elif ".mlp." in name or "post_feedforward" in name:
-            part = "feed_forward"
-        else:
-            part = "head" if name.startswith("lm_head") else "embedding"
-        parts[part] += parameter.numel()
-    kinds = [
-        type(layer.get_submodule("self_attn.operator")).__name__.removesuffix("Operator").lower()
-        for layer in model.model.layers
-    ]
+    decoder: Any = model.model
+    operators = [layer.self_attn.operator for layer in decoder.layers]
+    operator = _parameters(*operators)
+    parts = {
+        "embedding": _parameters(decoder.embed_tokens, decoder.embed_norm),
+        "attention": sum(_parameters(x.self_attn, x.post_attention_layernorm) for x in decoder.layers) - operator,
+        "operator": operator,
+        "feed_forward": sum(_parameters(x.mlp, x.post_feedforward_layernorm) for x in decoder.layers),
+        "head": _parameters(model.lm_head),
+    }
     size = torch.empty(0, dtype=model.dtype).element_size()
     layers, heads, head_dim = config.num_hidden_layers, config.num_attention_heads, config.head_dim
     state = layers * heads * head_dim**2
@@ -93,15 +88,17 @@ def model_facts(model: PldrForCausalLM) -> dict[str, Any]:
     skipped = "operator_" if learned else "metric_learner_"
     shown = {name: getattr(config, name) for name in fields if not name.startswith(skipped)}
     return {
-        "parameters": sum(parts.values()),
+        "parameters": model.num_parameters(),
         "parameters_by_part": parts,
         # A fixed G_LM, or its factors, are buffers; trainable ones are among the parameters.
-        "constant_operator_values": sum(
-            buffer.numel() for name, buffer in model.named_buffers() if ".operator." in name
-        ),
-        "operators": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
+        "constant_operator_values": sum(buffer.numel() for operator in operators for buffer in operator.buffers()),
+        "operators": {config.operator: layers},
         "dtype": str(model.dtype).removeprefix("torch."),
         "kv_cache_bytes_per_token": heads * (keys + layers * head_dim) * size,
         "g_cache_bytes_per_sequence": state * size if learned else 0,
         "config": {name: value for name, value in shown.items() if value is not None},
     }
+
+
+def _parameters(*modules: torch.nn.Module) -> int:
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())

@@ -10,17 +10,14 @@ Shapes: B sequences, T tokens, V vocabulary, L layers, H heads, D head dimension
 import copy
 import functools
 import os
-import statistics
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch.nn import functional as F
-from transformers import PreTrainedTokenizerFast
 
 from pldr.cache import make_cache
 from pldr.deductive import dag_loss, deductive_outputs, variation
-from pldr.generation import Generation, generate_text
 from pldr.modeling_pldr import PldrForCausalLM
 from pldr.operator import freeze
 from pldr.recipe import DAG_TENSORS
@@ -145,41 +142,6 @@ class OperatorModes:
         """Mean cross-entropy of what follows the first token after the context, nats per token; passages [B, T]."""
         logits = self.logits(mode, passages, context)[:, 1:-1].double()
         return float(F.cross_entropy(logits.flatten(0, 1), passages[:, context + 1 :].flatten()))
-
-    def generations(
-        self, tokenizer: PreTrainedTokenizerFast, prompt: str, new_tokens: int, repeats: int = 3
-    ) -> list["TimedText"]:
-        """The same greedy continuation with each kind of cache: its text, and its speed after a warm-up."""
-        rows = []
-        for cache, mode, kept in _CACHES:
-            settings: dict[str, Any] = {"cache": kept, "ignore_end": True}
-            generate_text(self.models[mode], tokenizer, prompt, max_new_tokens=min(4, new_tokens), **settings)
-            runs = [
-                generate_text(self.models[mode], tokenizer, prompt, max_new_tokens=new_tokens, **settings)
-                for _ in range(repeats)
-            ]
-            rows.append(TimedText(cache, mode, runs[0], statistics.median(run.tokens_per_second for run in runs)))
-        return rows
-
-
-# What is kept between tokens, for people; where G_LM then comes from; and how `generate_text` calls it.
-_CACHES = (("no cache", "learned", "none"), ("KV", "cached", "kv"), ("KV+G", "cached", "kv+g"), ("frozen G", "frozen", "kv"))  # fmt: skip
-
-
-class TimedText(NamedTuple):
-    """A continuation with one kind of cache.
-
-    Attributes:
-        cache: what was kept, in words.
-        mode: where G_LM came from.
-        generation: the first of the repeated runs.
-        tokens_per_second: median over them.
-    """
-
-    cache: str
-    mode: str
-    generation: Generation
-    tokens_per_second: float
 
 
 @torch.no_grad()

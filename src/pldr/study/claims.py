@@ -40,6 +40,7 @@ from pldr.study.lab import (
     state_of,
     table,
 )
+from pldr.study.timing import generations
 from pldr.tokenizer import load_tokenizer
 
 # Log-likelihoods of an ending, some 16 tokens, that differ by no more than this (nats) count as the same.
@@ -72,7 +73,7 @@ def caching(lab: Lab) -> Finding:
 
     modes = OperatorModes(model, rows[:1])
     choices = _choices(modes, rows, half)
-    timed = modes.generations(tokenizer, tokenizer.decode(rows[0, : min(64, half)]), min(64, half))
+    timed = generations(modes, tokenizer, tokenizer.decode(rows[0, : min(64, half)]), min(64, half))
     identical = all(row.generation.token_ids == timed[0].generation.token_ids for row in timed)
     seconds = {row.cache: 1 / row.tokens_per_second for row in timed}
     largest = max(choices["largest"].values())

@@ -20,6 +20,7 @@ from pldr.modeling_pldr import PldrForCausalLM
 from pldr.models.shipped import HELD_OUT, STORIES
 from pldr.plots import plot_operators
 from pldr.recipe import Recipe, load_recipe
+from pldr.study.timing import generations
 from pldr.tables import Printable, demo_view
 from pldr.tokenizer import load_tokenizer
 from pldr.training.run import source_of
@@ -140,7 +141,7 @@ def measure(
         layers=sorted({0, len(G_LM) // 2, len(G_LM) - 1}),
         title="G_LM before and after training, on two held-out passages",
     )
-    texts = modes.generations(tokenizer, prompt, NEW_TOKENS, REPEATS)
+    texts = generations(modes, tokenizer, prompt, NEW_TOKENS, REPEATS)
     return {
         # G_LM is cached from the first half of each passage; losses are taken over the second, in every mode alike.
         "losses": {mode: modes.loss(mode, passages, passages.shape[1] // 2) for mode in MODES},
