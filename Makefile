@@ -73,12 +73,14 @@ environments: .venv/installed .ci/envs/oldest/installed .ci/envs/core/installed 
 .venv/installed: VERSIONS := constraints-dev.txt
 .venv/installed: PACKAGES := --editable '.[dev]'
 .venv/installed: LOCKED := --no-deps --require-hashes --requirement requirements-dev.lock
-.venv/installed: requirements-dev.lock
+.venv/installed: constraints-dev.txt requirements-dev.lock
 .ci/envs/oldest/installed: VERSIONS := .ci/oldest.txt
+.ci/envs/oldest/installed: .ci/oldest.txt
 .ci/envs/oldest/installed: PACKAGES := --editable '.[train,eval]' pytest pytest-xdist
 .ci/envs/core/installed: VERSIONS := constraints-dev.txt
+.ci/envs/core/installed: constraints-dev.txt
 .ci/envs/core/installed: PACKAGES := pytest
-.venv/installed .ci/envs/oldest/installed .ci/envs/core/installed: pyproject.toml constraints-dev.txt .ci/oldest.txt
+.venv/installed .ci/envs/oldest/installed .ci/envs/core/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "pldr needs Python 3.11 or newer; run: make PYTHON=python3.11 ...")'
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(if $(LOCKED),$(@D)/bin/python -m pip install --quiet $(LOCKED))

@@ -41,22 +41,23 @@ def linear_cross_entropy(
         return reference.linear_cross_entropy(hidden, weight, bias, targets)
     if torch.is_autocast_enabled("cuda"):
         hidden = hidden.to(torch.get_autocast_dtype("cuda"))
-    loss, correct, *_ = _loss_and_gradients(hidden, weight, bias, targets)
+    loss, correct, *_ = _loss_and_gradients(hidden, weight, bias, targets, torch.is_grad_enabled())
     return loss, correct
 
 
 @torch.library.custom_op("pldr::linear_cross_entropy", mutates_args=())
 def _loss_and_gradients(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, targets: torch.Tensor
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, targets: torch.Tensor, gradients: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The summed loss, right guesses, and the loss's gradients by hidden (its dtype), weight and bias (float32)."""
+    """The summed loss, right guesses, and the loss's gradients by hidden (its dtype), weight and bias (float32).
+
+    Without `gradients` these are empty, and the two matrix products that they take are saved.
+    """
     rows, vocabulary = hidden.shape[0], weight.shape[0]
     weight, bias = weight.to(hidden.dtype), bias.to(hidden.dtype)
     losses = torch.empty(rows, dtype=torch.float32, device=hidden.device)
     correct = torch.empty(rows, dtype=torch.float32, device=hidden.device)
-    grad_hidden = torch.empty_like(hidden)
-    grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=hidden.device)
-    grad_bias = torch.zeros(vocabulary, dtype=torch.float32, device=hidden.device)
+    grad_hidden, grad_weight, grad_bias = _empty_gradients(hidden, weight, bias, gradients)
     step = max(1, _CHUNK_BYTES // (vocabulary * hidden.element_size()))
     for start in range(0, rows, step):
         part = hidden[start : start + step]
@@ -65,23 +66,29 @@ def _loss_and_gradients(
             logits, targets[start:], losses[start:], correct[start:], vocabulary, logits.stride(0),
             IGNORED=reference.IGNORED_TARGET, BLOCK=4096, num_warps=8,
         )  # fmt: skip
-        torch.mm(logits, weight, out=grad_hidden[start : start + step])
-        grad_weight += logits.t() @ part
-        grad_bias += logits.sum(0, dtype=torch.float32)
+        if gradients:
+            torch.mm(logits, weight, out=grad_hidden[start : start + step])
+            grad_weight += logits.t() @ part
+            grad_bias += logits.sum(0, dtype=torch.float32)
     return losses.sum(), correct.sum(), grad_hidden, grad_weight, grad_bias
+
+
+def _empty_gradients(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, wanted: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Where the gradients go: by hidden, which is overwritten, and by weight and bias, which are summed up from zero."""
+    if not wanted:
+        return hidden.new_empty(0), weight.new_empty(0, dtype=torch.float32), bias.new_empty(0, dtype=torch.float32)
+    sums = (torch.zeros(tensor.shape, dtype=torch.float32, device=hidden.device) for tensor in (weight, bias))
+    return torch.empty_like(hidden), *sums
 
 
 @_loss_and_gradients.register_fake
 def _(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, targets: torch.Tensor
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, targets: torch.Tensor, gradients: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return (
-        hidden.new_empty((), dtype=torch.float32),
-        hidden.new_empty((), dtype=torch.float32),
-        torch.empty_like(hidden),
-        weight.new_empty(weight.shape, dtype=torch.float32),
-        bias.new_empty(bias.shape, dtype=torch.float32),
-    )
+    sums = (hidden.new_empty((), dtype=torch.float32) for _ in range(2))
+    return *sums, *_empty_gradients(hidden, weight, bias, gradients)
 
 
 def _save_gradients(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -92,7 +99,11 @@ def _save_gradients(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def
 
 
 def _backward(ctx, grad_loss, *_unused):  # type: ignore[no-untyped-def]
-    return (*((grad * grad_loss).to(dtype) for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)), None)
+    return (
+        *((grad * grad_loss).to(dtype) for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)),
+        None,
+        None,
+    )
 
 
 _loss_and_gradients.register_autograd(_backward, setup_context=_save_gradients)
