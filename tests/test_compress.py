@@ -8,7 +8,7 @@ import torch
 
 from helpers import assert_close, fails, shared
 from pldr import HELD_OUT, STORIES, PldrForCausalLM, certify, compress, freeze, load_model, load_predefined_G
-from pldr.checkpoints.certificate import is_about, read_certificate
+from pldr.checkpoints.certificate import is_about, read_certificate, write_certificate
 from pldr.operator import factor
 from pldr.study.compress import factors_of, moments_of
 
@@ -238,6 +238,19 @@ class TestCertificate:
         code, out, _ = run("info", str(compressed))
         assert code == 0
         assert re.search(r"certificate +certified .*, factored [+-]", out)
+
+    def test_every_field_must_be_there(self, compressed):
+        """Its checksum being right."""
+        certificate = read_certificate(compressed)
+        for name in certificate["report"]:
+            part = {key: value for key, value in certificate["report"].items() if key != name}
+            write_certificate(compressed, certificate | {"report": part})
+            with pytest.raises(ValueError, match=f"report.{name}.* is missing, or not what it should be"):
+                read_certificate(compressed)
+        for ranks in ([[5, 5], [16, "16"]], [5, 16], "16"):
+            write_certificate(compressed, certificate | {"report": certificate["report"] | {"head_ranks": ranks}})
+            with pytest.raises(ValueError, match=r"report\.head_ranks.* is missing, or not what it should be"):
+                read_certificate(compressed)
 
     def test_is_written_only_where_it_holds(self, low_rank, texts, tmp_path):
         compress(low_rank, tmp_path / "out", calibration=f"{texts}/*.txt", rank=8, tolerance=1e-9, **SMALL)

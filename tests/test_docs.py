@@ -52,6 +52,7 @@ ADDED = {
     f"pldr inspect {Path(CARD).parent}": "--passages 2 --length 64",
     f"pldr certify {Path(CARD).parent}": "--length 64 --calibration 1",
     "pldr certify runs/mine": "--passages 4",
+    "pldr compress runs/mine": "--length 64",
     "pldr reproduce caching": "--model runs/laptop --tokenizer runs/laptop",
     "pldr tokenizer train": "--vocab-size 400",
 }
@@ -59,6 +60,7 @@ ADDED = {
 THERE = {
     "README.md": ["demo-output", "my-book.txt", "src", "benchmarks-data"],
     "docs/certify.md": ["runs/mine", "held-out.jsonl"],
+    "docs/compression.md": ["runs/mine", "held-out.jsonl"],
     "docs/checkpoints.md": ["PLDR-LLM-v51-110M-1", "v51", "v52", "v51G", "refinedweb.model"],
     "docs/deductive-outputs.md": ["runs/mine", "books", "predefined_G_LM.safetensors"],
     "docs/evaluation.md": ["MODEL", "benchmarks-data", "test.txt", "valid.txt"],
