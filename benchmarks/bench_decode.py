@@ -85,11 +85,11 @@ def gate(exact: PldrForCausalLM, plain: PldrForCausalLM, batch: int = 16, steps:
         for start in range(0, batch, rows):
             decoder = Decoder(plain, rows, CONTEXT, graphs=False)
             logits = [decoder.prefill(0, given[start : start + rows].tolist()).float()]
-            decoder.state.positions += 1
+            decoder.state.positions[:] += 1
             for i in range(steps):
                 decoder.state.tokens[:] = forced[start : start + rows, i]
                 logits.append(decoder.logits(rows).float())
-                decoder.state.positions += 1
+                decoder.state.positions[:] += 1
             found.append(torch.stack(logits, 1))
         return torch.cat(found)
 

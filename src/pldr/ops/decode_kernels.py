@@ -267,7 +267,7 @@ def attend(
     *,
     few: bool,
 ) -> torch.Tensor | Parts:
-    sequences, (_, heads, length, rank), dimensions = len(qkv), keys.shape, values.shape[-1]
+    sequences, (_, heads, _length, rank), dimensions = len(qkv), keys.shape, values.shape[-1]
     parts = _PARTS if few else 2 if sequences <= _MOST_SPLIT else 1
     out = torch.empty(sequences, heads * dimensions, dtype=qkv.dtype, device=qkv.device)
     part = highest = total = out
@@ -371,13 +371,13 @@ def _attend(  # type: ignore[no-untyped-def]
             tl.debug_barrier()
             arrived = arrivals + row * H + head
             if tl.atomic_add(arrived, 1) == PARTS - 1:
-                index = (row * PARTS + tl.arange(0, PARTS)) * H + head
-                tops = tl.load(highest + index, cache_modifier=".cg")
-                share = tl.exp(tops - tl.max(tops, 0))
-                summed = tl.sum(share * tl.load(total + index, cache_modifier=".cg"), 0)
-                each = tl.load(parts + index[:, None] * D + d[None, :], cache_modifier=".cg")
-                acc = tl.sum(share[:, None] * each, 0) / summed
-                tl.store(out + (row * H + head) * D + d, acc.to(out.dtype.element_ty))
+                each = (row * PARTS + tl.arange(0, PARTS)) * H + head
+                tops = tl.load(highest + each, cache_modifier=".cg")
+                shares = tl.exp(tops - tl.max(tops, 0))
+                sums = tl.load(total + each, cache_modifier=".cg")
+                outs = tl.load(parts + each[:, None] * D + d[None, :], cache_modifier=".cg")
+                whole = tl.sum(shares[:, None] * outs, 0) / tl.sum(shares * sums, 0)
+                tl.store(out + (row * H + head) * D + d, whole.to(out.dtype.element_ty))
                 tl.store(arrived, 0)
     else:
         tl.store(out + (row * H + head) * D + d, (acc / summed).to(out.dtype.element_ty))
