@@ -22,7 +22,7 @@ from pldr.data.sources import Source
 from pldr.evaluation.modes import frozen_copy
 from pldr.operator import factor, stored_operator
 from pldr.study.certify import interval_of_mean, spread_passages
-from pldr.study.compress import factors_of, losses_and_greedy, moments_of, root_and_inverse
+from pldr.study.compress import factors_of, moments_of, read, root_and_inverse
 
 CALIBRATION = 8
 
@@ -31,18 +31,18 @@ class Measured:
     """Loss and greedy tokens of changed forms of a frozen model, against its own, on held-out passages."""
 
     def __init__(self, frozen, held_out):
-        self.frozen, self.held_out = frozen, held_out
-        self.before = losses_and_greedy(frozen, held_out)
+        self.frozen, self.before = frozen, read(frozen, held_out)
 
     def __call__(self, name, form, keys, values):
         """`keys`, `values`: their dimensions, layer by layer."""
-        (before, greedy), (after, chosen) = self.before, losses_and_greedy(form, self.held_out)
+        after = read(form, self.before.passages)
+        differences = after.losses - self.before.losses
         whole = 2 * self.frozen.config.head_dim * len(keys)
         row = {
             "name": name, "keys": keys, "values": values, "kv_share": (sum(keys) + sum(values)) / whole,
-            "loss_difference": float((after - before).mean()),
-            "loss_interval": interval_of_mean((after - before).tolist()),
-            "agreement": float((greedy == chosen).double().mean()),
+            "loss_difference": float(differences.mean()),
+            "loss_interval": interval_of_mean(differences.tolist()),
+            "agreement": float((after.greedy == self.before.greedy).double().mean()),
         }  # fmt: skip
         print(f"{name:40} {row['kv_share']:6.3f} {row['loss_difference']:+.1e} {row['loss_interval'][1]:+.1e} "
               f"{row['agreement']:.3%}", flush=True)  # fmt: skip

@@ -81,6 +81,9 @@ class TestFactors:
         flat[..., 5:] = 0
         left, right = factors_of(G_LM, moment(flat), moment(flat)).cut(D)
         assert_close(left @ right.mT, G_LM, rms_ratio=1e-6)
+        nothing = torch.zeros_like(G_LM)
+        left, right = factors_of(G_LM, nothing, nothing).cut(D)
+        assert_close(left @ right.mT, G_LM, rms_ratio=1e-6)
 
     def test_the_published_operator(self):
         """Queries and keys are standard normal, which favours no direction; each head's rank is the least that keeps 1%."""
@@ -184,8 +187,8 @@ class TestCompress:
 
         judge = module._Trials.accepts
 
-        def accepts(self, ranks, passages):
-            return (len(passages) == 8 or ranks != [8, 8]) and judge(self, ranks, passages)
+        def accepts(self, ranks, before):
+            return (len(before.passages) == 8 or ranks != [8, 8]) and judge(self, ranks, before)
 
         monkeypatch.setattr(module._Trials, "accepts", accepts)
         settings = {"calibration": f"{texts}/*.txt", "tolerance": 10.0, "agreement": 0.0} | SMALL
@@ -199,8 +202,9 @@ class TestCompress:
     def test_mistakes_are_one_line(self, low_rank, texts, tmp_path, run):
         verb = ("compress", str(low_rank), str(tmp_path / "out"), "--calibration", f"{texts}/*.txt", "--length", "16")
         for options, message in (
-            (["--rank", "12"], "multiples of 8, from 8 to head_dim=16, got 12"),
-            (["--rank", "24"], "multiples of 8, from 8 to head_dim=16, got 24"),
+            (["--rank", "12"], "--rank: must be a multiple of 8, from 8 to the model's head_dim of 16, got 12"),
+            (["--rank", "24"], "head_dim of 16, got 24"),
+            (["--rank", "0"], "head_dim of 16, got 0"),
             (["--tolerance", "0"], "the bound must be positive"),
             (["--agreement", "2"], "between 0 and 1"),
             (["--weighting", "some"], "weighting: must be one of moments, none, got 'some'"),

@@ -102,7 +102,7 @@ def root_and_inverse(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The symmetric square root of a moment, and its inverse."""
     values, vectors = torch.linalg.eigh(moment.double())
     values = values.clamp(min=0)
-    root = (values + _RIDGE * values.mean(-1, keepdim=True)).sqrt()[..., None, :]
+    root = (values + _RIDGE * values.mean(-1, keepdim=True).clamp(min=_RIDGE)).sqrt()[..., None, :]
     return vectors * root @ vectors.mT, vectors / root @ vectors.mT
 
 
@@ -125,32 +125,52 @@ class Moments(NamedTuple):
 @torch.no_grad()
 def moments_of(model: PldrForCausalLM, passages: torch.Tensor) -> Moments:
     """The moments of what reaches the operators of a model when it reads passages [B, T]."""
-    sums: dict[int, list[torch.Tensor]] = {}
+    config = model.config
+    shape = (config.num_hidden_layers, 2, config.num_attention_heads, config.head_dim, config.head_dim)
+    sums = torch.zeros(shape, dtype=torch.float64, device=model.device)
 
-    def add(index: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def add_to(total: torch.Tensor) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-            # [B, H, T, D], cast here: where a device has no float64, moments come to the CPU.
-            found = [X.double().transpose(0, 1).flatten(1, 2) for X in arguments[:2]]
-            products = [X.mT @ X for X in found]
-            sums[index] = (
-                [one + other for one, other in zip(sums[index], products, strict=True)] if index in sums else products
-            )
+            for place, X in zip(total, arguments[:2], strict=True):  # query and key, [B, H, T, D]
+                rows = X.double().transpose(0, 1).flatten(1, 2)
+                place += rows.mT @ rows
 
         return hook
 
-    operators = [layer.get_submodule("self_attn.operator") for layer in model.model.layers]
-    handles = [operator.register_forward_pre_hook(add(index)) for index, operator in enumerate(operators)]
+    operators = (layer.get_submodule("self_attn.operator") for layer in model.model.layers)
+    handles = [
+        operator.register_forward_pre_hook(add_to(total)) for operator, total in zip(operators, sums, strict=True)
+    ]
     try:
         for ids in passages.split(1):
             model.model(ids, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-    query, key = (torch.stack([sums[index][kind] for index in range(len(operators))]) for kind in (0, 1))
-    return Moments(query / passages.numel(), key / passages.numel())
+    query, key = (sums / passages.numel()).unbind(1)
+    return Moments(query, key)
 
 
 # --- ranks ----------------------------------------------------------------------------------------------------------
+
+
+class Read(NamedTuple):
+    """What a model makes of passages [B, T]: the mean loss of each, [B] float64, and its greedy tokens, [B, T]."""
+
+    passages: torch.Tensor
+    losses: torch.Tensor
+    greedy: torch.Tensor
+
+
+@torch.no_grad()
+def read(model: PldrForCausalLM, passages: torch.Tensor) -> Read:
+    """Passages [B, T], each from its beginning, by a model whose operator sees nothing of them."""
+    losses, greedy = [], []
+    for ids in passages.split(1):
+        logits = model(ids, use_cache=False).logits
+        losses.append(losses_of(logits, ids).mean(1))
+        greedy.append(logits.argmax(-1))
+    return Read(passages, torch.cat(losses), torch.cat(greedy))
 
 
 class _Trials:
@@ -163,26 +183,19 @@ class _Trials:
     """
 
     def __init__(self, model: PldrForCausalLM, layers: Sequence[Factors], thresholds: Thresholds) -> None:
-        self.model, self.layers, self.thresholds = model, layers, thresholds
-        self.trial = copy.deepcopy(model)
-        self.known: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.layers, self.thresholds = layers, thresholds
+        self.form = copy.deepcopy(model)
 
-    def with_ranks(self, ranks: Sequence[int]) -> PldrForCausalLM:
-        return factor(self.trial, [layer.cut(rank) for layer, rank in zip(self.layers, ranks, strict=True)])
-
-    def accepts(self, ranks: Sequence[int], passages: torch.Tensor) -> bool:
-        if id(passages) not in self.known:
-            self.known[id(passages)] = losses_and_greedy(self.model, passages)
-        (before, greedy), (after, chosen) = (
-            self.known[id(passages)],
-            losses_and_greedy(self.with_ranks(ranks), passages),
-        )
-        upper = interval_of_mean((after - before).tolist())[1]
-        agreement = float((greedy == chosen).double().mean())
+    def accepts(self, ranks: Sequence[int], before: Read) -> bool:
+        """Whether factors of these ranks keep to the thresholds on passages that the model itself has read."""
+        factor(self.form, [layer.cut(rank) for layer, rank in zip(self.layers, ranks, strict=True)])
+        after = read(self.form, before.passages)
+        upper = interval_of_mean((after.losses - before.losses).tolist())[1]
+        agreement = float((after.greedy == before.greedy).double().mean())
         return upper <= self.thresholds.loss and agreement >= self.thresholds.agreement
 
-    def search(self, passages: torch.Tensor) -> list[list[int]]:
-        """Ranks, layer by layer, that are accepted on these passages: from generous to lean.
+    def search(self, before: Read) -> list[list[int]]:
+        """Ranks, layer by layer, that are accepted: from generous to lean.
 
         First one bound on the error of scores for all layers, by bisection; then layer by layer, the cheapest step first.
         """
@@ -198,7 +211,7 @@ class _Trials:
         low, high = 0, len(bounds)  # the first is taken for good, the last for too much
         while high - low > 1:
             middle = (low + high) // 2
-            if self.accepts(within(bounds[middle]), passages):
+            if self.accepts(within(bounds[middle]), before):
                 low = middle
                 path.append(within(bounds[middle]))
             else:
@@ -207,22 +220,11 @@ class _Trials:
         while steps := {layer for layer in steps if ranks[layer] > 8}:
             layer = min(steps, key=lambda index: error[index][ranks[index] - 8])
             lower = [rank - 8 * (index == layer) for index, rank in enumerate(ranks)]
-            if self.accepts(lower, passages):
+            if self.accepts(lower, before):
                 path.append(ranks := lower)
             else:
                 steps.remove(layer)
         return path
-
-
-@torch.no_grad()
-def losses_and_greedy(model: PldrForCausalLM, passages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean loss of each passage, [B] float64, and the greedy tokens, [B, T]."""
-    losses, greedy = [], []
-    for ids in passages.split(1):
-        logits = model(ids, use_cache=False).logits
-        losses.append(losses_of(logits, ids).mean(1))
-        greedy.append(logits.argmax(-1))
-    return torch.cat(losses), torch.cat(greedy)
 
 
 # --- the result -----------------------------------------------------------------------------------------------------
@@ -337,8 +339,7 @@ def compress(
         check_output(destination, overwrite=overwrite)
     stored, text_tokenizer = load_with_tokenizer(model, tokenizer, device=device, rope=rope)
     assert text_tokenizer is not None
-    if rank is not None:
-        stored.config.check_ranks([rank] * stored.config.num_hidden_layers)
+    _check_rank(8 if rank is None else rank, stored.config.head_dim)
     sources = names_of(calibration)
     source = Source(sources, text_column) if sources else Source([str(HELD_OUT)])
     rows = spread_passages(source, text_tokenizer, stored, passages + _CALIBRATION, length).to(stored.device)
@@ -361,6 +362,11 @@ def _check_options(weighting: str, passages: int) -> None:
         raise ValueError(f"passages: must be at least 2, got {passages}")
 
 
+def _check_rank(rank: int, head_dim: int) -> None:
+    if rank % 8 or not 8 <= rank <= head_dim:
+        raise ValueError(f"rank: must be a multiple of 8, from 8 to the model's head_dim of {head_dim}, got {rank}")
+
+
 def _whole(model: PldrForCausalLM, passages: torch.Tensor) -> PldrForCausalLM:
     """The model with G_LM as a constant."""
     if model.config.operator == "learned":
@@ -381,8 +387,8 @@ def _factored(
     Raises:
         ValueError: not even full rank is within the thresholds.
     """
-    read, G_LM = in_float32(whole), stored_operator(whole)
-    moments = moments_of(read, calibration)
+    plain, G_LM = in_float32(whole), stored_operator(whole)
+    moments = moments_of(plain, calibration)
     layers = {
         "moments": [factors_of(G, q, k) for G, q, k in zip(G_LM.to(moments.query), *moments, strict=True)],
         "none": [factors_of(G) for G in G_LM],
@@ -390,9 +396,10 @@ def _factored(
     if rank is not None:
         ranks = [rank] * len(G_LM)
     else:
-        trials = _Trials(read, layers[weighting], thresholds)
+        trials, others = _Trials(plain, layers[weighting], thresholds), read(plain, held_out)
         # What was accepted on the calibration passages must hold on others: the leanest ranks that do.
-        proved = (ranks for ranks in reversed(trials.search(calibration)) if trials.accepts(ranks, held_out))
+        path = trials.search(read(plain, calibration))
+        proved = (ranks for ranks in reversed(path) if trials.accepts(ranks, others))
         found = next(proved, None)
         if found is None:
             raise ValueError(
@@ -400,10 +407,10 @@ def _factored(
                 f"{thresholds.agreement:.3%} of the greedy tokens; allow more, or give a rank"
             )
         ranks = found
-    seen, fits, forms, reports = moments_of(read, held_out), {}, {}, {}
+    seen, fits, forms, reports = moments_of(plain, held_out), {}, {}, {}
     for name in WEIGHTINGS:
         pairs = [layer.cut(size) for layer, size in zip(layers[name], ranks, strict=True)]
         form = forms[name] = factor(copy.deepcopy(whole), pairs)
-        report = reports[name] = compare_factored(read, in_float32(form), held_out, thresholds=thresholds)
+        report = reports[name] = compare_factored(plain, in_float32(form), held_out, thresholds=thresholds)
         fits[name] = Fit(seen.score_errors(G_LM, stored_operator(form)), report.modes["factored"])
     return forms[weighting], fits, reports[weighting]
