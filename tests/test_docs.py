@@ -167,9 +167,8 @@ def test_functions_take_the_options_of_their_commands():
     commands = {"tokenizer train": typer.main.get_command(app).commands["tokenizer"].commands["train"]}
     commands |= typer.main.get_command(app).commands
     assert {verb for verb, _ in rows} == commands.keys() - {"tokenizer"}
-    # What prints alone or is said in another way: tasks or files given, texts in a list, a name that Python would hide.
-    said = {"perplexity": "files", "prompt": "prompts", "prompts_file": "prompts", "train_data": "train",
-            "stream": "on_text", "resume_from": "resume", "strict": "overrides"}  # fmt: skip
+    # What prints alone or is said in another way: files given, what a stream is for.
+    said = {"perplexity": "files", "stream": "on_text", "resume_from": "resume", "strict": "overrides"}
     for verb, functions in rows:
         taken = {}
         for name in re.findall(r"`pldr\.(\w+)", functions):

@@ -1,4 +1,4 @@
-"""The `pldr` command: a verb parses, calls one function of the library, and prints. Heavy imports happen inside the verbs."""
+"""The `pldr` command: a verb parses, calls one public function, and prints. Heavy imports happen inside the verbs."""
 
 import contextlib
 import io
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from typer import Argument, Option
 
-from pldr.files import one_line, printable
+from pldr.files import one_line, printable, require, to_json
 from pldr.training import TrainingInterrupted
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def generate(
     )  # fmt: skip
     if as_json:
         fields = {"prompt": text, "cache": cache, "operator": loaded.config.operator} | vars(result)
-        _print_json(fields | {"tokens_per_second": result.tokens_per_second})
+        typer.echo(to_json(fields | {"tokens_per_second": result.tokens_per_second}))
     else:
         typer.echo("" if stream else result.text)
 
@@ -127,7 +127,6 @@ def train(
     """Train a model from a recipe: in one process, or in each of torchrun or accelerate launch."""
     if sum((overwrite, resume, resume_from is not None)) > 1:
         raise ValueError("--overwrite, --resume and --resume-from: choose one")
-    from pldr.files import require
     from pldr.recipe import load_recipe
 
     parsed = load_recipe(recipe, [*(overrides or ()), *(["data.strict=true"] if strict else ())])
@@ -154,16 +153,9 @@ def train_tokenizer(
     as_json: AsJson = False,
 ) -> None:
     """Train a SentencePiece model and save it as a transformers fast tokenizer too."""
-    _quiet()
-    from pldr.data.vocabulary import train_tokenizer as run
-
-    result = run(
-        sources, output, vocab_size=vocab_size, model=model, text_column=text_column, split=split, interval=interval,
-        strict=strict, overwrite=overwrite,
-    )  # fmt: skip
+    result = _show("train_tokenizer", locals())
     if result.skipped:
         _report(f"data: {result.skipped}")
-    _print(result, as_json)
 
 
 @_verb("merge runs/big/checkpoint-1000 runs/big-merged")
@@ -173,14 +165,9 @@ def merge(
     overwrite: Overwrite = False,
 ) -> None:
     """Make a model folder of a training checkpoint."""
-    _quiet()
-    from pldr.files import require
-
     require("train", "accelerate")
-    from pldr.training.checkpoint import merge_checkpoint
-
-    model = merge_checkpoint(checkpoint, destination, overwrite=overwrite)
-    typer.echo(f"{destination}: {model.num_parameters():,} parameters, {model.config.operator} operator")
+    written = _call("merge_checkpoint", locals())
+    typer.echo(f"{destination}: {written.num_parameters():,} parameters, {written.config.operator} operator")
 
 
 @_verb("convert runs/laptop runs/hub --to hub")
@@ -194,20 +181,17 @@ def convert(
     overwrite: Overwrite = False,
 ) -> None:
     """Rewrite a checkpoint in another layout, bit for bit."""
-    _quiet()
-    from pldr.checkpoints.convert import convert_checkpoint
-
-    model = convert_checkpoint(
-        source, destination, to=to, rope=rope, g_lm=g_lm, tokenizer=tokenizer, overwrite=overwrite
+    written = _call("convert_checkpoint", locals())
+    typer.echo(
+        f"{destination}: {written.num_parameters():,} parameters, {written.config.operator} operator, {to} layout"
     )
-    typer.echo(f"{destination}: {model.num_parameters():,} parameters, {model.config.operator} operator, {to} layout")
 
 
 @_verb('freeze runs/laptop runs/constant --prompt "Any text will do."')
 def freeze(
     model: Model,
     destination: Annotated[Path, Argument(help="Folder to write.")],
-    prompt: Annotated[list[str] | None, Option(help="Text to compute G_LM from; may be repeated.")] = None,
+    prompts: Annotated[list[str] | None, Option("--prompt", help="Text to compute G_LM from; may be repeated.")] = None,
     prompts_file: Annotated[Path | None, Option(help="File of such texts, one per line.")] = None,
     g_lm: OperatorFile = None,
     trainable: Annotated[bool, Option("--trainable", help="Make G_LM a parameter, to train on with.")] = False,
@@ -217,14 +201,7 @@ def freeze(
     as_json: AsJson = False,
 ) -> None:
     """Make the operator a constant, from prompts or from a file, and drop the network that computed it."""
-    _quiet()
-    from pldr.checkpoints.convert import freeze_checkpoint
-
-    frozen = freeze_checkpoint(
-        model, destination, prompts=prompt or (), prompts_file=prompts_file, g_lm=g_lm, trainable=trainable,
-        tokenizer=tokenizer, rope=rope, overwrite=overwrite,
-    )  # fmt: skip
-    _print(frozen, as_json)
+    _show("freeze_checkpoint", locals())
 
 
 @_verb("compress runs/laptop runs/compressed --tolerance 1e-3")
@@ -248,24 +225,13 @@ def compress(
     as_json: AsJson = False,
 ) -> None:
     """Factor the operator, so that keys are cached in fewer dimensions, within a bound on the loss."""
-    _quiet()
-    from pldr.study.compress import compress as run
-
-    compression = run(
-        model, destination, tolerance=tolerance, agreement=agreement, rank=rank, weighting=weighting,
-        calibration=calibration or (), passages=passages, length=length, text_column=text_column, tokenizer=tokenizer,
-        rope=rope, device=device, overwrite=overwrite,
-    )  # fmt: skip
-    _print(compression, as_json)
+    _show("compress", locals())
 
 
 @_verb("info demo-output/stories-frozen")
 def info(model: Model, rope: Rope = None, g_lm: OperatorFile = None, as_json: AsJson = False) -> None:
     """Show a model's shape, parameters, operators and cache sizes."""
-    _quiet()
-    from pldr.checkpoints.info import info as run
-
-    _print(run(model, rope=rope, g_lm=g_lm), as_json)
+    _show("info", locals())
 
 
 @_verb("inspect runs/laptop my-other-book.txt --html report.html")
@@ -286,14 +252,7 @@ def inspect(
     dtype: Dtype = "auto",
 ) -> None:
     """Statistics of A, A_LM, A_P and G_LM: rank, determinant, singular values, whether they depend on the text."""
-    _quiet()
-    from pldr.study.inspect import inspect as run
-
-    analysis = run(
-        model, data or (), passages=passages, length=length, text_column=text_column, tokenizer=tokenizer, rope=rope,
-        g_lm=g_lm, html=html, device=device, dtype=dtype,
-    )  # fmt: skip
-    _print(analysis, as_json)
+    _show("inspect", locals())
     if html is not None and not as_json:
         typer.echo(f"report: {html}")
 
@@ -319,14 +278,7 @@ def certify(
     as_json: AsJson = False,
 ) -> None:
     """Measure whether G_LM may be cached, frozen or factored. Exit code 0: certified, 1: not certified, 2: error."""
-    _quiet()
-    from pldr.study.certify import certify as run
-
-    certificate = run(
-        model, data, output=output, frozen=frozen, passages=passages, calibration=calibration, length=length, loss=loss,
-        agreement=agreement, text_column=text_column, tokenizer=tokenizer, rope=rope, device=device, overwrite=overwrite,
-    )  # fmt: skip
-    _print(certificate, as_json)
+    certificate = _show("certify", locals())
     raise typer.Exit(0 if certificate.certified else 1)
 
 
@@ -335,7 +287,7 @@ def reproduce(
     claim: Annotated[str, Argument(help="caching, invariance, ablation, transfer, handoff, or all.")],
     size: Annotated[str, Option(help="tiny (minutes on a CPU), small (minutes on a GPU) or paper.")] = "tiny",
     output: Annotated[Path, Option(help="Folder for pages, pictures, numbers and trained runs.")] = Path("reproduced"),
-    train_data: Annotated[list[str] | None, Option("--train", help="Training text; may be repeated.")] = None,
+    train: Annotated[list[str] | None, Option("--train", help="Training text; may be repeated.")] = None,
     validation: Annotated[list[str] | None, Option(help="Held-out text; may be repeated.")] = None,
     tokenizer: Tokenizer = None,
     model: Annotated[Path | None, Option(help="Of caching and transfer; else the one that ships with pldr.")] = None,
@@ -343,14 +295,8 @@ def reproduce(
     device: Annotated[str, Option(help="Where models are measured.")] = "cpu",
 ) -> None:
     """Reproduce a claim of the paper: train what it needs, measure, write tables and pictures. Finished runs are kept."""
-    _quiet()
-    from pldr.study.claims import reproduce as run
-
-    findings = run(
-        claim, size=size, output=output, train=train_data, validation=validation, tokenizer=tokenizer, model=model,
-        parallel=parallel, device=device, say=_report, command=f"pldr {' '.join(sys.argv[1:])}",
-    )  # fmt: skip
-    for finding in findings:
+    command = f"pldr {' '.join(sys.argv[1:])}"
+    for finding in _call("reproduce", locals() | {"say": _report}):
         typer.echo(finding.page)
 
 
@@ -385,18 +331,10 @@ def evaluate(
     """Benchmarks and perplexity of a model, with G_LM frozen, cached or learned from every text."""
     if bool(files) != perplexity:
         raise ValueError("--perplexity: needs text files, and they need it: pldr eval MODEL --perplexity FILE ...")
-    _quiet()
-    from pldr.evaluation.evaluate import evaluate as run
-
-    evaluation = run(
-        model, files or (), tasks=tasks or (), suite=suite, mode=mode, compare=compare, data_dir=data_dir,
-        limit=limit, num_fewshot=num_fewshot, allow_code=allow_code, batch_size=batch_size, window=window, stride=stride,
-        calibration=calibration, text_column=text_column, threshold=threshold, tokenizer=tokenizer, rope=rope,
-        g_lm=g_lm, device=device, dtype=dtype,
-    )  # fmt: skip
+    del perplexity  # the files say it
+    evaluation = _show("evaluate", locals())
     for warning in evaluation.warnings if as_json else ():  # else they are printed
         _report(f"warning: {warning}")
-    _print(evaluation, as_json)
 
 
 @_verb("plot runs/laptop")
@@ -418,13 +356,8 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Cache and freeze the operator of the model that ships with pldr, and compare; with --train, of a new one too."""
-    _quiet()
-    from pldr.files import require
-
     require("train", "accelerate", "matplotlib")
-    from pldr.study.demo import run_demo
-
-    _print(run_demo(output, train=train, recipe=recipe), as_json)
+    _show("run_demo", locals())
 
 
 # --- running and printing -------------------------------------------------------------------------------------------
@@ -494,17 +427,27 @@ def _quiet() -> None:
     logging.set_verbosity_error()
 
 
+def _call(function: str, options: dict[str, Any]) -> Any:
+    """What a public function of `pldr` returns for a verb's options; those that were not given are left to its defaults."""
+    _quiet()
+    import pldr
+
+    return getattr(pldr, function)(**{name: value for name, value in options.items() if value not in (None, [])})
+
+
+def _show(function: str, options: dict[str, Any]) -> Any:
+    """The same, and print it."""
+    as_json = options.pop("as_json")
+    result = _call(function, options)
+    _print(result, as_json)
+    return result
+
+
 def _print(result: "Printable", as_json: bool) -> None:
     """A result of the library: as tables, or as one JSON object."""
     if as_json:
-        _print_json(result.to_json())
+        typer.echo(to_json(result.to_json()))
         return
     from pldr.tables import show
 
     show(result)
-
-
-def _print_json(fields: dict[str, Any]) -> None:
-    from pldr.files import to_json
-
-    typer.echo(to_json(fields))
