@@ -100,7 +100,9 @@ def capture(source: Path, folder: Path) -> dict[str, Any]:
 def differences(before: Any, after: Any, place: str = "") -> Iterator[str]:
     """What `after` lacks or has otherwise, and, marked with +, what it adds."""
     if isinstance(before, dict) and isinstance(after, dict):
-        named = {name if name in after else RENAMED.get(name, name): value for name, value in before.items()}
+        # Another name wins where it is new, also over one that says something else by now: "mode" of the demo's texts.
+        new = {name: RENAMED[name] for name in before if RENAMED.get(name) in after.keys() - before.keys()}
+        named = {new.get(name, name): value for name, value in before.items()}
         for name, value in named.items():
             if name in VARYING:
                 continue
