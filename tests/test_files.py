@@ -158,6 +158,30 @@ class TestFile:
         assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize("existing", [False, True])
+def test_what_is_finished_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch, existing):
+    """Each file and folder, and behind the move the names in the folder above, so that a loss of power costs nothing."""
+    happened = []
+    original_sync, original_replace, original_rename = os.fsync, os.replace, os.rename
+    monkeypatch.setattr(os, "fsync", lambda handle: happened.append(os.fstat(handle).st_ino) or original_sync(handle))
+    for name, original in (("replace", original_replace), ("rename", original_rename)):
+        monkeypatch.setattr(os, name, lambda old, new, move=original: happened.append("moved") or move(old, new))
+    target, file = tmp_path / "out", tmp_path / "file"
+    if existing:
+        target.mkdir()
+        file.touch()
+    with whole_folder(target, overwrite=True) as folder:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "a").touch()
+        parts = {place.stat().st_ino for place in (folder, folder / "sub", folder / "sub" / "a")}
+    moved = happened.index("moved")
+    assert parts <= set(happened[:moved])
+    assert happened[-1] == tmp_path.stat().st_ino
+    happened.clear()
+    write_text(file, "x")
+    assert happened == [file.stat().st_ino, "moved", tmp_path.stat().st_ino]
+
+
 def test_json_holds_no_infinity():
     text = to_json({"a": math.inf, "b": [1.5, math.nan], "c": {"d": "é"}, "e": (-math.inf, 2)})
     found = json.loads(text, parse_constant=pytest.fail)
