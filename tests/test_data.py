@@ -1,4 +1,5 @@
 import gzip
+import io
 import itertools
 import json
 import lzma
@@ -135,6 +136,13 @@ class TestReading:
                 "x" * 11 + "\n\n   and", " saw   that", " " * 20, " " * 20, " " * 11 + "dog",
             ]  # fmt: skip
             assert [piece.ends for piece in found] == [False] * 9 + [True]
+
+    def test_of_a_line_that_is_too_long_its_beginning_is_held(self, monkeypatch):
+        monkeypatch.setattr(sources_module, "LONGEST_ROW", 100)
+        monkeypatch.setattr(sources_module, "_PIECE_CHARACTERS", 30)
+        for end in (b"", b"\n", b"\nab", b"\nab\n"):
+            lines = list(sources_module._lines(io.BytesIO(b"c" * 100 + b"\n" + b"f" * 1000 + end)))
+            assert lines == [b"c" * 100 + b"\n", b"f" * 101, *([end[1:]] if end[1:] else [])]
 
     @pytest.mark.parametrize("ending", COMPRESS)
     def test_a_row_that_is_too_long(self, tmp_path, monkeypatch, ending):
