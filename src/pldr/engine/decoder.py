@@ -117,7 +117,6 @@ class Decoder:
             per_row(torch.float32, STEPS), per_row(torch.float32), per_row(torch.int32), per_row(torch.float32) + 1,
             per_row(torch.float32) + 1,
         )  # fmt: skip
-        self._arrivals = per_row(torch.int32, self.heads)
         self._recorded: dict[tuple[object, ...], torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle() if self.graphs else None
         self._prompt: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -183,7 +182,7 @@ class Decoder:
     def _attend_cache(self, index: int, qkv: torch.Tensor) -> torch.Tensor:
         return decode.attend(
             qkv, self.keys[index], self.values[index], self.state.positions[: len(qkv)], self.rotary,
-            self.config.rope_pairing, self.operators[index], self.layers[index].right, self._arrivals,
+            self.config.rope_pairing, self.operators[index], self.layers[index].right,
         )  # fmt: skip
 
     # --- prompts -----------------------------------------------------------------------------------------------------

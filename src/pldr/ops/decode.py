@@ -147,7 +147,6 @@ def attend(
     pairing: str,
     left: torch.Tensor,
     right: torch.Tensor | None,
-    arrivals: torch.Tensor,
 ) -> torch.Tensor:
     """Attention of one new token a sequence, whose key and value go into the cache: softmax(q L kᵀ / sqrt(D)) v.
 
@@ -160,13 +159,12 @@ def attend(
         pairing: see `reference.apply_rotary`.
         left: [H, D, R], or [S ≥ N, H, D, R] with one a sequence: G_LM, or the left factor.
         right: [H, D, R], the factor that keys are kept through; None where they are kept whole.
-        arrivals: [S ≥ N, H] (int32), for the kernels to count in: zeros before and after.
 
     Returns:
         [N, M]; on CUDA, for few sequences, the parts of it that `linear_add` sums.
     """
     if qkv.is_cuda and kernels is not None:
-        return kernels.attend(qkv, keys, values, positions, rotary, pairing, left, right, arrivals, few=len(qkv) <= FEW)
+        return kernels.attend(qkv, keys, values, positions, rotary, pairing, left, right, few=len(qkv) <= FEW)
     return reference.attend(qkv, keys, values, positions, rotary, pairing, left, right)
 
 

@@ -25,11 +25,11 @@ except ImportError:  # Triton before 3.4
 _TILE = 8192
 # Into how many parts attention over the cache is split while there are few sequences, so that all of the chip has work.
 _PARTS = 8
-_MERGE = False
-_MOST_SPLIT = 48
+MOST_SPLIT = 0
 # Cached tokens that a program of attention looks at in one go, and its warps: for few sequences, and for many.
 _ATTEND_FEW = {"BLOCK": 64, "num_warps": 4}
 _ATTEND_MANY = {"BLOCK": 32, "num_warps": 2}
+_ATTEND_EACH = {"BLOCK": 32, "num_warps": 2}
 # Rows of the largest vocabulary that `choose` holds in registers.
 MOST_LOGITS = 65536
 
@@ -263,35 +263,60 @@ def attend(
     pairing: str,
     left: torch.Tensor,
     right: torch.Tensor | None,
-    arrivals: torch.Tensor,
     *,
     few: bool,
 ) -> torch.Tensor | Parts:
     sequences, (_, heads, _length, rank), dimensions = len(qkv), keys.shape, values.shape[-1]
-    parts = _PARTS if few else 2 if sequences <= _MOST_SPLIT else 1
-    out = torch.empty(sequences, heads * dimensions, dtype=qkv.dtype, device=qkv.device)
-    part = highest = total = out
+    parts = _PARTS if few else 2 if sequences <= MOST_SPLIT else 1
+    out = highest = total = torch.empty(sequences, heads * dimensions, dtype=qkv.dtype, device=qkv.device)
     if parts > 1:
-        part = torch.empty(sequences, parts, heads, dimensions, dtype=torch.float32, device=qkv.device)
+        out = torch.empty(sequences, parts, heads, dimensions, dtype=torch.float32, device=qkv.device)
         highest = torch.empty(sequences, parts, heads, dtype=torch.float32, device=qkv.device)
         total = torch.empty_like(highest)
     _attend[(heads, sequences, parts)](
-        qkv, keys, values, positions, rotary, left, left if right is None else right, out, part, highest, total,
-        arrivals, keys.stride(0), keys.stride(1), values.stride(0), values.stride(1), rotary.stride(0),
+        qkv, keys, values, positions, rotary, left, left if right is None else right, out, highest, total,
+        keys.stride(0), keys.stride(1), values.stride(0), values.stride(1), rotary.stride(0),
         left.stride(0) if left.dim() == 4 else 0, dimensions**-0.5,
         H=heads, D=dimensions, R=rank, BLOCK_R=triton.next_power_of_2(rank), PARTS=parts,
-        MERGE=_MERGE or not few, ADJACENT=pairing == "adjacent", FACTORED=right is not None,
-        **(_ATTEND_FEW if few else _ATTEND_MANY), **_dependent(qkv),
+        ADJACENT=pairing == "adjacent", FACTORED=right is not None,
+        **(_ATTEND_FEW if few else _ATTEND_EACH if left.dim() == 4 else _ATTEND_MANY), **_dependent(qkv),
     )  # fmt: skip
-    return Parts(part, highest, total) if few and not _MERGE else out
+    if parts == 1:
+        return out
+    found = Parts(out, highest, total)
+    return found if few else _sum_parts(found, qkv.dtype)
+
+
+def _sum_parts(parts: Parts, dtype: torch.dtype) -> torch.Tensor:
+    """[N, P, H, D] → [N, H·D]."""
+    sequences, count, heads, dimensions = parts.out.shape
+    width = heads * dimensions
+    y = torch.empty(sequences, width, dtype=dtype, device=parts.out.device)
+    _sum_attention[(sequences,)](
+        *parts, y, width, PARTS=count, D=dimensions, COLUMNS=triton.next_power_of_2(width), **_dependent(y)
+    )
+    return y
+
+
+@triton.jit
+def _sum_attention(  # type: ignore[no-untyped-def]
+    x, highest, total, y, width, PARTS: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr
+):
+    _release(PDL)
+    _wait(PDL)
+    row = tl.program_id(0)
+    columns = tl.arange(0, COLUMNS)
+    inside = columns < width
+    values = _sum_of_parts(x, highest, total, row, columns, inside, width, PARTS, D, COLUMNS)
+    tl.store(y + row * width + columns, values.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _attend(  # type: ignore[no-untyped-def]
-    qkv, keys, values, positions, rotary, left, right, out, parts, highest, total, arrivals,
+    qkv, keys, values, positions, rotary, left, right, out, highest, total,
     keys_row, keys_head, values_row, values_head, sines, left_row, scale,
     H: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, PARTS: tl.constexpr,
-    MERGE: tl.constexpr, ADJACENT: tl.constexpr, FACTORED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    ADJACENT: tl.constexpr, FACTORED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A program: one head of one sequence over one part of its cache. The last part also keeps the new key and value.
 
@@ -364,21 +389,9 @@ def _attend(  # type: ignore[no-untyped-def]
     acc = tl.sum(acc * share[:, None], 0) + p * new_v.to(tl.float32)
     if PARTS > 1:
         index = (row * PARTS + part) * H + head
-        tl.store(parts + index * D + d, acc)
+        tl.store(out + index * D + d, acc)
         tl.store(highest + index, top)
         tl.store(total + index, summed)
-        if MERGE:  # whoever comes last puts the parts together, always in the same order
-            tl.debug_barrier()
-            arrived = arrivals + row * H + head
-            if tl.atomic_add(arrived, 1) == PARTS - 1:
-                each = (row * PARTS + tl.arange(0, PARTS)) * H + head
-                tops = tl.load(highest + each, cache_modifier=".cg")
-                shares = tl.exp(tops - tl.max(tops, 0))
-                sums = tl.load(total + each, cache_modifier=".cg")
-                outs = tl.load(parts + each[:, None] * D + d[None, :], cache_modifier=".cg")
-                whole = tl.sum(shares[:, None] * outs, 0) / tl.sum(shares * sums, 0)
-                tl.store(out + (row * H + head) * D + d, whole.to(out.dtype.element_ty))
-                tl.store(arrived, 0)
     else:
         tl.store(out + (row * H + head) * D + d, (acc / summed).to(out.dtype.element_ty))
 
@@ -522,7 +535,7 @@ def _norm(  # type: ignore[no-untyped-def]
 def silu_product(both: torch.Tensor) -> torch.Tensor:
     sequences, features = both.shape[0], both.shape[1] // 2
     y = torch.empty(sequences, features, dtype=both.dtype, device=both.device)
-    _silu_product[(triton.cdiv(features, 512), sequences)](both, y, features, BLOCK=512, **_dependent(both))
+    _silu_product[(sequences, triton.cdiv(features, 512))](both, y, features, BLOCK=512, **_dependent(both))
     return y
 
 
@@ -530,8 +543,8 @@ def silu_product(both: torch.Tensor) -> torch.Tensor:
 def _silu_product(both, y, features, BLOCK: tl.constexpr, PDL: tl.constexpr):  # type: ignore[no-untyped-def]
     _release(PDL)
     _wait(PDL)
-    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row = tl.program_id(1)
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < features
     gate = tl.load(both + row * 2 * features + columns, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(both + (row * 2 + 1) * features + columns, mask=inside, other=0.0).to(tl.float32)
