@@ -22,7 +22,7 @@ import torch
 from conditions import conditions
 
 from pldr import PldrConfig, PldrForCausalLM, deductive_outputs
-from pldr.study.page import write_report
+from pldr.study.page import report
 from pldr.study.statistics import analyse_model
 
 TARGET = 120.0
@@ -74,7 +74,7 @@ def main() -> None:
     statistics_seconds = time.perf_counter() - start
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "report.html"
-        write_report(analysis, file, title=arguments.preset)
+        file.write_text(report(analysis, title=arguments.preset), encoding="utf-8")
         size = file.stat().st_size
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
 

@@ -97,7 +97,8 @@ def whole_folder(path: str | os.PathLike[str], *, overwrite: bool = False, keep:
             settle(partial)
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists() and overwrite:
-                _exchange(partial, path)
+                with set_aside(path):
+                    os.replace(partial, path)
             else:
                 _put(partial, path, keep)
             sync(path.parent)
@@ -105,16 +106,19 @@ def whole_folder(path: str | os.PathLike[str], *, overwrite: bool = False, keep:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _exchange(partial: Path, path: Path) -> None:
-    old = _hidden(path, "old", path.parent)
-    os.replace(path, old / path.name)
+@contextmanager
+def set_aside(path: Path) -> Iterator[None]:
+    """What is at a place is out of the way within the block, and gone after it; it comes back if an error leaves the place free."""
+    aside = _hidden(path, "old", path.parent)
+    os.replace(path, aside / path.name)
     try:
-        os.replace(partial, path)
-    except OSError:
-        os.replace(old / path.name, path)
+        yield
+    except BaseException:
+        if not path.exists():
+            os.replace(aside / path.name, path)
         raise
     finally:
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _put(partial: Path, path: Path, keep: bool) -> None:

@@ -50,14 +50,12 @@ def plot_operators(
     heads: int = 4,
     title: str = "",
 ) -> None:
-    """Heatmaps of G_LM: one row of pictures for each entry of `rows` and layer, one column a head.
+    """Heatmaps of G_LM, as a PNG file: one row of pictures for each entry of `rows` and layer, one column a head.
 
     Args:
         rows: label → [L, H, D, D]; the rows of a layer share one colour scale, symmetric around zero.
-        path: PNG file to write.
         layers: which to show, all by default.
         heads: most heads to show.
-        title: above the picture.
     """
     shape = next(iter(rows.values())).shape
     shown, heads = list(range(shape[0]) if layers is None else layers), min(heads, shape[1])

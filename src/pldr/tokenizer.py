@@ -316,7 +316,7 @@ def train_sentencepiece(
         model_type: "unigram" (as published) or "bpe".
 
     Returns:
-        The path written.
+        The path.
 
     Raises:
         ValueError: another model type; no text; SentencePiece cannot make that many pieces of these texts.

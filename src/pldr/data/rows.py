@@ -9,6 +9,7 @@ import os
 import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,13 @@ def rows_of(tokens: Iterable[tuple[np.ndarray, bool]], length: int, layout: str)
         yield np.concatenate(held)
 
 
+def source_of(data: DataRecipe, part: str) -> Source:
+    """The documents of a part ("train", "validation" or "test") of a recipe's data."""
+    return Source(
+        getattr(data, part), data.text_column, getattr(data, f"{part}_split"), getattr(data, f"{part}_interval")
+    )
+
+
 def read_passages(
     source: Source, tokenizer: PreTrainedTokenizerFast, length: int, count: int, *, streaming: bool = False
 ) -> torch.Tensor:
@@ -122,12 +130,9 @@ def choose_passages(
     """The first passages of a source that a model can read: [needed to count, length], int64.
 
     Args:
-        source: the documents.
-        tokenizer: of the model.
-        context: its longest passage.
-        length: of a passage, from `shortest` on; by default 512, or the context if that is less.
-        count: passages at most.
-        needed: passages at least.
+        context: tokens of the longest one.
+        length: of each, from `shortest` on; by default 512, or the context if that is less.
+        others: the documents, their tokenizer, and how many passages at most and at least.
 
     Raises:
         FileNotFoundError, ValueError: see `read_passages`; a length outside its range, or too little text.
@@ -154,10 +159,7 @@ class TokenRows(Dataset[dict[str, Any]]):
     """
 
     def __init__(self, folder: str | os.PathLike[str], first: int = 0, last: int | None = None) -> None:
-        """
-        Args:
-            folder: as `write_rows` leaves it.
-            first, last: the rows to show, all by default.
+        """The rows from `first` up to `last` of a folder that `write_rows` has left.
 
         Raises:
             OSError: a file can not be read.
@@ -227,14 +229,9 @@ def write_rows(
     layout: str = "packed",
     bad: BadRows | None = None,
 ) -> TokenRows:
-    """Tokenise into a folder that exists, and open it.
+    """Tokenise into a folder that exists (tokens.bin and facts.json), and open it.
 
-    Args:
-        pieces: of documents.
-        tokenizer: a fast tokenizer.
-        length, layout: see `rows_of`.
-        folder: gets tokens.bin and facts.json.
-        bad: where the pieces' reader counts bad rows, for the facts.
+    Length and layout: see `rows_of`; `bad` is where the pieces' reader counts bad rows, for the facts.
 
     Raises:
         ValueError: less than one row; see `tokenize`.
@@ -291,17 +288,12 @@ def cached_rows(
 ) -> TokenRows:
     """The rows of a source, tokenised once and kept in a folder named by everything that they depend on.
 
-    The contents of local files are hashed, and so are the kept rows: about a second per GB, at every call.
-
-    Args:
-        source: the documents.
-        tokenizer: a fast tokenizer.
-        recipe: sequence_length, layout, strict and cache.
-        report: takes a line about bad rows, if there are any.
+    The contents of local files are hashed, and so are the kept rows: about a second per GB, at every call. `report`
+    takes a line about bad rows, if there are any.
 
     Raises:
-        FileNotFoundError, ValueError: see `read_pieces` and `write_rows`; or the data changed while it was read, or what
-            was kept is not as it was written.
+        FileNotFoundError, ValueError: see `read_pieces` and `write_rows`; or the data changed while it was read, or
+            what was kept is not as it was written.
     """
     key = _fingerprint(source, tokenizer, recipe)
     folder = cache_folder(recipe.cache) / key
@@ -334,6 +326,7 @@ def _fingerprint(source: Source, tokenizer: PreTrainedTokenizerFast, recipe: Dat
     return digest.hexdigest()[:32]
 
 
+@dataclass(eq=False)
 class TokenStream(IterableDataset[dict[str, Any]]):
     """Rows without end, tokenised as they are read, so that data larger than the disk can be trained on.
 
@@ -343,22 +336,13 @@ class TokenStream(IterableDataset[dict[str, Any]]):
     read, and goes on from there.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        tokenizer: PreTrainedTokenizerFast,
-        recipe: DataRecipe,
-        *,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        self.source = source
-        self.tokenizer = tokenizer
-        self.recipe = recipe
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
+    source: Source
+    tokenizer: PreTrainedTokenizerFast
+    recipe: DataRecipe
+    _: KW_ONLY
+    seed: int
+    rank: int = 0
+    world_size: int = 1
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
@@ -392,13 +376,9 @@ class TokenStream(IterableDataset[dict[str, Any]]):
 def shuffled(
     items: Iterator[Any], buffer_size: int, generator: random.Random, size_of: Callable[[Any], int] = lambda item: 0
 ) -> Iterator[Any]:
-    """Items in random order within a buffer; a size of 0 or 1 keeps the order.
+    """Items in random order within a buffer of so many; a size of 0 or 1 keeps the order.
 
-    Args:
-        items: to be mixed.
-        buffer_size: most items that are held at once; fewer where together they are larger than `_BUFFER_CHARACTERS`.
-        generator: of the random numbers.
-        size_of: of an item, in characters.
+    Fewer are held where together they are larger than `_BUFFER_CHARACTERS`, each of `size_of` characters.
     """
     buffer: list[Any] = []
     held = 0

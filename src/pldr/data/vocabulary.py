@@ -86,19 +86,10 @@ def train_pieces(
     strict: bool = False,
     streaming: bool = False,
 ) -> str:
-    """Train a SentencePiece model on the documents of a source, into a file that appears only when whole.
-
-    Args:
-        source: the documents.
-        file: to write.
-        vocab_size, model, strict: see `train_tokenizer`.
-        streaming: read hub data sets as they are downloaded.
+    """Train a SentencePiece model into a file that appears only when whole; options as for `train_tokenizer`.
 
     Returns:
         What was skipped of the data, in one line; "" if every row was good.
-
-    Raises:
-        FileNotFoundError, ValueError: see `train_tokenizer`.
     """
     bad = BadRows(strict)
     pieces = read_pieces(source, bad, streaming=streaming)

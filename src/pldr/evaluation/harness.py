@@ -332,12 +332,9 @@ def run_tasks(
     *,
     limit: int | float | None = None,
 ) -> dict[str, Any]:
-    """Run tasks in each mode, and compare the modes with the first.
+    """Run tasks of `load_tasks` in each mode, and compare the modes with the first.
 
     Args:
-        scorers: by mode (`pldr.evaluation.scoring.make_scorers`).
-        tokenizer: of their model.
-        tasks: of `load_tasks`.
         limit: questions of each task, the first ones; below 1, their share.
 
     Returns:

@@ -76,10 +76,7 @@ def perplexity(
     """Perplexity of a text under a sliding window. [END], which ends a document in training, stands before it.
 
     Args:
-        scorer: model and operator mode.
-        tokenizer: of the model.
-        text: of one file.
-        length: of the window; the model's context by default.
+        length: of the window, tokens; the model's context by default.
         stride: tokens by which it moves; half the window by default.
         title: of a progress bar on standard error; none by default.
 
@@ -114,15 +111,7 @@ def evaluate_texts(
     length: int | None = None,
     stride: int | None = None,
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """Perplexity of texts in each mode, with a progress bar.
-
-    Args:
-        scorers: by mode.
-        texts: by name.
-        the others: see `perplexity`.
-
-    Returns:
-        By text and mode: the fields of `Perplexity`.
+    """Perplexity of texts (by name) in each mode, with a progress bar; by text and mode the fields of `Perplexity`.
 
     Raises:
         ValueError: see `perplexity`; a text without tokens is named, before any is scored.

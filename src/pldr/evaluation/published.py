@@ -136,20 +136,17 @@ LAYOUTS = {
 
 
 def read_benchmark(task: str, data_dir: Path, *, few_shot: bool = False) -> dict[str, list[Row]]:
-    """A benchmark's published files.
+    """The rows of each split of a benchmark, with the columns that they have on the hub.
 
     Args:
         task: of the harness, one of `LAYOUTS`.
         data_dir: folder that holds the benchmark's own.
         few_shot: also read the training split, which examples are drawn from, where the benchmark has one.
 
-    Returns:
-        The rows of each split, with the columns of the data set on the hub.
-
     Raises:
         FileNotFoundError: a file is missing; the message says which is expected where.
-        ValueError: no layout is known for the task; a file is empty, holds a line that is no JSON object or lacks a field
-            (the message says which line), or has another number of labels than of questions.
+        ValueError: no layout is known for the task; a file is empty, holds a line (named) that is no JSON object or
+            lacks a field, or has another number of labels than of questions.
     """
     layout = LAYOUTS.get(task)
     if layout is None:

@@ -384,8 +384,6 @@ def compare_runs(
     Runs that diverged or whose attention died are counted, and left out of the means.
 
     Args:
-        lab: where the curves are drawn.
-        claim: in words.
         found: by variant, of each run what `Lab.measure` found.
         reference: the variant that the others are compared with.
         text: what the page says first.

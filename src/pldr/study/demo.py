@@ -11,7 +11,7 @@ from rich.console import RenderableType
 from transformers import PreTrainedTokenizerFast
 
 from pldr.checkpoints.load import load_model
-from pldr.data.rows import read_passages
+from pldr.data.rows import read_passages, source_of
 from pldr.data.sources import Source
 from pldr.deductive import deductive_outputs, log_determinant, numerical_rank, variation
 from pldr.evaluation.modes import MODES, OperatorModes
@@ -23,7 +23,6 @@ from pldr.recipe import Recipe, load_recipe
 from pldr.study.timing import generations
 from pldr.tables import Printable, demo_view
 from pldr.tokenizer import load_tokenizer
-from pldr.training.run import source_of
 from pldr.training.run import train as train_recipe
 
 STORY_PROMPT = "The old man looked out over the sea and"
@@ -117,16 +116,14 @@ def measure(
     """What `run_demo` reports of one model; also writes its frozen form and a picture of its operators.
 
     Args:
-        model: with a learned operator.
-        tokenizer: of the model.
         passages: [B, T], held out.
         calibration: [B, T], what G_LM is frozen from.
         prompt: continued with every kind of cache.
         output: begins the names of what is written: "…-frozen" and "…-G_LM.png".
 
     Returns:
-        "losses" by mode, in nats per token over the second half of each passage; "operator", a row a layer; "generation",
-        a row a kind of cache; "head_dim" and "prompt".
+        "losses" by mode, in nats per token over the second half of each passage; "operator", a row a layer;
+        "generation", a row a kind of cache; "head_dim" and "prompt".
     """
     modes = OperatorModes(model, calibration)
     with whole_folder(f"{output}-frozen", overwrite=True) as saved:

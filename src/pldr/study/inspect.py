@@ -11,9 +11,10 @@ from pldr.checkpoints.load import load_predefined_G, load_with_tokenizer
 from pldr.data.rows import choose_passages
 from pldr.data.sources import Source, names_of
 from pldr.evaluation.modes import name_of
+from pldr.files import write_text
 from pldr.modeling_pldr import PldrForCausalLM
 from pldr.models.shipped import HELD_OUT
-from pldr.study.page import write_report
+from pldr.study.page import report
 from pldr.study.statistics import Analysis, analyse_model, analyse_operator
 
 _PASSAGES = 32
@@ -75,5 +76,5 @@ def inspect(
         about = ", ".join(names) if names else "held-out excerpts that ship with pldr"
         analysis = replace(analyse_model(loaded, ids), model=name_of(model), source=about)
     if html is not None:
-        write_report(analysis, html, title=Path(analysis.model).resolve().name, source=analysis.source)
+        write_text(html, report(analysis, title=Path(analysis.model).resolve().name, source=analysis.source))
     return analysis

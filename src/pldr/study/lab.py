@@ -21,13 +21,13 @@ from transformers import PreTrainedTokenizerFast
 
 from pldr.checkpoints.certificate import versions
 from pldr.checkpoints.load import load_model
-from pldr.data.rows import read_passages
-from pldr.data.sources import Source
+from pldr.data.rows import read_passages, source_of
 from pldr.deductive import deductive_outputs, variation
 from pldr.evaluation.modes import frozen_copy
 from pldr.files import read_json, read_json_lines, write_json, write_text
 from pldr.modeling_pldr import PldrForCausalLM
 from pldr.models.shipped import HELD_OUT, STORIES
+from pldr.recipe import DataRecipe
 from pldr.tables import Printable
 from pldr.tokenizer import load_tokenizer
 
@@ -181,13 +181,9 @@ class Lab:
     def passages(
         self, tokenizer: PreTrainedTokenizerFast, count: int | None = None, *, part: str = "validation"
     ) -> torch.Tensor:
-        data = self.data
-        source = Source(data[part], data.get("text_column", "text"), data.get(f"{part}_split", part),
-                        data.get(f"{part}_interval", ""))  # fmt: skip
-        count = count or self.size.passages
-        return read_passages(source, tokenizer, self.size.length, count, streaming=data.get("streaming", False)).to(
-            self.device
-        )
+        data, count = DataRecipe(**self.data), count or self.size.passages
+        rows = read_passages(source_of(data, part), tokenizer, self.size.length, count, streaming=data.streaming)
+        return rows.to(self.device)
 
     def load(self, name: str) -> tuple[PldrForCausalLM, PreTrainedTokenizerFast] | None:
         """A trained run's model and tokenizer; None if it diverged."""

@@ -10,7 +10,6 @@ Shapes: L layers, H heads, D head dimension.
 import base64
 import itertools
 import math
-import os
 import struct
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,7 +22,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pldr import __version__
 from pldr.deductive import RANK_TOLERANCES
-from pldr.files import write_text
 from pldr.study.statistics import Analysis, Scale, Statistics
 from pldr.tables import COLUMNS, layer_rows, number
 
@@ -44,23 +42,14 @@ _TEMPLATES = Environment(
 )
 
 
-def write_report(analysis: Analysis, path: str | os.PathLike[str], *, title: str, source: str = "") -> None:
-    """Write the report, whole or not at all.
+def report(analysis: Analysis, *, title: str, source: str = "") -> str:
+    """The report as HTML.
 
     Args:
         analysis: see `pldr.study.statistics.analyse_model`.
-        path: HTML file to write.
         title: name of the model.
         source: what the passages are, for people.
-
-    Raises:
-        OSError: the file can not be written.
     """
-    write_text(path, report(analysis, title=title, source=source))
-
-
-def report(analysis: Analysis, *, title: str, source: str = "") -> str:
-    """The report as HTML; arguments as for `write_report`."""
     layers = analysis.shape[0]
     sections = {
         "tensors": "The tensors",

@@ -183,7 +183,6 @@ def summarise(X: torch.Tensor, name: str, *, constant: bool = False, growth: tor
     """The statistics of one tensor [L, B, H, D, D].
 
     Args:
-        X: the tensor.
         name: for errors.
         constant: it does not depend on any input, so that it does not vary.
         growth: [N, L], see `Statistics.growth`; none by default.

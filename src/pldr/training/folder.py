@@ -6,7 +6,6 @@ import glob
 import os
 import platform
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from pldr.files import (
     process_mark,
     read_json,
     read_text,
+    set_aside,
     sweep,
     to_json,
     write_json,
@@ -137,22 +137,14 @@ def _is_worth_keeping(output: Path) -> bool:
 @contextlib.contextmanager
 def _new_folder(output: Path) -> Iterator[None]:
     """An empty folder. What was there before is put aside, and comes back after a failure that left nothing."""
-    aside = None
-    if output.is_dir():
-        aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.old-{process_mark()}-", dir=output.parent))
-        os.replace(output, aside / output.name)
-    try:
-        output.mkdir()
-        yield
-    except BaseException:
-        if not _is_worth_keeping(output):
-            shutil.rmtree(output, ignore_errors=True)
-            if aside is not None:
-                os.replace(aside / output.name, output)
-        raise
-    finally:
-        if aside is not None:
-            shutil.rmtree(aside)
+    with set_aside(output) if output.is_dir() else contextlib.nullcontext():
+        try:
+            output.mkdir()
+            yield
+        except BaseException:
+            if not _is_worth_keeping(output):
+                shutil.rmtree(output, ignore_errors=True)
+            raise
 
 
 # --- going on -------------------------------------------------------------------------------------------------------
@@ -236,13 +228,7 @@ def log_lines(folder: Path) -> int:
 def _cut_log(file: Path, step: int, lines: int) -> None:
     """Forget what was logged after a checkpoint was written, also of its own step: it will be done, and logged, again.
 
-    Args:
-        file: the log.
-        step: the checkpoint's.
-        lines: how many there were then.
-
-    Raises:
-        ValueError: a line is none of a log.
+    Raises ValueError: one of the `lines` that the log had then is none of a log.
     """
     if not file.is_file():
         return

@@ -21,13 +21,12 @@ from rich.console import RenderableType
 from transformers import PreTrainedTokenizerFast, PrinterCallback, set_seed
 
 from pldr.configuration_pldr import PldrConfig
-from pldr.data.rows import TokenRows, TokenStream, cached_rows, collate
-from pldr.data.sources import Source
+from pldr.data.rows import TokenRows, TokenStream, cached_rows, collate, source_of
 from pldr.data.vocabulary import train_pieces
 from pldr.files import one_line, process_mark, read_json, settle, sync
 from pldr.modeling_pldr import PldrForCausalLM
 from pldr.operator import freeze
-from pldr.recipe import DataRecipe, Recipe
+from pldr.recipe import Recipe
 from pldr.tables import Printable, numbers_view
 from pldr.tokenizer import load_tokenizer
 from pldr.training import TrainingInterrupted
@@ -169,13 +168,6 @@ def _restore_model(model: PldrForCausalLM, start: Path, recipe: Recipe, held_out
         device = "cuda" if torch.cuda.is_available() else "cpu"
         freeze(model.to(device), held_out.full_rows(PROBED).to(device), trainable=True)
         model.train()
-
-
-def source_of(data: DataRecipe, part: str) -> Source:
-    """The documents of a part ("train", "validation" or "test") of a recipe's data."""
-    return Source(
-        getattr(data, part), data.text_column, getattr(data, f"{part}_split"), getattr(data, f"{part}_interval")
-    )
 
 
 @dataclass
