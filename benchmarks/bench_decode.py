@@ -6,9 +6,10 @@ Weights are random, bf16, of the 110M shape: speed does not depend on them. Befo
 along forced tokens: its error against the model in fp32 must be no larger than that of the same model in plain bf16, by a
 bootstrap over prompts; a benchmark of a wrong answer stops there.
 
-A row's milliseconds per token are (time of all new tokens - time of one) / (new tokens - 1), the median of the repeats,
-host and choice of the token included; "first" is the time of one, the prompt included. The floor is the time to copy what
-a step must read, weights and cache, at the copy bandwidth measured here.
+Milliseconds per token count from the first token on, the median of the repeats, host and choice of the token included;
+"first" is the time of the first token, the prompt included. Of the engine both are taken in one run; of `generate`, which
+does not tell when its first token is there, from runs of one and of all tokens. The share of the bandwidth is what a step
+must read, weights and cache, over what a copy would move in that time, at the copy bandwidth measured here.
 """
 
 import argparse
@@ -25,8 +26,8 @@ from conditions import conditions
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from pldr import PldrConfig, PldrForCausalLM, freeze, make_cache
-from pldr.engine import Engine
-from pldr.engine.decoder import Decoder
+from pldr.engine import Engine, Options
+from pldr.engine.decoder import STEPS, Decoder
 from pldr.operator import factor
 from pldr.ops import decode
 
@@ -113,15 +114,13 @@ def gate(exact: PldrForCausalLM, plain: PldrForCausalLM, batch: int = 16, steps:
 # --- rows -----------------------------------------------------------------------------------------------------------
 
 
-def timed(name: str, batch: int, run: Callable[[int], object], repeats: int, new: int = NEW) -> dict[str, object]:
-    first, whole = seconds(lambda: run(1), repeats), seconds(lambda: run(new), repeats)
-    per_token = (whole - first) / (new - 1)
-    row = {
-        "what": name, "batch": batch, "ms_per_token": per_token * 1e3, "tokens_per_second": batch / per_token,
-        "first_ms": first * 1e3,
-    }  # fmt: skip
+def row_of(name: str, batch: int, per_token: float, first: float | None = None) -> dict[str, object]:
+    """A row of the record, from seconds; also printed."""
+    row = {"what": name, "batch": batch, "ms_per_token": per_token * 1e3, "tokens_per_second": batch / per_token}
+    if first is not None:
+        row["first_ms"] = first * 1e3
     print(
-        f"{name:44} batch {batch:4} {per_token * 1e3:8.4f} ms/token {batch / per_token:10,.0f} tokens/s, first {first * 1e3:.2f} ms",
+        ", ".join(f"{key}: {value:,.4g}" if isinstance(value, float) else f"{value}" for key, value in row.items()),
         flush=True,
     )
     gc.collect()
@@ -133,8 +132,19 @@ def engine_row(
     name: str, model: PldrForCausalLM, batch: int, repeats: int, tokens: int = PROMPT, new: int = NEW
 ) -> dict[str, object]:
     engine = Engine(model, max_batch=batch)
-    given = prompts(batch, tokens).tolist()
-    row = timed(name, batch, lambda n: engine.generate(given, max_new_tokens=n, ignore_end=True), repeats, new)
+    given, options = prompts(batch, tokens).tolist(), Options(max_new_tokens=new, ignore_end=True)
+    firsts, rest = [], []
+    for _ in range(repeats + 1):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        requests = [engine.submit(prompt, options) for prompt in given]
+        engine.join()
+        first = time.perf_counter()
+        while requests[0].finish_reason is None:
+            engine.step(STEPS)
+        firsts.append(first - start)
+        rest.append((time.perf_counter() - first) / (new - 1))
+    row = row_of(name, batch, statistics.median(rest[1:]), statistics.median(firsts[1:]))
     decoder = engine.decoder
     read = sum(
         w.numel()
@@ -150,11 +160,14 @@ def engine_row(
 def generate_row(name: str, model: torch.nn.Module, batch: int, repeats: int, **settings: object) -> dict[str, object]:
     given = prompts(batch)
     model.generation_config.eos_token_id = None
-    return timed(
-        name, batch,
-        lambda n: model.generate(given, max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0, **settings),
-        repeats,
-    )  # fmt: skip
+
+    def run(new: int) -> object:
+        return model.generate(
+            given, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0, **settings
+        )
+
+    first, whole = seconds(lambda: run(1), repeats), seconds(lambda: run(NEW), repeats)
+    return row_of(name, batch, (whole - first) / (NEW - 1), first)
 
 
 def graph_row(name: str, model: torch.nn.Module, batch: int, repeats: int) -> dict[str, object]:
@@ -179,10 +192,10 @@ def graph_row(name: str, model: torch.nn.Module, batch: int, repeats: int) -> di
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             step()
-        per_token = seconds(lambda: [graph.replay() for _ in range(64)], repeats) / 64
-    print(f"{name:44} batch {batch:4} {per_token * 1e3:8.4f} ms/token {batch / per_token:10,.0f} tokens/s", flush=True)
+        replays = (NEW - 8) // (repeats + 1)  # the cache counts them all
+        per_token = seconds(lambda: [graph.replay() for _ in range(replays)], repeats) / replays
     torch._dynamo.reset()
-    return {"what": name, "batch": batch, "ms_per_token": per_token * 1e3, "tokens_per_second": batch / per_token}
+    return row_of(name, batch, per_token)
 
 
 def paths(model: PldrForCausalLM, repeats: int) -> list[dict[str, object]]:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pldr.modeling_pldr import PldrAttention, PldrDecoderLayer, PldrForCausalLM
-from pldr.operator import GatedLinearUnit, LearnedOperator
+from pldr.operator import GatedLinearUnit, LearnedOperator, ResidualUnit
 from pldr.ops import decode, reference
 from pldr.ops.decode import Choice, Linear, Norm, State, Stream
 
@@ -29,7 +29,7 @@ PROMPT_SIZES = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 # Inner widths are padded to so many elements, so that kernels work on whole tiles.
 _ALIGNMENT = 64
 
-Attention = Callable[[int, torch.Tensor], torch.Tensor]
+Attention = Callable[[int, torch.Tensor], "torch.Tensor | Parts"]
 
 
 class Unit(NamedTuple):
@@ -143,13 +143,18 @@ class Decoder:
             Tokens [N, steps] (int64), -1 where logits were not finite, and their log-probabilities (float32), which
             are computed where tokens are drawn. Both on the device, and good until the next call.
         """
-        if not self.graphs:
-            for column in range(steps):
-                self._step(rows, column, draw)
-        else:
+        size = rows
+        if self.graphs:
             size = next((size for size in SIZES if rows <= size <= self.rows), self.rows)
-            name = ("steps", size, steps, draw, draw and self.choice.seen is not None)
-            self._replay(name, lambda: [self._step(size, column, draw) for column in range(steps)])
+
+        def work() -> None:
+            for column in range(steps):
+                self._step(size, column, draw)
+
+        if self.graphs:
+            self._replay(("steps", size, steps, draw, draw and self.choice.seen is not None), work)
+        else:
+            work()
         return self.state.chosen[:rows, :steps], self.state.logprobs[:rows, :steps]
 
     def _step(self, rows: int, column: int, draw: bool) -> None:
@@ -161,10 +166,9 @@ class Decoder:
 
     def _choose(self, logits: torch.Tensor, row: int, column: int, draw: bool) -> None:
         """Go on with a token for each row from `row` on."""
-        state = State(*(part[row:] for part in self.state[:5]), *self.state[5:])
+        state = self.state.rows(slice(row, None))
         if draw:
-            choice = Choice(*(None if part is None else part[row:] for part in self.choice))
-            decode.choose(logits, state, column, choice)
+            decode.choose(logits, state, column, self.choice.rows(slice(row, None)))
         else:
             decode.choose_highest(logits, state, column)
 
@@ -179,7 +183,7 @@ class Decoder:
     def _head(self, stream: Stream) -> torch.Tensor:
         return decode.norm_linear(stream, self.last_norm, self.head)[0]
 
-    def _attend_cache(self, index: int, qkv: torch.Tensor) -> torch.Tensor:
+    def _attend_cache(self, index: int, qkv: torch.Tensor) -> "torch.Tensor | Parts":
         return decode.attend(
             qkv, self.keys[index], self.values[index], self.state.positions[: len(qkv)], self.rotary,
             self.config.rope_pairing, self.operators[index], self.layers[index].right,
@@ -324,16 +328,17 @@ def pack_layers(model: PldrForCausalLM) -> list[Layer]:
     """The layers' weights as the steps of decoding take them; matrices that need no change are shared."""
     align = _ALIGNMENT if model.device.type == "cuda" else 1
     layers, norm = [], _norm(model.model.embed_norm)
-    for module in model.model.layers:
-        attention = cast(PldrAttention, module.self_attn)
-        operator = attention.operator
-        learned = isinstance(operator, LearnedOperator)
-        left, right = (None, None) if learned else operator.factors()
+    for module in cast(list[PldrDecoderLayer], model.model.layers):
+        attention = module.self_attn
+        left = right = metric = None
+        if isinstance(attention.operator, LearnedOperator):
+            metric = _metric(attention.operator, align)
+        else:
+            left, right = attention.operator.factors()
         layers.append(
             Layer(
                 norm, _stacked(attention.q_proj, attention.k_proj, attention.v_proj), _linear(attention.o_proj),
-                _norm(module.post_attention_layernorm), _unit(module.mlp, align), left, right,
-                _metric(operator, align) if learned else None,
+                _norm(module.post_attention_layernorm), _unit(module.mlp, align), left, right, metric,
             )
         )  # fmt: skip
         norm = _norm(module.post_feedforward_layernorm)
@@ -364,8 +369,8 @@ def _unit(module: GatedLinearUnit, align: int) -> Unit:
 
 def _metric(operator: LearnedOperator, align: int) -> Metric:
     units = []
-    for residual in operator.metric_learner:
-        glus = [_unit(cast(GatedLinearUnit, glu), align) for glu in residual.glus]
+    for residual in cast(list[ResidualUnit], operator.metric_learner):
+        glus = [_unit(glu, align) for glu in cast(list[GatedLinearUnit], residual.glus)]
         gate_up, down = (Linear(*map(torch.stack, zip(*parts, strict=True))) for parts in zip(*glus, strict=True))
         units.append((Unit(gate_up, down), _norm(residual.norm)))
     return Metric(_norm(operator.input_norm), units, operator)

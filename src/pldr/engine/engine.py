@@ -266,7 +266,7 @@ class Engine:
                 power of two.
         """
         self._leave()
-        self._join()
+        self.join()
         self._leave()
         if not self.running:
             return
@@ -298,7 +298,7 @@ class Engine:
                     self.running[row] = last
                     self.decoder.move(len(self.running), row)
 
-    def _join(self) -> None:
+    def join(self) -> None:
         """Read waiting prompts into free rows, those of one length together."""
         joining = [self.waiting.popleft() for _ in range(min(len(self.waiting), self.decoder.rows - len(self.running)))]
         by_length: dict[int, list[Request]] = {}

@@ -114,6 +114,7 @@ def linear_add(x: "torch.Tensor | kernels.Parts", linear: Linear, residual: torc
     path = _path(residual, linear)
     if path == "few":
         return Stream(kernels.linear_add(x, linear, residual))
+    assert isinstance(x, torch.Tensor)
     x = x.to(linear.dtype)
     if path == "some":
         return Stream(kernels.dot(x, linear, residual=residual, split=_PARTS))
@@ -147,7 +148,7 @@ def attend(
     pairing: str,
     left: torch.Tensor,
     right: torch.Tensor | None,
-) -> torch.Tensor:
+) -> "torch.Tensor | kernels.Parts":
     """Attention of one new token a sequence, whose key and value go into the cache: softmax(q L kᵀ / sqrt(D)) v.
 
     Args:

@@ -103,6 +103,13 @@ class State(NamedTuple):
     scale: float
     length: int
 
+    def rows(self, rows: slice) -> "State":
+        """The state of some of the rows, as views."""
+        return self._replace(
+            tokens=self.tokens[rows], positions=self.positions[rows], chosen=self.chosen[rows],
+            logprobs=self.logprobs[rows], x=self.x[rows],
+        )  # fmt: skip
+
     def advance(self, tokens: torch.Tensor, column: int) -> None:
         """Make a token of each of the first rows [N] the newest."""
         rows = len(tokens)
@@ -139,12 +146,19 @@ class Choice(NamedTuple):
     penalty: torch.Tensor
     seen: torch.Tensor | None = None
 
+    def rows(self, rows: slice) -> "Choice":
+        """The same of some of the rows, as views."""
+        return Choice(
+            self.uniform[rows], self.temperature[rows], self.top_k[rows], self.top_p[rows], self.penalty[rows],
+            None if self.seen is None else self.seen[rows],
+        )  # fmt: skip
+
 
 def choose(logits: torch.Tensor, state: State, column: int, choice: Choice) -> None:
     """Like `ops.decode.choose`, which see."""
     rows = len(logits)
-    per_row = Choice(choice.uniform[:rows, column], *(None if part is None else part[:rows] for part in choice[1:]))
-    tokens, logprobs = draw(logits, per_row)
+    per_row = choice.rows(slice(rows))
+    tokens, logprobs = draw(logits, per_row._replace(uniform=per_row.uniform[:, column]))
     state.advance(tokens, column)
     state.logprobs[:rows, column] = logprobs
 
