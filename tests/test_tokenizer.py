@@ -2,6 +2,7 @@ import base64
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import unicodedata
@@ -11,7 +12,7 @@ import sentencepiece
 from tokenizers import normalizers
 
 from helpers import WORDS, shared
-from pldr.tokenizer import _check_table, check_text, check_vocabulary, load_tokenizer, train_sentencepiece
+from pldr.tokenizer import _check_table, check_text, check_vocabulary, encode, load_tokenizer, train_sentencepiece
 
 TRICKY = [
     "", "   ", " leading", "trailing ", "two  spaces", "tab\tsep\there", "new\nline\r\nand more\n", "\n",
@@ -159,6 +160,22 @@ def test_a_panic_is_one_line(pair, tmp_path, capfd):
     assert capfd.readouterr().err == ""
     os.write(2, b"still heard")
     assert capfd.readouterr().err == "still heard"
+
+
+def test_a_panic_at_a_text_is_one_line(pair, tmp_path, capfd):
+    """A pattern can be one that takes for ever at some text, which the library gives up with a panic."""
+    pair[0].save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "tokenizer.json").read_text())
+    fields["normalizer"] = {"type": "Replace", "pattern": {"Regex": "(x+x+)+y"}, "content": "b"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
+    tokenizer = load_tokenizer(tmp_path)
+    assert encode(tokenizer, ["the cat", "a"]) == pair[0](["the cat", "a"])["input_ids"]
+    for texts in ("x" * 40, ["a", "x" * 40]):
+        with pytest.raises(
+            ValueError, match=rf"^{re.escape(str(tmp_path))}: fails at a text \(.*retry-limit-in-match over\)$"
+        ):
+            encode(tokenizer, texts)
+    assert capfd.readouterr().err == ""
 
 
 def test_a_table_of_characters_that_is_cut_off(pair, toy_model_file, tmp_path):

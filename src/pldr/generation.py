@@ -11,7 +11,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokeniz
 from transformers.generation.streamers import BaseStreamer
 
 from pldr.modeling_pldr import PldrForCausalLM
-from pldr.tokenizer import check_text, check_vocabulary
+from pldr.tokenizer import check_text, check_vocabulary, encode
 
 # The published implementation's cache modes as (keys and values, G_LM).
 CACHE_MODES = {"kv+g": (True, True), "kv": (True, False), "g": (False, True), "none": (False, False)}
@@ -108,7 +108,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
     Raises:
         ValueError: the prompt is empty or not valid UTF-8.
     """
-    ids = tokenizer(check_text(prompt, "prompt"), add_special_tokens=False)["input_ids"]
+    ids = encode(tokenizer, check_text(prompt, "prompt"))
     if not ids:
         raise ValueError("prompt: is empty; G_LM needs at least one token")
     return ids

@@ -282,6 +282,19 @@ def _pre_tokenizer(model: "ModelProto") -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence(steps)
 
 
+def encode(tokenizer: PreTrainedTokenizerFast, texts: str | list[str]) -> Any:
+    """The ids of a text, or of each of several, without special tokens.
+
+    Raises:
+        ValueError: the tokenizer fails at a text (it is named): a pattern in it is one that takes too long, say.
+    """
+    try:
+        with _panics():
+            return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    except Exception as error:  # noqa: BLE001 (the Rust library's own kinds of error)
+        raise ValueError(f"{tokenizer.name_or_path or 'tokenizer'}: fails at a text ({one_line(error)})") from None
+
+
 def check_text(text: str, name: str) -> str:
     """`text` itself, where it can be written as UTF-8.
 

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from pldr.data.sources import BadRows, Piece, Share, Source, documents_of, read_pieces, source_state
 from pldr.files import read_json, sha256, whole_folder, write_json
 from pldr.recipe import DataRecipe
+from pldr.tokenizer import encode
 
 # Published data preparation: as many documents are laid out together where rows are padded or cut short.
 GROUP_DOCUMENTS = 3200
@@ -44,7 +45,7 @@ def tokenize(pieces: Iterable[Piece], tokenizer: PreTrainedTokenizerFast) -> Ite
         raise ValueError("tokenizer: has no end-of-text token to put between documents")
     dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.int32
     for batch in _batched(pieces):
-        encoded = tokenizer([piece.text for piece in batch], add_special_tokens=False, verbose=False)["input_ids"]
+        encoded = encode(tokenizer, [piece.text for piece in batch])
         for piece, ids in zip(batch, encoded, strict=True):
             array = np.array([*ids, tokenizer.eos_token_id] if piece.ends else ids, np.int64)
             if array.max(initial=0) >= len(tokenizer):

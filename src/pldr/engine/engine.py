@@ -16,7 +16,7 @@ from pldr.engine.decoder import STEPS, Decoder
 from pldr.engine.options import Options, new_tokens
 from pldr.engine.text import GrowingText, continuation
 from pldr.modeling_pldr import PldrForCausalLM
-from pldr.tokenizer import check_text, check_vocabulary
+from pldr.tokenizer import check_text, check_vocabulary, encode
 
 # Weights can be finite and still be too large for the numbers that a forward works with.
 NOT_FINITE = "the model's logits are NaN or infinite; its weights are damaged, or too large for this dtype"
@@ -365,7 +365,7 @@ class Engine:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ValueError("prompts: texts need a tokenizer; make the engine with one, or give token ids")
-            ids = self.tokenizer(check_text(prompt, "prompt"), add_special_tokens=False)["input_ids"]
+            ids = encode(self.tokenizer, check_text(prompt, "prompt"))
         else:
             ids = [int(token) for token in prompt]
         if not ids:

@@ -35,6 +35,7 @@ from pldr.evaluation.perplexity import windows
 from pldr.evaluation.published import LAYOUTS, read_benchmark
 from pldr.evaluation.scoring import Scorer, progress, read_calibration
 from pldr.files import one_line
+from pldr.tokenizer import encode
 
 # The harness's settings for the parts of a data set, and their names in `pldr.evaluation.published`.
 _SPLITS = {"training_split": "train", "validation_split": "validation", "test_split": "test"}
@@ -122,7 +123,7 @@ class PldrLM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Without special tokens, as in training."""
-        return self.tokenizer.encode(string, add_special_tokens=False)
+        return encode(self.tokenizer, string)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         for context, continuation in (request.args for request in requests):

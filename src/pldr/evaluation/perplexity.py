@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerFast
 
 from pldr.evaluation.scoring import Scorer, progress
+from pldr.tokenizer import encode
 
 
 class Perplexity(NamedTuple):
@@ -84,7 +85,7 @@ def perplexity(
         ValueError: an empty text, or a window or stride outside its range.
     """
     length, stride = check_window(scorer.max_length, length, stride)
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = encode(tokenizer, text)
     if not ids:
         raise ValueError("perplexity: the text is empty")
     pairs = list(windows(ids, tokenizer.eos_token_id, length, stride))
@@ -117,7 +118,7 @@ def evaluate_texts(
         ValueError: see `perplexity`; a text without tokens is named, before any is scored.
     """
     for name, text in texts.items():
-        if not tokenizer(text, add_special_tokens=False)["input_ids"]:
+        if not encode(tokenizer, text):
             raise ValueError(f"{name}: is empty, or nothing that the tokenizer keeps")
     found: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in texts}
     for mode, scorer in scorers.items():
