@@ -299,7 +299,7 @@ class TestDamagedFolders:
         (folder / "model.safetensors").write_bytes(b"x" * 50)
         with pytest.raises(ValueError, match="damaged"):
             convert_checkpoint(folder, tmp_path / "out")
-        with pytest.raises(ValueError, match="^to: must be one of"):
+        with pytest.raises(ValueError, match=r"^to: must be one of"):
             convert_checkpoint(folder, tmp_path / "out", to="gguf")
         assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 

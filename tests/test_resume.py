@@ -184,7 +184,7 @@ def test_a_checkpoint_is_a_model_and_holds_no_pickle(write_recipe, tmp_path, run
     assert modes == {(tmp_path / "recipe.yaml").stat().st_mode & 0o777}, (
         "others may read what the user's other files are"
     )
-    names = {name.rpartition(".")[0] for name in SavedTensors(saved, "optimizer").shapes()}
+    names = {name.rpartition(".")[0] for name in SavedTensors(saved, "optimizer").shapes}
     assert names == {name for name, _ in load_model(saved).named_parameters()}
     code, _, errors = run("merge", saved, tmp_path / "merged")
     assert code == 0, errors

@@ -108,7 +108,7 @@ def whole_folder(path: str | os.PathLike[str], *, overwrite: bool = False, keep:
 
 @contextmanager
 def set_aside(path: Path) -> Iterator[None]:
-    """What is at a place is out of the way within the block, and gone after it; it comes back if an error leaves the place free."""
+    """What is at a place is out of the way within the block, and gone after it; back, if an error leaves the place free."""
     aside = _hidden(path, "old", path.parent)
     os.replace(path, aside / path.name)
     try:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from transformers import PreTrainedTokenizerFast
+from transformers import Cache, PreTrainedTokenizerFast
 
 from pldr.cache import make_cache
 from pldr.data.rows import choose_passages
@@ -157,7 +157,7 @@ class Scorer:
             by_length[len(context)].append(context)
         for length, contexts in sorted(by_length.items(), reverse=True):
             for batch in self.batches(contexts, length):
-                cache: Any = make_cache(self.model.config)
+                cache = make_cache(self.model.config)
                 first = self.model(self._tensor(batch), past_key_values=cache, logits_to_keep=1).logits
                 members = [(row, index) for row, context in enumerate(batch) for index in by_context[context]]
                 members.sort(key=lambda member: -len(pairs[member[1]].continuation))
@@ -171,7 +171,7 @@ class Scorer:
                         for (_, index), row in zip(part, logits, strict=True)
                     }
 
-    def _continue(self, cache: Any, rows: torch.Tensor, continuations: list[tuple[int, ...]]) -> torch.Tensor:
+    def _continue(self, cache: Cache, rows: torch.Tensor, continuations: list[tuple[int, ...]]) -> torch.Tensor:
         """Logits behind each token but the last of continuations, [B, longest - 1, V], each after its row of the cache.
 
         Shorter ones are filled up at their end, where nothing earlier can see it.

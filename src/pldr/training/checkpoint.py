@@ -172,8 +172,8 @@ def _wrong_content(checkpoint: Path) -> str | None:
     for rank in range(_read(checkpoint, RECIPE)["processes"]):
         read_random_states(checkpoint / random_file(rank))
     config, model = read_config(checkpoint), SavedTensors(checkpoint, "model")
-    check_tensors(model.shapes(), config, "model")
-    found, expected = SavedTensors(checkpoint, "optimizer").shapes(), _optimizer_shapes(config)
+    check_tensors(model.shapes, config, "model")
+    found, expected = SavedTensors(checkpoint, "optimizer").shapes, _optimizer_shapes(config)
     untouched = not found and state["totals"]["skipped"] == step  # no step was taken
     wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
     if not wrong or untouched:
@@ -371,6 +371,9 @@ def _shard_place(tensor: torch.Tensor) -> tuple[int, int, bool] | None:
 class SavedTensors:
     """The tensors of one kind in a checkpoint, read one at a time.
 
+    Attributes:
+        shapes: of every whole tensor, by name, from the headers alone.
+
     Raises:
         ValueError: files are missing.
     """
@@ -384,28 +387,21 @@ class SavedTensors:
         )
         if shards and [shard[:2] for shard in shards] != [(rank + 1, len(shards)) for rank in range(len(shards))]:
             raise ValueError(f"{folder}: {len(shards)} of {shards[0][1]} {kind} files are there")
-        self._files = [path for _, _, path in shards] + ([whole] if whole.is_file() else [])
-        if not self._files:
+        files = [path for _, _, path in shards] + ([whole] if whole.is_file() else [])
+        if not files:
             raise ValueError(f"{folder}: holds no {kind} tensors")
         self._places: dict[str, list[Path]] = {}
-        for path in self._files:
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for path in files:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (not a dictionary)
                     self._places.setdefault(name, []).append(path)
+                    shape = tuple(file.get_slice(name).get_shape())
+                    rows = self.shapes[name][0] if self.shapes.get(name) else 0
+                    self.shapes[name] = (rows + shape[0], *shape[1:]) if shape else ()
 
     def __contains__(self, name: str) -> bool:
         return name in self._places
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every whole tensor, from the headers alone."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        for path in self._files:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (not a dictionary)
-                    shape = tuple(file.get_slice(name).get_shape())
-                    rows = shapes[name][0] if name in shapes else 0
-                    shapes[name] = (rows + shape[0], *shape[1:]) if shape else ()
-        return shapes
 
     def __getitem__(self, name: str) -> torch.Tensor:
         parts = []
