@@ -82,7 +82,19 @@ def facts(small_model, name="model"):
 def results(model):
     """One of each of the smaller results, and what it says."""
     finding = Finding("A claim", Verdict.CONFIRMED, "it is so", ["A section."], {"x": 1.5}, subject="a model")
-    evaluation = Evaluation("m", "learned", ["frozen"], "cpu", "float32", disagreement=0.5, truncated=2)
+    task = {"questions": 2, "num_fewshot": 0, "scores": {"learned": {"acc": 1.0}, "frozen": {"acc": 0.5}},
+            "differ": {"frozen": 1}, "largest": {"frozen": float("inf")}}  # fmt: skip
+    evaluation = Evaluation(
+        "m",
+        "learned",
+        ["learned", "frozen"],
+        "cpu",
+        "float32",
+        tasks={"t": task},
+        groups={},
+        disagreement=0.5,
+        truncated=2,
+    )
     yield finding, "Confirmed for a model: it is so."
     yield evaluation, "warning: 2 contexts were longer than the model's and lost their beginning"
     yield TrainedTokenizer(Path("t"), "bpe", 1290, ""), "t: 1,290 pieces (bpe)"
@@ -95,7 +107,7 @@ def test_every_result_prints_in_a_terminal_and_a_notebook_and_as_json(small_mode
     for result, text in results(small_model()):
         assert text in str(result)
         assert text in unescape(re.sub("<[^>]+>", "", result._repr_html_()))
-        assert json.loads(to_json(result.to_json())) == json.loads(json.dumps(result.to_json()))
+        assert json.loads(to_json(result.to_json())) == json.loads(json.dumps(result.to_json(), allow_nan=False))
         assert len(repr(result)) < 4000
 
 

@@ -18,7 +18,7 @@ from pldr.evaluation.modes import MODES, check_mode, keeps_training, name_of
 from pldr.evaluation.perplexity import check_window, evaluate_texts
 from pldr.evaluation.published import SUITES, suite_report
 from pldr.evaluation.scoring import Scorer, make_scorers, mode_disagreement, read_calibration
-from pldr.files import read_text, require
+from pldr.files import json_safe, read_text, require
 from pldr.modeling_pldr import PldrForCausalLM
 from pldr.tables import Printable, evaluation_view
 
@@ -89,13 +89,17 @@ class Evaluation(Printable):
                 )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain numbers, lists and texts; without what was not asked for."""
+        """Plain numbers, lists and texts, null for what is infinite; without what was not asked for."""
+        found: dict[str, Any] = json_safe(self._asked_for())
+        return found
+
+    def _asked_for(self) -> dict[str, Any]:
         fields = {name: value for name, value in dataclasses.asdict(self).items() if name != "threshold"}
         wanted = {name: value for name, value in fields.items() if value is not None or name == "calibration"}
         return wanted | {"warnings": self.warnings}
 
     def __rich__(self) -> RenderableType:
-        return evaluation_view(self.to_json())
+        return evaluation_view(self._asked_for())
 
 
 @keeps_training
