@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -29,6 +30,7 @@ from pldr.recipe import load_recipe
 from pldr.training import TrainingInterrupted, checkpoint
 from pldr.training.callbacks import ProgressBar
 from pldr.training.checkpoint import SUMS, SavedTensors, checkpoints, merge_checkpoint, step_of
+from pldr.training.randomness import read_random_states, save_random_states, set_random_states
 from pldr.training.run import train
 from pldr.training.trainer import PldrTrainer
 
@@ -697,6 +699,57 @@ class TestDamage:
             train(load_recipe("recipe.yaml"), resume=older, progress=False)
         assert len(checkpoints("out")) == 3
         assert name == "log.jsonl" or Path("out/log.jsonl").read_bytes() == log
+
+
+class TestRandomStates:
+    def test_every_generator_goes_on_where_it_was(self, tmp_path):
+        def draw():
+            # Of the normal numbers, which are made in pairs, the second is held back.
+            return (
+                random.random(),
+                random.gauss(0, 1),
+                np.random.rand(),
+                np.random.standard_normal(),
+                torch.rand(3).tolist(),
+            )
+
+        for _ in range(2):  # with and without a number held back
+            draw()
+            save_random_states(tmp_path / "random")
+            expected = [draw() for _ in range(400)]  # more than there are words of a state
+            set_random_states(read_random_states(tmp_path / "random"))
+            assert [draw() for _ in range(400)] == expected
+            random.gauss(0, 1)
+            np.random.standard_normal()
+
+    def test_of_a_gpu_where_there_is_one(self, tmp_path, monkeypatch):
+        """A run of a GPU can go on without one, and the other way round."""
+        state, found, original = torch.arange(16, dtype=torch.uint8), [], torch.Generator
+        save_random_states(tmp_path / "cpu")
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda: True)
+            patch.setattr(torch.cuda, "get_rng_state", lambda: state)
+            patch.setattr(torch.cuda, "set_rng_state", found.append)
+            patch.setattr(torch, "Generator", lambda device: original() if device == "cpu" else Philox())
+            save_random_states(tmp_path / "gpu")
+            set_random_states(read_random_states(tmp_path / "cpu"))
+            assert not found
+            set_random_states(read_random_states(tmp_path / "gpu"))
+            assert torch.equal(found.pop(), state)
+            state[0] = 99
+            save_random_states(tmp_path / "gpu")
+            with pytest.raises(ValueError, match=r"gpu: damaged random states \(offset\)"):
+                read_random_states(tmp_path / "gpu")
+        set_random_states(read_random_states(tmp_path / "gpu"))
+        assert not found
+
+
+class Philox:
+    """A GPU's generator, which takes some states only."""
+
+    def set_state(self, state):
+        if state[0] == 99:
+            raise RuntimeError("offset")
 
 
 class TestSavingInTheBackground:
