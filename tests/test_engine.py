@@ -19,7 +19,7 @@ from pldr.engine import Engine, Options
 from pldr.engine.decoder import Decoder
 from pldr.engine.text import GrowingText, continuation
 from pldr.ops import decode
-from pldr.ops import decode_reference as reference
+from pldr.ops.decoding import reference
 
 PROMPTS = [[5, 6, 7, 8, 9], [11], [20, 21, 22, 23, 24, 25, 26], [11, 12, 13, 14, 15], [30, 31]]
 OPERATORS = [

@@ -23,7 +23,7 @@ FLOORS = [
     {"study"},
     {"training"},
     {"evaluation"},
-    {"checkpoints", "data", "generation"},
+    {"checkpoints", "data", "generation", "engine"},
     {"tables", "plots", "models", "recipe"},
     {"deductive", "modeling_pldr"},
     {"operator", "cache", "configuration_pldr", "tokenizer"},

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pldr.modeling_pldr import PldrAttention, PldrDecoderLayer, PldrForCausalLM
+from pldr.modeling_pldr import PldrDecoderLayer, PldrForCausalLM
 from pldr.operator import GatedLinearUnit, LearnedOperator, ResidualUnit
 from pldr.ops import decode, reference
-from pldr.ops.decode import Choice, Linear, Norm, State, Stream
+from pldr.ops.decode import Choice, Linear, Norm, Parts, State, Stream
 
 # Most steps of one `run`; on CUDA a graph holds a power of two of them.
 STEPS = 32
@@ -29,7 +29,7 @@ PROMPT_SIZES = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 # Inner widths are padded to so many elements, so that kernels work on whole tiles.
 _ALIGNMENT = 64
 
-Attention = Callable[[int, torch.Tensor], "torch.Tensor | Parts"]
+Attention = Callable[[int, torch.Tensor], torch.Tensor | Parts]
 
 
 class Unit(NamedTuple):
@@ -183,7 +183,7 @@ class Decoder:
     def _head(self, stream: Stream) -> torch.Tensor:
         return decode.norm_linear(stream, self.last_norm, self.head)[0]
 
-    def _attend_cache(self, index: int, qkv: torch.Tensor) -> "torch.Tensor | Parts":
+    def _attend_cache(self, index: int, qkv: torch.Tensor) -> torch.Tensor | Parts:
         return decode.attend(
             qkv, self.keys[index], self.values[index], self.state.positions[: len(qkv)], self.rotary,
             self.config.rope_pairing, self.operators[index], self.layers[index].right,

@@ -79,16 +79,17 @@ def _empty_gradients(
     """Where the gradients go: by hidden, which is overwritten, and by weight and bias, which are summed up from zero."""
     if not wanted:
         return hidden.new_empty(0), weight.new_empty(0, dtype=torch.float32), bias.new_empty(0, dtype=torch.float32)
-    sums = (torch.zeros(tensor.shape, dtype=torch.float32, device=hidden.device) for tensor in (weight, bias))
-    return torch.empty_like(hidden), *sums
+    of_weight, of_bias = (torch.zeros(tensor.shape, dtype=torch.float32, device=hidden.device) for tensor in (weight, bias))
+    return torch.empty_like(hidden), of_weight, of_bias
 
 
 @_loss_and_gradients.register_fake
 def _(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, targets: torch.Tensor, gradients: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    sums = (hidden.new_empty((), dtype=torch.float32) for _ in range(2))
-    return *sums, *_empty_gradients(hidden, weight, bias, gradients)
+    loss, correct = (hidden.new_empty((), dtype=torch.float32) for _ in range(2))
+    by_hidden, by_weight, by_bias = _empty_gradients(hidden, weight, bias, gradients)
+    return loss, correct, by_hidden, by_weight, by_bias
 
 
 def _save_gradients(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

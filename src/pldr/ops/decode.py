@@ -2,8 +2,7 @@
 
 A layer is five steps: LayerNorm with the products for queries, keys and values; attention, with rotation and operator;
 the output product with its residual; LayerNorm with the gated unit's two products; the last product with its residual.
-Every function here is the entry of one step: on CUDA a kernel of `ops.decode_kernels` for few sequences, matrix products
-between small kernels for many; elsewhere `ops.decode_reference`, which has the same signatures.
+Every function here is the entry of one step: on CUDA a kernel of `ops.decoding`, elsewhere `ops.decoding.reference`.
 
 LayerNorm comes after each residual sum in this model, so a step begins with the norm of what the last one ended with.
 
@@ -15,13 +14,14 @@ from typing import NamedTuple
 
 import torch
 
-from pldr.ops import decode_reference as reference
-from pldr.ops.decode_reference import Choice, Linear, Norm, State
+from pldr.ops.decoding import reference
+from pldr.ops.decoding.reference import Choice, Linear, Norm, Parts, State
 
 try:
-    from pldr.ops import decode_kernels as kernels
+    from pldr.ops.decoding import attention, few, many
+    from pldr.ops.decoding import choice as choosing
 except ModuleNotFoundError:  # the CPU build of torch brings no Triton
-    kernels = None  # type: ignore[assignment]
+    few = many = attention = choosing = None  # type: ignore[assignment]
 
 # Up to so many sequences, kernels that read each weight once and multiply without matrix units are the fastest; up to so
 # many, kernels with matrix units; beyond, the library's matrix products between small kernels. Measured on an H100:
@@ -51,7 +51,7 @@ class Stream(NamedTuple):
 
 def _path(x: torch.Tensor, linear: object) -> str:
     """How a product is done: "few", "some", "many" (see above), or "plain" where there are no kernels for it."""
-    if not x.is_cuda or kernels is None or type(linear) is not Linear:
+    if not x.is_cuda or few is None or type(linear) is not Linear:
         return "plain"
     sequences = x.shape[-2]
     if sequences <= FEW:
@@ -61,20 +61,20 @@ def _path(x: torch.Tensor, linear: object) -> str:
 
 def embed(tokens: torch.Tensor, table: torch.Tensor, scale: float) -> Stream:
     """Scaled embeddings of tokens: [N] (int64), [V, M] → stream of [N, M], float32."""
-    module = kernels if table.is_cuda and kernels is not None else reference
+    module = few if table.is_cuda and few is not None else reference
     return Stream(module.embed(tokens, table, scale))
 
 
 def norm(stream: Stream, norm: Norm, dtype: torch.dtype) -> torch.Tensor:
     """LayerNorm of the stream, computed in float32: [N, M] in `dtype`."""
-    if stream.x.is_cuda and kernels is not None:
-        return kernels.norm(stream.x, stream.residual, norm, dtype)
+    if stream.x.is_cuda and few is not None:
+        return many.norm(stream.x, stream.residual, norm, dtype)
     return reference.norm(stream.sum(), norm).to(dtype)
 
 
 def silu_product(both: torch.Tensor) -> torch.Tensor:
     """silu of the first half of the columns times the second. [N, 2 F] → [N, F]."""
-    module = kernels if both.is_cuda and kernels is not None else reference
+    module = many if both.is_cuda and many is not None else reference
     return module.silu_product(both)
 
 
@@ -86,9 +86,9 @@ def norm_linear(stream: Stream, weights: Norm, linear: Linear) -> tuple[torch.Te
     """
     path = _path(stream.x, linear)
     if path == "few":
-        return kernels.norm_linear(stream.sum(), weights, linear)
+        return few.norm_linear(stream.sum(), weights, linear)
     h = norm(stream, weights, linear.dtype)
-    return (kernels.dot(h, linear) if path == "some" else linear(h)), h
+    return (many.dot(h, linear) if path == "some" else linear(h)), h
 
 
 def norm_gated(stream: Stream, weights: Norm, gate_up: Linear) -> tuple[torch.Tensor, torch.Tensor]:
@@ -99,12 +99,12 @@ def norm_gated(stream: Stream, weights: Norm, gate_up: Linear) -> tuple[torch.Te
     """
     path = _path(stream.x, gate_up)
     if path == "few":
-        return kernels.norm_gated(stream.sum(), weights, gate_up)
+        return few.norm_gated(stream.sum(), weights, gate_up)
     h = norm(stream, weights, gate_up.dtype)
-    return (kernels.dot(h, gate_up, gated=True) if path == "some" else silu_product(gate_up(h))), h
+    return (many.dot(h, gate_up, gated=True) if path == "some" else silu_product(gate_up(h))), h
 
 
-def linear_add(x: "torch.Tensor | kernels.Parts", linear: Linear, residual: torch.Tensor) -> Stream:
+def linear_add(x: torch.Tensor | Parts, linear: Linear, residual: torch.Tensor) -> Stream:
     """x Wᵀ + b + residual.
 
     Args:
@@ -113,11 +113,11 @@ def linear_add(x: "torch.Tensor | kernels.Parts", linear: Linear, residual: torc
     """
     path = _path(residual, linear)
     if path == "few":
-        return Stream(kernels.linear_add(x, linear, residual))
+        return Stream(few.linear_add(x, linear, residual))
     assert isinstance(x, torch.Tensor)
     x = x.to(linear.dtype)
     if path == "some":
-        return Stream(kernels.dot(x, linear, residual=residual, split=_PARTS))
+        return Stream(many.dot(x, linear, residual=residual, split=_PARTS))
     product = linear(x)
     return Stream(product, residual) if path == "many" else Stream(product.float() + residual)
 
@@ -130,8 +130,8 @@ def residual_unit(u: torch.Tensor, gate_up: Linear, down: Linear, weights: Norm)
         gate_up, down: of its G gated linear units, one after the other: weights [G, 2 F, D] and [G, D, F].
         weights: of the norm.
     """
-    if u.is_cuda and kernels is not None and kernels.fits_residual_unit(u.shape[1], u.dtype):
-        return kernels.residual_unit(u, gate_up, down, weights)
+    if u.is_cuda and few is not None and many.fits_residual_unit(u.shape[1], u.dtype):
+        return many.residual_unit(u, gate_up, down, weights)
     residual = u
     for unit in range(len(down.weight)):
         both = Linear(gate_up.weight[unit], gate_up.bias[unit])(u)
@@ -148,7 +148,7 @@ def attend(
     pairing: str,
     left: torch.Tensor,
     right: torch.Tensor | None,
-) -> "torch.Tensor | kernels.Parts":
+) -> torch.Tensor | Parts:
     """Attention of one new token a sequence, whose key and value go into the cache: softmax(q L kᵀ / sqrt(D)) v.
 
     Args:
@@ -164,15 +164,15 @@ def attend(
     Returns:
         [N, M]; on CUDA, for few sequences, the parts of it that `linear_add` sums.
     """
-    if qkv.is_cuda and kernels is not None:
-        return kernels.attend(qkv, keys, values, positions, rotary, pairing, left, right, few=len(qkv) <= FEW)
+    if qkv.is_cuda and few is not None:
+        return attention.attend(qkv, keys, values, positions, rotary, pairing, left, right, few=len(qkv) <= FEW)
     return reference.attend(qkv, keys, values, positions, rotary, pairing, left, right)
 
 
 def norm_highest(stream: Stream, weights: Norm, head: Linear, state: State, column: int) -> None:
     """Go on with the most probable token by the logits of LayerNorm(stream); see `choose_highest`."""
     if _path(stream.x, head) == "few":
-        kernels.norm_highest(stream.sum(), weights, head, state, column)
+        few.norm_highest(stream.sum(), weights, head, state, column)
     else:
         choose_highest(norm_linear(stream, weights, head)[0], state, column)
 
@@ -185,15 +185,15 @@ def choose_highest(logits: torch.Tensor, state: State, column: int) -> None:
         state: of the first N rows: the token and its place become current, the token is kept as chosen.
         column: where among the chosen.
     """
-    if logits.is_cuda and kernels is not None:
-        kernels.choose_highest(logits, state, column)
+    if logits.is_cuda and few is not None:
+        choosing.choose_highest(logits, state, column)
     else:
         reference.choose_highest(logits, state, column)
 
 
 def choose(logits: torch.Tensor, state: State, column: int, choice: Choice) -> None:
-    """Go on with a token drawn of each row, as `decode_reference.draw` says; arguments as of `choose_highest`."""
-    if logits.is_cuda and kernels is not None and logits.shape[1] <= kernels.MOST_LOGITS:
-        kernels.choose(logits, state, column, choice)
+    """Go on with a token drawn of each row, as `decoding.reference.draw` says; arguments as of `choose_highest`."""
+    if logits.is_cuda and few is not None and logits.shape[1] <= choosing.MOST_LOGITS:
+        choosing.choose(logits, state, column, choice)
     else:
         reference.choose(logits, state, column, choice)

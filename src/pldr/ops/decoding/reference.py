@@ -1,4 +1,4 @@
-"""The steps of decoding in plain PyTorch: the oracle for the kernels of `ops.decode_kernels`, and the path on CPU.
+"""The steps of decoding in plain PyTorch: the oracle for the kernels of `ops.decoding`, and the path on CPU.
 
 Shapes as in `ops.decode`.
 """
@@ -32,6 +32,14 @@ class Linear(NamedTuple):
     def dtype(self) -> torch.dtype:
         """Of what it is called with."""
         return self.weight.dtype
+
+
+class Parts(NamedTuple):
+    """Attention over parts of the cache: out [N, P, H, D], highest score and sum of exponentials [N, P, H]; float32."""
+
+    out: torch.Tensor
+    highest: torch.Tensor
+    total: torch.Tensor
 
 
 def embed(tokens: torch.Tensor, table: torch.Tensor, scale: float) -> torch.Tensor:

@@ -1,0 +1,1 @@
+"""What `ops.decode` hands out to: plain PyTorch in `reference`, Triton kernels in the others."""

@@ -1,0 +1,169 @@
+"""Attention of one new token a sequence over its cache, with rotation and operator: `ops.decode.attend` in Triton."""
+
+import torch
+import triton
+import triton.language as tl
+
+from pldr.ops.decoding.launch import dependent, release, wait
+from pldr.ops.decoding.reference import Parts
+
+# Into how many parts the cache is split while there are few sequences, so that all of the chip has work.
+_PARTS = 8
+# Cached tokens that a program looks at in one go, and its warps: for few sequences, and for many.
+_FEW = {"BLOCK": 64, "num_warps": 4}
+_MANY = {"BLOCK": 32, "num_warps": 2}
+
+
+def attend(
+    qkv: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    positions: torch.Tensor,
+    rotary: torch.Tensor,
+    pairing: str,
+    left: torch.Tensor,
+    right: torch.Tensor | None,
+    *,
+    few: bool,
+) -> torch.Tensor | Parts:
+    sequences, (_, heads, _length, rank), dimensions = len(qkv), keys.shape, values.shape[-1]
+    parts = _PARTS if few else 1
+    out = highest = total = torch.empty(sequences, heads * dimensions, dtype=qkv.dtype, device=qkv.device)
+    if few:
+        out = torch.empty(sequences, parts, heads, dimensions, dtype=torch.float32, device=qkv.device)
+        highest = torch.empty(sequences, parts, heads, dtype=torch.float32, device=qkv.device)
+        total = torch.empty_like(highest)
+    _attend[(heads, sequences, parts)](
+        qkv, keys, values, positions, rotary, left, left if right is None else right, out, highest, total,
+        keys.stride(0), keys.stride(1), values.stride(0), values.stride(1), rotary.stride(0),
+        left.stride(0) if left.dim() == 4 else 0, dimensions**-0.5,
+        H=heads, D=dimensions, R=rank, BLOCK_R=triton.next_power_of_2(rank), PARTS=parts,
+        ADJACENT=pairing == "adjacent", FACTORED=right is not None,
+        **(_FEW if few else _MANY), **dependent(qkv),
+    )  # fmt: skip
+    return Parts(out, highest, total) if few else out
+
+
+@triton.jit
+def _attend(  # type: ignore[no-untyped-def]
+    qkv, keys, values, positions, rotary, left, right, out, highest, total,
+    keys_row, keys_head, values_row, values_head, sines, left_row, scale,
+    H: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, PARTS: tl.constexpr,
+    ADJACENT: tl.constexpr, FACTORED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """A program: one head of one sequence over one part of its cache. The last part also keeps the new key and value.
+
+    The position, and the keys and values before it, are older than the kernel before this one, which starts this one only
+    when its own predecessor has ended (LATE): the first of them are fetched before the new queries are there.
+    """
+    release(PDL)
+    head, row, part = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    d = tl.arange(0, D)
+    r = tl.arange(0, BLOCK_R)
+    t = tl.arange(0, BLOCK)
+    used = (r < R)[None, :]
+    position = tl.load(positions + row)
+    size = tl.cdiv(tl.cdiv(position, PARTS), BLOCK) * BLOCK
+    start = tl.minimum(part * size, position)
+    stop = tl.minimum(start + size, position)
+    keys += row * keys_row + head * keys_head
+    values += row * values_row + head * values_head
+    at = start + t
+    k = tl.load(keys + at[:, None] * R + r[None, :], mask=(at < stop)[:, None] & used, other=0.0)
+    v = tl.load(values + at[:, None] * D + d[None, :], mask=(at < stop)[:, None], other=0.0)
+    partner, cos, sin = _rotation(rotary, sines, position, d, D, ADJACENT)
+    factor = head * (D * R) + d[:, None] * R + r[None, :]
+    l_factor = tl.load(left + row * left_row + factor, mask=used, other=0.0)
+    if FACTORED:
+        r_factor = tl.load(right + factor, mask=used, other=0.0)
+    wait(PDL)
+    base = qkv + row * (3 * H * D) + head * D
+    q = tl.load(base + d).to(tl.float32) * cos + tl.load(base + partner).to(tl.float32) * sin
+    base += H * D
+    new_k = tl.load(base + d).to(tl.float32) * cos + tl.load(base + partner).to(tl.float32) * sin
+    new_v = tl.load(base + H * D + d).to(values.dtype.element_ty)
+    q = tl.sum(q[:, None] * l_factor.to(tl.float32), 0) * scale  # [R]
+    if FACTORED:
+        new_k = tl.sum(new_k[:, None] * r_factor.to(tl.float32), 0)
+    new_k = new_k.to(keys.dtype.element_ty)
+    last = part == PARTS - 1
+    tl.store(keys + position * R + tl.arange(0, BLOCK_R), new_k, mask=(tl.arange(0, BLOCK_R) < R) & last)
+    tl.store(values + position * D + d, new_v, mask=(d < D) & last)
+
+    m, l, acc = _over_cache(keys, values, q, k, v, start, stop, D, R, BLOCK_R, BLOCK)  # noqa: E741
+    s = tl.where(last, tl.sum(new_k.to(tl.float32) * q, 0), -1e30)
+    top = tl.maximum(tl.max(m, 0), s)
+    share = tl.exp(m - top)
+    p = tl.where(last, tl.exp(s - top), 0.0)
+    summed = tl.sum(l * share, 0) + p
+    acc = tl.sum(acc * share[:, None], 0) + p * new_v.to(tl.float32)
+    if PARTS > 1:
+        index = (row * PARTS + part) * H + head
+        tl.store(out + index * D + d, acc)
+        tl.store(highest + index, top)
+        tl.store(total + index, summed)
+    else:
+        tl.store(out + (row * H + head) * D + d, (acc / summed).to(out.dtype.element_ty))
+
+
+@triton.jit
+def _rotation(rotary, sines, position, d, D: tl.constexpr, ADJACENT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of dimensions d: the one that each is rotated with, and the cosine and the signed sine of their angle."""
+    if ADJACENT:
+        partner, angle = d ^ 1, d // 2
+        sign = tl.where(d % 2 == 0, -1.0, 1.0)
+    else:
+        partner, angle = (d + D // 2) % D, d % (D // 2)
+        sign = tl.where(d < D // 2, -1.0, 1.0)
+    at = position * (D // 2) + angle
+    return partner, tl.load(rotary + at), tl.load(rotary + sines + at) * sign
+
+
+@triton.jit
+def _over_cache(  # type: ignore[no-untyped-def]
+    keys, values, q, k, v, start, stop, D: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Attention from start to stop, of which k and v are the first block; the next is fetched while one is worked on.
+
+    Each row of a block keeps a softmax of its own: highest score [BLOCK], sum of exponentials [BLOCK], output [BLOCK, D].
+    """
+    t, r, d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_R), tl.arange(0, D)
+    used = (r < R)[None, :]
+    m = tl.full([BLOCK], -1e30, tl.float32)
+    l = tl.zeros([BLOCK], tl.float32)  # noqa: E741 (as the literature calls it)
+    acc = tl.zeros([BLOCK, D], tl.float32)
+    for begin in range(start, stop, BLOCK):
+        there = begin + t < stop
+        at = begin + BLOCK + t
+        next_k = tl.load(keys + at[:, None] * R + r[None, :], mask=(at < stop)[:, None] & used, other=0.0)
+        next_v = tl.load(values + at[:, None] * D + d[None, :], mask=(at < stop)[:, None], other=0.0)
+        s = tl.sum(k.to(tl.float32) * q[None, :], 1)
+        new_m = tl.where(there, tl.maximum(m, s), m)
+        share = tl.exp(m - new_m)
+        p = tl.where(there, tl.exp(s - new_m), 0.0)
+        l = l * share + p  # noqa: E741
+        acc = acc * share[:, None] + p[:, None] * v.to(tl.float32)
+        m = new_m
+        k, v = next_k, next_v
+    return m, l, acc
+
+
+@triton.jit
+def sum_of_parts(  # type: ignore[no-untyped-def]
+    x, highest, total, n, columns, inside, width,
+    PARTS: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Attention's output [width] out of its parts, each weighted by its share of the exponentials."""
+    heads = width // D
+    head = columns // D
+    top = tl.full([COLUMNS], -1e30, tl.float32)
+    for part in tl.static_range(PARTS):
+        top = tl.maximum(top, tl.load(highest + (n * PARTS + part) * heads + head, mask=inside, other=-1e30))
+    values = tl.zeros([COLUMNS], tl.float32)
+    weights = tl.zeros([COLUMNS], tl.float32)
+    for part in tl.static_range(PARTS):
+        index = (n * PARTS + part) * heads
+        share = tl.exp(tl.load(highest + index + head, mask=inside, other=-1e30) - top)
+        weights += share * tl.load(total + index + head, mask=inside, other=1.0)
+        values += share * tl.load(x + index * D + columns, mask=inside, other=0.0)
+    return values / weights
