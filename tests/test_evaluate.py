@@ -71,6 +71,7 @@ class TestPublishedFiles:
             ("truthfulqa_mc2", "truthfulqa/mc_task.json", '[{"question": "a",', "mc_task.json: not valid JSON"),
             ("truthfulqa_mc2", "truthfulqa/mc_task.json", "{}", "expected an array"),
             ("truthfulqa_mc2", "truthfulqa/mc_task.json", '[{"question": "a", "mc1_targets": {"b": 0}}]', "question 1: mc1_targets has no true"),
+            ("truthfulqa_mc2", "truthfulqa/mc_task.json", '[{"question": "a", "mc1_targets": {"b": 1, "c": 0.5}}]', "question 1: mc1_targets has an answer that is neither"),
             ("mmlu", "piqa/valid.jsonl", "", "no local layout is known for mmlu"),
         ],
     )  # fmt: skip

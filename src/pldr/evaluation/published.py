@@ -101,6 +101,8 @@ def _truthfulqa(question: Row, label: str) -> Row:
         targets = question[name]
         if 1 not in targets.values():
             raise ValueError(f"{name} has no true answer")
+        if not {*targets.values()} <= {0, 1}:
+            raise ValueError(f"{name} has an answer that is neither true (1) nor false (0)")
         true_first = sorted(targets, key=lambda answer: -targets[answer])  # where the harness looks for it
         row[name] = {"choices": true_first, "labels": [int(targets[answer]) for answer in true_first]}
     return row
