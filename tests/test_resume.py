@@ -663,15 +663,22 @@ class TestDamage:
     def test_weights_that_are_not_finite(self, finished, tmp_path, monkeypatch):
         shutil.copytree(finished, tmp_path / "run")
         monkeypatch.chdir(tmp_path / "run")
-        newest = checkpoints("out")[0]
+        newest, log = checkpoints("out")[0], Path("out/log.jsonl").read_bytes()
         tensors = load_file(newest / "model.safetensors")
         tensors["lm_head.weight"][3, 4] = float("nan")
         save_file(tensors, newest / "model.safetensors", metadata={"format": "pt"})
         write_sums(newest, [path for path in newest.iterdir() if path.name != SUMS], SUMS)
-        with pytest.raises(ValueError, match=r"checkpoint-12: tensor lm_head.weight holds NaN or infinite values"):
+        with pytest.raises(
+            ValueError,
+            match=r"checkpoint-12: damaged checkpoint \(tensor lm_head.weight holds NaN or infinite values\); go on from",
+        ):
             merge_checkpoint(newest, "merged")
-        with pytest.raises(ValueError, match=r"checkpoint-12: tensor lm_head.weight holds NaN or infinite values"):
+        with pytest.raises(
+            ValueError,
+            match=r"checkpoint-12: damaged checkpoint \(tensor lm_head.weight holds NaN or infinite values\); go on from",
+        ):
             train(load_recipe("recipe.yaml"), resume=True, progress=False)
+        assert Path("out/log.jsonl").read_bytes() == log
 
     @pytest.mark.parametrize(
         "line", ["[1]", "1", '{"loss": 1}', '{"step": "1"}', '{"loss', '{"step": 9' + "9" * 5000 + "}", "[" * 99999]

@@ -173,6 +173,9 @@ def _wrong_content(checkpoint: Path) -> str | None:
         read_random_states(checkpoint / random_file(rank))
     config, model = read_config(checkpoint), SavedTensors(checkpoint, "model")
     check_tensors(model.shapes, config, "model")
+    for name in model.shapes:
+        if not bool(torch.isfinite(model[name]).all()):
+            return f"tensor {name} holds NaN or infinite values"
     found, expected = SavedTensors(checkpoint, "optimizer").shapes, _optimizer_shapes(config)
     untouched = not found and state["totals"]["skipped"] == step  # no step was taken
     wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
@@ -412,17 +415,10 @@ class SavedTensors:
 
 
 def load_weights(model: torch.nn.Module, checkpoint: Path) -> None:
-    """Copy the weights of a checkpoint into a model, whole or distributed, which must have the same ones.
-
-    Raises:
-        ValueError: one is NaN or infinite.
-    """
+    """Copy the weights of a checkpoint into a model, whole or distributed, which must have the same ones."""
     saved = SavedTensors(checkpoint, "model")
     for name, tensor in model.state_dict().items():
-        source = saved[name]
-        if not bool(torch.isfinite(source).all()):
-            raise ValueError(f"{checkpoint}: tensor {name} holds NaN or infinite values")
-        _copy_into(tensor, source)
+        _copy_into(tensor, saved[name])
 
 
 @torch.no_grad()
