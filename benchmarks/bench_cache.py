@@ -11,13 +11,12 @@ wrong answer stops there. The floor is the time to read every weight once a toke
 
 import argparse
 import copy
-import json
 import statistics
 import time
 from pathlib import Path
 
 import torch
-from conditions import conditions
+from conditions import conditions, record
 
 from pldr import PldrConfig, PldrForCausalLM, freeze, make_cache
 
@@ -116,9 +115,7 @@ def main() -> None:
         print(f"{name:>8} {1e3 * row['seconds_per_token']:9.1f} {row['tokens_per_second']:9.1f} "
               f"{row['speed_up_over_no_cache']:8.1f} {published:>12}")  # fmt: skip
     print(f"floor of a cached step (weights read once): {1e3 * result['floor_seconds_per_token']:.1f} ms")
-    if arguments.output:
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    record(result, arguments.output)
 
 
 if __name__ == "__main__":

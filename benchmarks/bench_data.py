@@ -62,11 +62,10 @@ def main() -> None:
                 rows.append({"megabytes": file.stat().st_size / 1e6, "mode": mode, **json.loads(done.stdout)})
                 print(rows[-1], flush=True)
             file.unlink()
-    from conditions import conditions  # not above: what it imports would count in the measured processes
+    from conditions import conditions, record  # not above: what it imports would count in the measured processes
 
     result = {"benchmark": "data", "rows": rows} | conditions()
-    if arguments.output:
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    record(result, arguments.output)
 
 
 if __name__ == "__main__":

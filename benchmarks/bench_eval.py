@@ -10,13 +10,12 @@ The target: the whole of PIQA, 1,838 questions, with the model that ships with p
 """
 
 import argparse
-import json
 import os
 import time
 from pathlib import Path
 
 import torch
-from conditions import conditions
+from conditions import conditions, record
 
 from pldr import load_model, load_tokenizer
 from pldr.evaluation.harness import PldrLM, load_tasks
@@ -92,9 +91,7 @@ def main() -> None:
     for mode, value in seconds.items():
         beside = f", one sequence at a time {plain_seconds[mode]:.0f} s" if mode in plain_seconds else ""
         print(f"{mode}: {value:.1f} s for {result['questions']} questions (target {TARGET:.0f} s){beside}")
-    if arguments.output:
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    record(result, arguments.output)
 
 
 if __name__ == "__main__":

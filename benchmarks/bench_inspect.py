@@ -12,14 +12,13 @@ the cores, set OMP_WAIT_POLICY=PASSIVE: threads that spin while they wait for ea
 """
 
 import argparse
-import json
 import os
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-from conditions import conditions
+from conditions import conditions, record
 
 from pldr import PldrConfig, PldrForCausalLM, deductive_outputs
 from pldr.study.page import report
@@ -94,9 +93,7 @@ def main() -> None:
         print(f"floor of the matrix products: {result['floor_seconds']:.1f} s")
     print(f"statistics {statistics_seconds:.1f} s, report {seconds - statistics_seconds:.1f} s ({size / 1e6:.1f} MB), "
           f"target {TARGET:.0f} s, load average before: {load:.1f}")  # fmt: skip
-    if arguments.output:
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    record(result, arguments.output)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from conditions import conditions
+from conditions import conditions, record
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pldr import PldrConfig, PldrForCausalLM
@@ -217,9 +217,7 @@ def main() -> None:
         print(f"{name:>9} {row['tokens_per_second']:10,.0f} {1e3 * row['seconds_per_step']:8.1f} "
               f"{1e3 * row['floor_seconds_per_step']:9.1f} {row.get('peak_memory_gib', float('nan')):6.1f} "
               f"{row.get('ratio_to_llama', float('nan')):8.2f}")  # fmt: skip
-    if arguments.output:
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    record(result, arguments.output)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from pldr.checkpoints.certificate import versions
+from pldr.files import to_json, write_json
 
 
 def conditions(device: str = "cpu") -> dict[str, Any]:
@@ -21,6 +22,13 @@ def conditions(device: str = "cpu") -> dict[str, Any]:
         "commit": commit.stdout.strip(),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def record(result: dict[str, Any], output: Path | None) -> None:
+    """Print a result as JSON, and write it to the file that is named, if one is, whole."""
+    if output is not None:
+        write_json(output, result, indent=1)
+    print(to_json(result))
 
 
 def _processor() -> str:

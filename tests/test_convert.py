@@ -442,15 +442,13 @@ class TestStrictness:
 def test_model_and_tokenizer_from_files(small_model, toy_tokenizer, toy_model_file, tmp_path):
     model = small_model(vocab_size=290)
     model.save_pretrained(tmp_path)
-    loaded, tokenizer = load_with_tokenizer(tmp_path, needs_tokenizer=False)
-    assert same_state(loaded, model)
-    assert tokenizer is None
     with pytest.raises(FileNotFoundError, match="no tokenizer"):
         load_with_tokenizer(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such tokenizer file"):
-        load_with_tokenizer(tmp_path, tmp_path / "none.model", needs_tokenizer=False)
+        load_with_tokenizer(tmp_path, tmp_path / "none.model")
     assert len(load_with_tokenizer(tmp_path, toy_model_file)[1]) == 290
     toy_tokenizer.save_pretrained(tmp_path)
+    assert same_state(load_with_tokenizer(tmp_path)[0], model)
     loaded, tokenizer = load_with_tokenizer(str(tmp_path), dtype="bfloat16")
     assert loaded.dtype == torch.bfloat16
     assert len(tokenizer) == 290
@@ -463,7 +461,6 @@ def test_model_and_tokenizer_that_are_loaded(small_model, toy_tokenizer, toy_mod
     assert found[0] is model
     assert found[1] is toy_tokenizer
     assert len(load_with_tokenizer(model, toy_model_file)[1]) == 290
-    assert load_with_tokenizer(model, needs_tokenizer=False) == (model, None)
     other, _ = load_with_tokenizer(model, toy_tokenizer, dtype="bfloat16")
     assert other.dtype == torch.bfloat16
     assert model.dtype == torch.float32

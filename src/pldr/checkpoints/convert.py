@@ -189,7 +189,11 @@ def freeze_checkpoint(
         texts += [line for line in read_text(prompts_file).splitlines() if line.strip()]
     if bool(texts) == (g_lm is not None):
         raise ValueError("freeze: pass either prompts or a prompts_file (with some text), or else g_lm")
-    loaded, found = load_with_tokenizer(Path(model), tokenizer, rope=rope, needs_tokenizer=bool(texts))
+    found: PreTrainedTokenizerFast | None = None
+    if texts or tokenizer is not None or _find_tokenizer(Path(model), None) is not None:
+        loaded, found = load_with_tokenizer(Path(model), tokenizer, rope=rope)
+    else:
+        loaded = load_model(model, rope=rope)
     before = loaded.num_parameters()
     if g_lm is not None:
         freeze(loaded, G_LM=load_predefined_G(g_lm), trainable=trainable)

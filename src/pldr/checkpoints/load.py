@@ -109,8 +109,7 @@ def load_with_tokenizer(
     dtype: str = "auto",
     rope: str | None = None,
     g_lm: str | os.PathLike[str] | None = None,
-    needs_tokenizer: bool = True,
-) -> tuple[PldrForCausalLM, PreTrainedTokenizerFast | None]:
+) -> tuple[PldrForCausalLM, PreTrainedTokenizerFast]:
     """A model and its tokenizer, from files or as they are: what every function that takes both begins with.
 
     Args:
@@ -119,7 +118,6 @@ def load_with_tokenizer(
         device: where to put the model; by default the CPU, or where a loaded model is.
         dtype: "float32", "bfloat16", or "auto": as the model is stored or loaded.
         rope, g_lm: see `load_model`; not for a loaded model.
-        needs_tokenizer: whether to raise where there is none, rather than to return None.
 
     Raises:
         FileNotFoundError: the model or a tokenizer is missing.
@@ -134,22 +132,16 @@ def load_with_tokenizer(
             raise ValueError(
                 "rope, g_lm: apply to files in the reference layout, not to a model that is loaded already"
             )
-        if tokenizer is None and needs_tokenizer:
+        if tokenizer is None:
             raise ValueError("tokenizer: a model that is loaded already has none beside it; pass it, or its folder")
-        loaded, beside = _placed(model, usable or model.device, dtype), None
+        loaded = _placed(model, usable or model.device, dtype)
     else:
         loaded = load_model(model, dtype=dtype, device=usable or "cpu", rope=rope, g_lm=g_lm)
-        beside = Path(model) if Path(model).is_dir() else Path(model).parent
-    if tokenizer is None and beside is not None:
-        try:
-            tokenizer = load_tokenizer(beside)
-        except FileNotFoundError:
-            if needs_tokenizer:
-                raise
-    elif isinstance(tokenizer, (str, os.PathLike)):
+        if tokenizer is None:
+            tokenizer = Path(model) if Path(model).is_dir() else Path(model).parent
+    if isinstance(tokenizer, (str, os.PathLike)):
         tokenizer = load_tokenizer(tokenizer)
-    if tokenizer is not None:
-        check_vocabulary(tokenizer, loaded.config.vocab_size)
+    check_vocabulary(tokenizer, loaded.config.vocab_size)
     return loaded, tokenizer
 
 

@@ -176,7 +176,6 @@ def evaluate(
 
         check_limit(limit)
     loaded, text_tokenizer = load_with_tokenizer(model, tokenizer, device=device, dtype=dtype, rope=rope, g_lm=g_lm)
-    assert text_tokenizer is not None
     context = loaded.config.max_position_embeddings
     check_window(context, window, stride)
     for asked in MODES if compare else (mode,):

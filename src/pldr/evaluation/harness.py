@@ -87,11 +87,9 @@ class PldrLM(TemplateLM):
         else:
             if not device or (device.startswith("cuda") and not torch.cuda.is_available()):
                 device = "cuda" if torch.cuda.is_available() else "cpu"
-            model, text_tokenizer = load_with_tokenizer(
+            model, self.tokenizer = load_with_tokenizer(
                 pretrained, tokenizer, device=device, dtype=dtype, rope=rope, g_lm=g_lm
             )
-            assert text_tokenizer is not None
-            self.tokenizer = text_tokenizer
             passages = None
             if model.config.operator == "learned" and mode == "frozen":
                 files = [calibration] if calibration else None

@@ -249,7 +249,6 @@ def certify(
     if output is not None:
         check_output(output, overwrite=overwrite)
     stored, text_tokenizer = load_with_tokenizer(model, tokenizer, device=device, rope=rope)
-    assert text_tokenizer is not None
     constant = None if frozen is None else load_model(frozen, device=stored.device)
     factored = constant is not None and constant.config.operator == "factored"
     if not factored:

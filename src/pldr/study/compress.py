@@ -338,7 +338,6 @@ def compress(
     if destination is not None:
         check_output(destination, overwrite=overwrite)
     stored, text_tokenizer = load_with_tokenizer(model, tokenizer, device=device, rope=rope)
-    assert text_tokenizer is not None
     _check_rank(8 if rank is None else rank, stored.config.head_dim)
     sources = names_of(calibration)
     source = Source(sources, text_column) if sources else Source([str(HELD_OUT)])

@@ -65,7 +65,6 @@ def inspect(
         analysis = replace(analyse_operator(load_predefined_G(model)), model=str(model))
     else:
         loaded, text_tokenizer = load_with_tokenizer(model, tokenizer, device=device, dtype=dtype, rope=rope, g_lm=g_lm)
-        assert text_tokenizer is not None
         context = loaded.config.max_position_embeddings
         # The excerpts that ship with pldr have one form; text_column is about the user's own data.
         names = names_of(data)
