@@ -1,10 +1,10 @@
 """What keys in fewer dimensions cost: loss and greedy tokens against bytes of the KV-cache.
 
-    python benchmarks/bench_compress.py [MODEL] [--data FILES] [--passages 32] [--g-lm FILE] [--output FILE]
+    python benchmarks/bench_compress.py [MODEL] [--data FILES] [--passages 32] [--train FILES] [--g-lm FILE] [--output FILE]
 
 Of the model: the ranks that the bounds of `pldr compress` allow; every rank, in all layers alike, by factors weighted with
 moments of queries and keys, by ones centred on the mean key (softmax does not see what is common to all keys), and by plain
-ones; and values in fewer dimensions, through the output projection. Of attention: its time by dimensions of keys. Of a G_LM by itself: the ranks that keep the relative
+ones; and values in fewer dimensions, through the output projection; factors trained on. Of attention: its time by dimensions of keys. Of a G_LM by itself: the ranks that keep the relative
 error of scores below 1%, for queries and keys that are standard normal, which favours no direction.
 """
 
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from pldr import HELD_OUT, STORIES, compress, load_predefined_G
 from pldr.checkpoints.load import load_with_tokenizer
+from pldr.data.rows import read_passages
 from pldr.data.sources import Source
 from pldr.evaluation.modes import frozen_copy
 from pldr.operator import factor, stored_operator
@@ -103,6 +104,35 @@ def narrow_values(model, layer, size, mean, covariance):
     projection.weight.copy_(new)
 
 
+def trained(frozen, pairs, rows, rate=1e-3):
+    """Factors trained on towards the frozen model's distribution, in steps of four of the rows [N, T], once through them."""
+    form = factor(copy.deepcopy(frozen), pairs, trainable=True)
+    parameters = [p for name, p in form.requires_grad_(False).named_parameters() if ".operator." in name]
+    optimizer = torch.optim.Adam([p.requires_grad_() for p in parameters], lr=rate)
+    batches = rows.split(4)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1, (n + 1) / 10) * (1 - n / len(batches)))
+    for ids in batches:
+        with torch.no_grad():
+            aim = frozen(ids, use_cache=False).logits.log_softmax(-1)
+        found = form(ids, use_cache=False).logits.log_softmax(-1)
+        F.kl_div(found.flatten(0, 1), aim.flatten(0, 1), log_target=True, reduction="batchmean").backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    return form
+
+
+def further(frozen, layers, ranks, tokenizer, measure, data, steps):
+    """One step of eight below the ranks of the widest layers: by singular vectors, and trained on."""
+    lower = [rank - 8 if rank == max(ranks) else rank for rank in ranks]
+    pairs = [layer.cut(rank) for layer, rank in zip(layers, lower, strict=True)]
+    rows = read_passages(Source(data), tokenizer, 256, 4 * steps)
+    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
+    whole = [frozen.config.head_dim] * len(ranks)
+    for name, form in (("svd", factor(copy.deepcopy(frozen), pairs)), ("trained", trained(frozen, pairs, rows))):
+        yield measure(f"{name} keys {lower}", form, lower, whole)
+
+
 def of_the_model(arguments):
     stored, tokenizer = load_with_tokenizer(arguments.model)
     rows = spread_passages(Source(arguments.data), tokenizer, stored, arguments.passages + CALIBRATION, None)
@@ -143,6 +173,8 @@ def of_the_model(arguments):
             narrow_values(form, layer, size, mean[layer], covariance[layer])
         sizes = [size if index in layers else dims for index in range(len(G_LM))]
         rows.append(measure(f"both, values {size} in layers {layers}", form, result.ranks, sizes))
+    if arguments.train:
+        rows += further(frozen, ways["weighted"], result.ranks, tokenizer, measure, arguments.train, arguments.steps)
     return {"compress": result.to_json(), "forms": rows, "values": narrowed}
 
 
@@ -197,6 +229,8 @@ def main() -> None:
     parser.add_argument("model", nargs="?", type=Path, default=STORIES)
     parser.add_argument("--data", nargs="+", default=[str(HELD_OUT)])
     parser.add_argument("--passages", type=int, default=16)
+    parser.add_argument("--train", nargs="+", default=[], help="texts to train factors on with")
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--g-lm", type=Path)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
