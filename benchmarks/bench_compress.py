@@ -10,13 +10,12 @@ error of scores below 1%, for queries and keys that are standard normal, which f
 
 import argparse
 import copy
-import json
 import statistics
 import time
 from pathlib import Path
 
 import torch
-from conditions import conditions
+from conditions import conditions, record
 from torch.nn import functional as F
 
 from pldr import HELD_OUT, STORIES, compress, load_predefined_G
@@ -243,9 +242,7 @@ def main() -> None:
         result["operator"] = {"file": arguments.g_lm.name, **of_the_operator(arguments.g_lm)}
     result |= {"attention_ms": of_attention()} | of_the_model(arguments) | conditions()
     result["compress"]["certificate"]["data"]["sources"] = result["data"]  # names, wherever they lie
-    if arguments.output:
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    record(result, arguments.output)
 
 
 if __name__ == "__main__":
