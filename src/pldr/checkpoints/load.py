@@ -126,7 +126,7 @@ def load_with_tokenizer(
     """
     if dtype not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"dtype: must be auto, float32 or bfloat16, got {dtype!r}")
-    usable = _usable_device(device) if device is not None else None
+    usable = usable_device(device) if device is not None else None
     if isinstance(model, PldrForCausalLM):
         if rope is not None or g_lm is not None:
             raise ValueError(
@@ -145,8 +145,12 @@ def load_with_tokenizer(
     return loaded, tokenizer
 
 
-def _usable_device(device: str | torch.device) -> torch.device:
-    """Raises ValueError: it is not here."""
+def usable_device(device: str | torch.device) -> torch.device:
+    """The device, tried.
+
+    Raises:
+        ValueError: it is not here.
+    """
     try:
         probe = torch.ones(1, device=device)
         probe.item()

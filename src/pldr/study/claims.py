@@ -16,8 +16,9 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from pldr.cache import make_cache
-from pldr.checkpoints.load import load_model
-from pldr.data.sources import names_of
+from pldr.checkpoints.load import load_model, usable_device
+from pldr.data.rows import source_of
+from pldr.data.sources import BadRows, names_of, read_pieces
 from pldr.deductive import deductive_outputs, log_determinant
 from pldr.evaluation.modes import MODES, OperatorModes, frozen_copy
 from pldr.files import require
@@ -25,7 +26,7 @@ from pldr.modeling_pldr import PldrForCausalLM
 from pldr.models.shipped import STORIES
 from pldr.operator import DeductiveOutputs, freeze, stored_operator
 from pldr.plots import plot_curves, plot_invariance
-from pldr.recipe import DAG_TENSORS
+from pldr.recipe import DAG_TENSORS, DataRecipe
 from pldr.study.lab import (
     COLLAPSED_GAIN,
     INVARIANT_LOSS,
@@ -534,11 +535,14 @@ def reproduce(
         raise ValueError("train, validation: give both or neither")
     if parallel < 1:
         raise ValueError(f"parallel: must be at least 1, got {parallel}")
+    usable_device(device)
     output, findings = Path(output), []
     for name in CLAIMS if claim == "all" else [claim]:
         data = default_data(size, held_out=name in OF_A_MODEL and model is None)
         if train is not None and validation is not None:
             data = {"train": names_of(train), "validation": names_of(validation), "tokenizer": data["tokenizer"]}
+            for part in ("train", "validation"):  # a first look, before runs begin that can not work
+                next(read_pieces(source_of(DataRecipe(**data), part), BadRows(), streaming=True), None)
         if tokenizer is not None:
             data["tokenizer"] = str(tokenizer)
         lab = Lab(
