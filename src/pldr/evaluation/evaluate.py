@@ -23,7 +23,7 @@ from pldr.modeling_pldr import PldrForCausalLM
 from pldr.tables import Printable, evaluation_view
 
 
-@dataclass
+@dataclass(frozen=True)
 class Evaluation(Printable):
     """What `evaluate` found.
 
@@ -180,32 +180,26 @@ def evaluate(
     check_window(context, window, stride)
     for asked in MODES if compare else (mode,):
         check_mode(loaded, asked)
-    if calibration and loaded.config.operator != "learned":
+    is_learned = loaded.config.operator == "learned"
+    if calibration and not is_learned:
         raise ValueError("calibration: this model's operator is constant already")
     if names:
         found = load_tasks(names, data_dir=data_dir, num_fewshot=num_fewshot, allow_code=allow_code)
 
-    report = Evaluation(
-        model=name_of(model),
-        operator=loaded.config.operator, modes=[], device=str(loaded.device), dtype=dtype, threshold=threshold,
-    )  # fmt: skip
     passages = None
-    if loaded.config.operator == "learned":
+    if is_learned:
         passages = read_calibration(text_tokenizer, context, names_of(calibration or ()), text_column)
-        report.calibration = names_of(calibration) if calibration else "ships with pldr"
     scorers = make_scorers(loaded, passages, batch_size=batch_size)
     chosen = scorers if compare else {mode: scorers[mode]}
-    report.modes = list(chosen)
-    if passages is not None:
-        report.disagreement = _disagreement(loaded, scorers, passages)
-    if texts:
-        report.texts = evaluate_texts(chosen, text_tokenizer, texts, length=window, stride=stride)
-    if names:
-        results = run_tasks(chosen, text_tokenizer, found, limit=limit)
-        report.tasks, report.groups, report.seconds = results["tasks"], results["groups"], results["seconds"]
-        report.suite = suite_report(results, suite) if suite is not None else None
-    report.truncated = max(scorer.truncated for scorer in chosen.values())
-    return report
+    disagreement = 0.0 if passages is None else _disagreement(loaded, scorers, passages)
+    perplexities = evaluate_texts(chosen, text_tokenizer, texts, length=window, stride=stride) if texts else None
+    results = run_tasks(chosen, text_tokenizer, found, limit=limit) if names else {}
+    return Evaluation(
+        model=name_of(model), operator=loaded.config.operator, modes=list(chosen), device=str(loaded.device), dtype=dtype,
+        calibration=(names_of(calibration) if calibration else "ships with pldr") if is_learned else None,
+        suite=suite_report(results, suite) if suite is not None else None, texts=perplexities, disagreement=disagreement,
+        truncated=max(scorer.truncated for scorer in chosen.values()), threshold=threshold, **results,
+    )  # fmt: skip
 
 
 def _task_names(tasks: str | Sequence[str], suite: str | None) -> list[str]:
