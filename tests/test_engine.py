@@ -294,6 +294,7 @@ def test_logits_that_are_not_finite_end_their_own_request_alone(small_model):
         ([[5]], {"max_new_tokens": 64}, "max_new_tokens: must be between 1 and 62"),
         ([[5]], {"max_new_tokens": 0}, "max_new_tokens: must be at least 1"),
         ([[5]], {"temperature": 0.0}, "temperature: must be positive"),
+        ([[5]], {"temperature": 1e-300}, "temperature: must be positive"),
         ([[5]], {"top_k": -1}, "top_k"),
         ([[5]], {"top_p": 1.1}, "top_p"),
         ([[5]], {"repetition_penalty": 0.0}, "repetition_penalty"),

@@ -195,6 +195,20 @@ def test_a_checkpoint_is_a_model_and_holds_no_pickle(write_recipe, tmp_path, run
     assert len(load_tokenizer(tmp_path / "merged")) == merged["lm_head.weight"].shape[0]
 
 
+def test_a_run_leaves_its_model_on_the_disk(write_recipe, monkeypatch):
+    """As it does its checkpoints: a loss of power right behind it costs nothing."""
+    synced, original = set(), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.add(os.fstat(handle).st_ino) or original(handle))
+    recipe = load_recipe(write_recipe(save_steps=12))
+    train(recipe, progress=False)
+    (saved,) = checkpoints(recipe.output)
+    model = [
+        Path(recipe.output) / name for name in ("config.json", "model.safetensors", "tokenizer.json", "SHA256SUMS")
+    ]
+    for place in (Path(recipe.output), *model, saved, *saved.iterdir()):
+        assert place.stat().st_ino in synced, place
+
+
 @pytest.mark.parametrize("limit", [0, 2])
 def test_steps_with_a_broken_loss(write_recipe, monkeypatch, limit):
     """Stop at the first, naming step, batch and checkpoint; or leave it out, weights and moments untouched."""
