@@ -66,11 +66,15 @@ def generate(
     model: Annotated[str, Argument(help="Model folder or .pth file; or, alone, the text to continue with our own.")],
     prompt: Annotated[str | None, Argument(help="Text to continue; - reads it from standard input.")] = None,
     max_new_tokens: Annotated[int | None, Option(help="Most tokens to add; 64 by default.")] = None,
-    cache: Annotated[str, Option(help="What to keep between tokens: kv+g, kv, g or none.")] = "kv+g",
+    cache: Annotated[
+        str | None, Option(help="The published cache modes: kv+g, kv, g or none; the engine by default.")
+    ] = None,
     temperature: Annotated[float | None, Option(help="Sampling temperature; greedy if none is set.")] = None,
     top_k: Annotated[int | None, Option(help="Sample among the k most probable tokens; 0 means all.")] = None,
     top_p: Annotated[float | None, Option(help="Sample among tokens of this total probability.")] = None,
+    repetition_penalty: Annotated[float, Option(help="Above 1, tokens that were there get less probable.")] = 1.0,
     beams: Annotated[int, Option(help="Beam-search width.")] = 1,
+    stop: Annotated[list[str] | None, Option(help="Text that ends the continuation; may be repeated.")] = None,
     seed: Annotated[int | None, Option(help="Seed of the sampling.")] = None,
     stream: Annotated[bool, Option("--stream", help="Print the text as it is generated.")] = False,
     as_json: AsJson = False,
@@ -79,6 +83,7 @@ def generate(
     g_lm: OperatorFile = None,
     device: Device = None,
     dtype: Dtype = "auto",
+    quantize: Annotated[str | None, Option(help="int8: weights of 8 bits, on a CPU.")] = None,
 ) -> None:
     """Continue a text, with the model named or with the small story model that ships with pldr."""
     place, text = _model_and_prompt(model, prompt)
@@ -91,11 +96,16 @@ def generate(
     loaded, text_tokenizer = load_with_tokenizer(place, tokenizer, device=device, dtype=dtype, rope=rope, g_lm=g_lm)
     result = generate_text(
         loaded, text_tokenizer, text, max_new_tokens=max_new_tokens, cache=cache, temperature=temperature,
-        top_k=top_k, top_p=top_p, beams=beams, seed=seed,
+        top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty, beams=beams, stop=stop or (), seed=seed,
+        quantize=quantize,
         on_text=(lambda piece: typer.echo(piece, nl=False)) if stream else None,
     )  # fmt: skip
     if as_json:
-        fields = {"prompt": text, "cache": cache, "operator": loaded.config.operator} | vars(result)
+        fields = {
+            "prompt": text,
+            "cache": cache or ("kv+g" if beams > 1 else "engine"),
+            "operator": loaded.config.operator,
+        } | vars(result)
         typer.echo(to_json(fields | {"tokens_per_second": result.tokens_per_second}))
     else:
         typer.echo("" if stream else result.text)

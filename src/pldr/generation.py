@@ -1,8 +1,7 @@
 """Text in, text out: one function for the command line and for scripts, with the input checked before any work."""
 
-import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,16 +9,14 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast
 from transformers.generation.streamers import BaseStreamer
 
+from pldr.engine import NOT_FINITE, Engine, Options
+from pldr.engine.options import check_sampling, new_tokens
+from pldr.engine.text import GrowingText, continuation
 from pldr.modeling_pldr import PldrForCausalLM
-from pldr.tokenizer import check_text, check_vocabulary, encode
+from pldr.tokenizer import check_vocabulary, encode_prompt
 
 # The published implementation's cache modes as (keys and values, G_LM).
 CACHE_MODES = {"kv+g": (True, True), "kv": (True, False), "g": (False, True), "none": (False, False)}
-# Weights can be finite and still be too large for the numbers that a forward works with.
-NOT_FINITE = "the model's logits are NaN or infinite; its weights are damaged, or too large for this dtype"
-
-# Logits are divided by the temperature, and must stay finite.
-_LEAST_TEMPERATURE = 1e-6
 
 
 @dataclass
@@ -31,7 +28,7 @@ class Generation:
             without special tokens.
         token_ids: ids of the continuation, with [END] where it was reached.
         prompt_tokens: length of the prompt in tokens.
-        seconds: wall-clock time of the call to `generate`, prompt included.
+        seconds: wall-clock time of the generation, prompt included.
     """
 
     text: str
@@ -50,12 +47,15 @@ def generate_text(
     prompt: str,
     *,
     max_new_tokens: int | None = None,
-    cache: str = "kv+g",
+    cache: str | None = None,
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
+    repetition_penalty: float = 1.0,
     beams: int = 1,
+    stop: str | Sequence[str] = (),
     seed: int | None = None,
+    quantize: str | None = None,
     ignore_end: bool = False,
     on_text: Callable[[str], None] | None = None,
 ) -> Generation:
@@ -65,81 +65,72 @@ def generate_text(
         model, tokenizer: of one checkpoint.
         prompt: the text to continue; no special token is put before it, as in training.
         max_new_tokens: most tokens to add; 64, or as many as the context holds, by default.
-        cache: "kv+g", "kv", "g" or "none".
+        cache: by default the engine, which keeps keys, values and G_LM; or one of the published implementation's four
+            modes, "kv+g", "kv", "g" or "none", by the model's own `generate`, which beams take, too.
         temperature: softmax temperature, at least 1e-6 and finite.
         top_k: sample among the k most probable tokens; 0 means all.
         top_p: sample among the most probable tokens whose mass reaches this, in (0, 1].
+        repetition_penalty: see `pldr.engine.Options`; of the engine.
         beams: beam-search width; 1 means no beam search.
+        stop: texts that end the continuation and are left out of it; of the engine.
         seed: of the sampling.
+        quantize: "int8" for weights of 8 bits; of the engine, on a CPU.
         ignore_end: go on past [END], for measurements of equal length.
         on_text: called with each new piece of text as it is generated.
 
     Raises:
-        ValueError: an empty prompt, one longer than the context, or a setting outside its range.
+        ValueError: an empty prompt, one longer than the context, or a setting outside its range or of the other way.
         FloatingPointError: the model's logits are not finite.
     """
     check_vocabulary(tokenizer, model.config.vocab_size)
     ids = encode_prompt(tokenizer, prompt)
-    max_new_tokens = _checked_length(len(ids), model.config.max_position_embeddings, max_new_tokens)
-    if cache not in CACHE_MODES:
+    new = new_tokens(len(ids), model.config.max_position_embeddings, max_new_tokens)
+    if cache is not None and cache not in CACHE_MODES:
         raise ValueError(f"cache: must be one of {', '.join(CACHE_MODES)}, got {cache!r}")
+    if cache is None and beams == 1:
+        options = Options(
+            max_new_tokens=new, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop,
+            repetition_penalty=repetition_penalty, ignore_end=ignore_end,
+        )  # fmt: skip
+        engine = Engine(model, tokenizer, max_batch=1, max_length=len(ids) + new, quantize=quantize)
+        return _by_engine(engine, ids, options, on_text)
+    if repetition_penalty != 1 or stop or quantize is not None:
+        raise ValueError("repetition_penalty, stop, quantize: are the engine's; leave cache and beams out")
     sampling = _sampling(temperature, top_k, top_p, beams)
     if on_text is not None and beams > 1:
         raise ValueError("stream: beam search knows its text only at the end; use beams=1")
     streamer = TextStreamer(tokenizer, on_text, ids) if on_text is not None else None
     if seed is not None:
         torch.manual_seed(seed)
-    kv, g = CACHE_MODES[cache]
+    kv, g = CACHE_MODES[cache or "kv+g"]
     inputs = torch.tensor([ids], device=model.device)
     start = time.perf_counter()
     output = model.generate(
-        inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=max_new_tokens, use_cache=kv, use_g_cache=g,
+        inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=new, use_cache=kv, use_g_cache=g,
         eos_token_id=None if ignore_end else model.config.eos_token_id, pad_token_id=model.config.pad_token_id,
         streamer=streamer, logits_processor=LogitsProcessorList([_CheckFinite()]), **sampling,
     )  # fmt: skip
     seconds = time.perf_counter() - start
-    new = output[0, len(ids) :].tolist()
-    return Generation(_continuation(tokenizer, ids, new), new, len(ids), seconds)
+    found = output[0, len(ids) :].tolist()
+    return Generation(continuation(tokenizer, ids, found), found, len(ids), seconds)
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
-    """Token ids of a prompt, without special tokens.
-
-    Raises:
-        ValueError: the prompt is empty or not valid UTF-8.
-    """
-    ids = encode(tokenizer, check_text(prompt, "prompt"))
-    if not ids:
-        raise ValueError("prompt: is empty; G_LM needs at least one token")
-    return ids
-
-
-def _checked_length(prompt: int, context: int, new: int | None) -> int:
-    """How many tokens to add to a prompt of so many tokens, by default 64 or what the context has room for.
-
-    Raises:
-        ValueError: the context has no room for them.
-    """
-    room = context - prompt
-    if room < 1:
-        raise ValueError(f"prompt: {prompt} tokens leave no room in the context of {context}")
-    if new is None:
-        return min(64, room)
-    if not 1 <= new <= room:
-        raise ValueError(f"max_new_tokens: must be between 1 and {room} after this prompt, got {new}")
-    return new
+def _by_engine(engine: Engine, ids: list[int], options: Options, on_text: Callable[[str], None] | None) -> Generation:
+    start = time.perf_counter()
+    if on_text is None:
+        completion = engine.generate(ids, options)[0]
+    else:
+        for piece in engine.stream(ids, options):
+            if piece.text:
+                on_text(piece.text)
+        assert piece.completion is not None
+        completion = piece.completion
+    seconds = time.perf_counter() - start
+    return Generation(completion.text, completion.token_ids, len(ids), seconds)
 
 
 def _sampling(temperature: float | None, top_k: int | None, top_p: float | None, beams: int) -> dict[str, Any]:
-    if temperature is not None and not _LEAST_TEMPERATURE <= temperature < math.inf:
-        raise ValueError(
-            f"temperature: must be positive, got {temperature}: at least {_LEAST_TEMPERATURE} and finite; leave it out for "
-            "greedy decoding"
-        )
-    if top_k is not None and top_k < 0:
-        raise ValueError(f"top_k: must be 0 (all tokens) or more, got {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p: must be in (0, 1], got {top_p}")
+    check_sampling(temperature, top_k, top_p)
     if beams < 1:
         raise ValueError(f"beams: must be at least 1, got {beams}")
     if temperature is None and top_k is None and top_p is None:
@@ -153,12 +144,6 @@ def _sampling(temperature: float | None, top_k: int | None, top_p: float | None,
     }
 
 
-def _continuation(tokenizer: PreTrainedTokenizerFast, prompt: list[int], new: list[int]) -> str:
-    """The text of `new` behind `prompt`: a decoder drops the space before a first word, which is none here."""
-    before = tokenizer.decode(prompt, skip_special_tokens=True)
-    return tokenizer.decode([*prompt, *new], skip_special_tokens=True)[len(before) :]
-
-
 class _CheckFinite(LogitsProcessor):
     """Stops where there is nothing to choose from: NaN would pass for token 0."""
 
@@ -169,34 +154,24 @@ class _CheckFinite(LogitsProcessor):
 
 
 class TextStreamer(BaseStreamer):
-    """Hands out text as soon as later tokens can not change it: a run of byte tokens decodes only as a whole."""
+    """For `model.generate`: hands out text as soon as later tokens can not change it."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, on_text: Callable[[str], None], prompt: list[int]) -> None:
-        self.tokenizer = tokenizer
-        self.on_text = on_text
-        self.prompt = prompt
-        self.ids: list[int] = []
-        self.shown = 0
+        self.on_text, self.growing = on_text, GrowingText(tokenizer, prompt)
         self.prompt_seen = False
 
     def put(self, value: torch.Tensor) -> None:
         if not self.prompt_seen:  # generate puts the prompt first
             self.prompt_seen = True
             return
-        self.ids += value.flatten().tolist()
-        # Special tokens are left out of the text, so that they do not end a run either.
-        special = set(self.tokenizer.all_special_ids)
-        tokens = self.tokenizer.convert_ids_to_tokens(self.ids)
-        settled = len(tokens)
-        while settled and (tokens[settled - 1].startswith("<0x") or self.ids[settled - 1] in special):
-            settled -= 1
-        # Other tokenizers cut characters inside ordinary tokens; what is cut decodes to the replacement character.
-        self._show(_continuation(self.tokenizer, self.prompt, self.ids[:settled]).rstrip("\ufffd"))
+        for token in value.flatten().tolist():
+            self.growing.add(token)
+        self._show(last=False)
 
     def end(self) -> None:
-        self._show(_continuation(self.tokenizer, self.prompt, self.ids))
+        self.growing.end()
+        self._show(last=True)
 
-    def _show(self, text: str) -> None:
-        if len(text) > self.shown:
-            self.on_text(text[self.shown :])
-            self.shown = len(text)
+    def _show(self, *, last: bool) -> None:
+        if text := self.growing.piece(last=last):
+            self.on_text(text)

@@ -308,6 +308,18 @@ def check_text(text: str, name: str) -> str:
     return text
 
 
+def encode_prompt(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
+    """Token ids of a prompt, without special tokens.
+
+    Raises:
+        ValueError: the prompt is empty or not valid UTF-8.
+    """
+    ids: list[int] = encode(tokenizer, check_text(prompt, "prompt"))
+    if not ids:
+        raise ValueError("prompt: is empty; G_LM needs at least one token")
+    return ids
+
+
 def check_vocabulary(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> None:
     """Raises ValueError: the tokenizer is of another vocabulary size than the model."""
     if len(tokenizer) != vocab_size:

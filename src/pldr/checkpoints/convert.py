@@ -17,11 +17,10 @@ from transformers import PreTrainedTokenizerFast
 from pldr import layouts
 from pldr.checkpoints.load import load_model, load_predefined_G, load_with_tokenizer
 from pldr.files import check_output, one_line, read_text, whole_folder, write_json
-from pldr.generation import encode_prompt
 from pldr.modeling_pldr import PldrForCausalLM
 from pldr.operator import freeze, stored_operator
 from pldr.tables import Printable, Text
-from pldr.tokenizer import check_vocabulary, load_tokenizer
+from pldr.tokenizer import check_vocabulary, encode_prompt, load_tokenizer
 
 CHECKPOINT_LAYOUTS = ("pldr", "hub", "reference")
 

@@ -19,6 +19,7 @@ from pldr.modeling_pldr import PldrDecoderLayer, PldrForCausalLM
 from pldr.operator import GatedLinearUnit, LearnedOperator, ResidualUnit
 from pldr.ops import decode, reference
 from pldr.ops.decode import Choice, Linear, Norm, Parts, State, Stream
+from pldr.ops.quantized import quantized
 
 # Most steps of one `run`; on CUDA a graph holds a power of two of them.
 STEPS = 32
@@ -61,11 +62,6 @@ class Layer(NamedTuple):
     right: torch.Tensor | None
     metric: Metric | None
 
-    @property
-    def rank(self) -> int:
-        """Dimensions of a cached key."""
-        return self.qkv.weight.shape[1] if self.left is None else self.left.shape[-1]
-
 
 class Decoder:
     """A model over the rows of its caches.
@@ -79,10 +75,19 @@ class Decoder:
         model: in evaluation mode; its weights are read now, later changes are not seen.
         rows: most sequences at once.
         length: positions of each, at most the context.
+        quantize: "int8" for weights of 8 bits.
         graphs: record and replay CUDA graphs; by default wherever the model is on CUDA.
     """
 
-    def __init__(self, model: PldrForCausalLM, rows: int, length: int, *, graphs: bool | None = None) -> None:
+    def __init__(
+        self,
+        model: PldrForCausalLM,
+        rows: int,
+        length: int,
+        *,
+        quantize: str | None = None,
+        graphs: bool | None = None,
+    ) -> None:
         config = model.config
         self.config, self.rows, self.length = config, rows, length
         self.device, self.dtype = model.device, model.dtype
@@ -94,12 +99,15 @@ class Decoder:
         self.layers = pack_layers(model)
         last = cast(PldrDecoderLayer, embedding.layers[-1])
         self.last_norm, self.head = _norm(last.post_feedforward_layernorm), _linear(model.lm_head)
+        if quantize is not None:
+            self.layers = [_quantized(layer) for layer in self.layers]
+            self.head = quantized(self.head)
         self._allocate()
 
     def _allocate(self) -> None:
         shape = (self.rows, self.heads, self.length)
         new = {"device": self.device, "dtype": self.dtype}
-        ranks = [self.dimensions if layer.left is None else layer.rank for layer in self.layers]
+        ranks = [self.dimensions if layer.left is None else layer.left.shape[-1] for layer in self.layers]
         self.keys = [torch.zeros(*shape, rank, **new) for rank in ranks]
         self.values = [torch.zeros(*shape, self.dimensions, **new) for _ in ranks]
         # G_LM of each row, where it is learned: the identity until a prompt brings one.
@@ -272,6 +280,15 @@ class Decoder:
 
         return attend
 
+    @torch.inference_mode()
+    def read(self, row: int, prompt: Sequence[int]) -> torch.Tensor:
+        """Read a prompt into a row: the logits behind each of its tokens, [T, V]."""
+        rows = torch.tensor([row], device=self.device)
+        attend = self._attend_prompt(rows, len(prompt), None)
+        self.state.positions[row] = len(prompt) - 1
+        tokens = torch.tensor(prompt, device=self.device)
+        return self._head(Stream(self._layers(decode.embed(tokens, self.table, self.scale), attend).sum()))
+
     # --- rows --------------------------------------------------------------------------------------------------------
 
     def move(self, source: int, target: int) -> None:
@@ -343,6 +360,12 @@ def pack_layers(model: PldrForCausalLM) -> list[Layer]:
         )  # fmt: skip
         norm = _norm(module.post_feedforward_layernorm)
     return layers
+
+
+def _quantized(layer: Layer) -> Layer:
+    """Its products with weights of 8 bits; those of the metric learner, which a prompt needs once, stay as they are."""
+    unit = Unit(quantized(layer.unit.gate_up), quantized(layer.unit.down))
+    return layer._replace(qkv=quantized(layer.qkv), output=quantized(layer.output), unit=unit)
 
 
 def _norm(module: nn.LayerNorm) -> Norm:

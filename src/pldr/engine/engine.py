@@ -16,7 +16,7 @@ from pldr.engine.decoder import STEPS, Decoder
 from pldr.engine.options import Options, new_tokens
 from pldr.engine.text import GrowingText, continuation
 from pldr.modeling_pldr import PldrForCausalLM
-from pldr.tokenizer import check_text, check_vocabulary, encode
+from pldr.tokenizer import check_vocabulary, encode_prompt
 
 # Weights can be finite and still be too large for the numbers that a forward works with.
 NOT_FINITE = "the model's logits are NaN or infinite; its weights are damaged, or too large for this dtype"
@@ -138,10 +138,11 @@ class Engine:
         tokenizer: of the model; without one, prompts must be token ids, and there is no text.
         max_batch: most sequences at once; 128 on CUDA, 16 elsewhere, by default. Others wait.
         max_length: most tokens of a prompt with its continuation; the context by default.
+        quantize: "int8" keeps the weights of the products in 8 bits (see `pldr.ops.quantized`); on the CPU alone.
         graphs: whether steps are recorded and replayed; by default on CUDA.
 
     Raises:
-        ValueError: a size outside its range; a tokenizer of another vocabulary.
+        ValueError: a setting outside its range; a tokenizer of another vocabulary.
     """
 
     def __init__(
@@ -151,6 +152,7 @@ class Engine:
         *,
         max_batch: int | None = None,
         max_length: int | None = None,
+        quantize: str | None = None,
         graphs: bool | None = None,
     ) -> None:
         context = model.config.max_position_embeddings
@@ -160,10 +162,14 @@ class Engine:
             raise ValueError(f"max_batch: must be at least 1, got {max_batch}")
         if max_length is not None and not 2 <= max_length <= context:
             raise ValueError(f"max_length: must be between 2 and the context length {context}, got {max_length}")
+        if quantize not in (None, "int8"):
+            raise ValueError(f"quantize: must be int8, or left out, got {quantize!r}")
+        if quantize is not None and model.device.type != "cpu":
+            raise ValueError(f"quantize: int8 is for the CPU, the model is on {model.device}; use dtype bfloat16 there")
         if tokenizer is not None:
             check_vocabulary(tokenizer, model.config.vocab_size)
         self.config, self.tokenizer = model.config, tokenizer
-        self.decoder = Decoder(model.eval(), max_batch, max_length or context, graphs=graphs)
+        self.decoder = Decoder(model.eval(), max_batch, max_length or context, quantize=quantize, graphs=graphs)
         self.running: list[Request] = []
         self.waiting: deque[Request] = deque()
 
@@ -365,9 +371,8 @@ class Engine:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ValueError("prompts: texts need a tokenizer; make the engine with one, or give token ids")
-            ids = encode(self.tokenizer, check_text(prompt, "prompt"))
-        else:
-            ids = [int(token) for token in prompt]
+            return encode_prompt(self.tokenizer, prompt)
+        ids = [int(token) for token in prompt]
         if not ids:
             raise ValueError("prompt: is empty; G_LM needs at least one token")
         wrong = next((token for token in ids if not 0 <= token < self.config.vocab_size), None)

@@ -22,8 +22,8 @@ from transformers import Cache, PreTrainedTokenizerFast
 from pldr.cache import make_cache
 from pldr.data.rows import choose_passages
 from pldr.data.sources import Source
+from pldr.engine import NOT_FINITE
 from pldr.evaluation.modes import model_in_mode, modes_of
-from pldr.generation import NOT_FINITE
 from pldr.modeling_pldr import PldrForCausalLM
 from pldr.models.shipped import HELD_OUT
 

@@ -79,7 +79,9 @@ def _empty_gradients(
     """Where the gradients go: by hidden, which is overwritten, and by weight and bias, which are summed up from zero."""
     if not wanted:
         return hidden.new_empty(0), weight.new_empty(0, dtype=torch.float32), bias.new_empty(0, dtype=torch.float32)
-    of_weight, of_bias = (torch.zeros(tensor.shape, dtype=torch.float32, device=hidden.device) for tensor in (weight, bias))
+    of_weight, of_bias = (
+        torch.zeros(tensor.shape, dtype=torch.float32, device=hidden.device) for tensor in (weight, bias)
+    )
     return torch.empty_like(hidden), of_weight, of_bias
 
 
