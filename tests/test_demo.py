@@ -24,14 +24,21 @@ def test_demo_measures_what_it_says(write_recipe, tmp_path, monkeypatch):
         measured = numbers[name]
         assert (tmp_path / "demo" / f"{name}-G_LM.png").read_bytes().startswith(b"\x89PNG")
         kinds = [("no cache", "learned"), ("KV", "cached"), ("KV+G", "cached"), ("frozen G", "frozen")]
+        kinds += [("engine", "frozen"), ("engine, fewer dimensions", "compressed")]
         assert [(row["cache"], row["mode"]) for row in measured["generation"]] == kinds
         assert all(len(row["token_ids"]) == 12 for row in measured["generation"])
         # KV and KV+G differ only in what they keep, never in what they compute.
         assert measured["generation"][1]["token_ids"] == measured["generation"][2]["token_ids"]
+        assert measured["generation"][3]["token_ids"] == measured["generation"][4]["token_ids"]
+        assert measured["compression"]["kv_bytes_compressed"] <= measured["compression"]["kv_bytes_whole"]
         assert len(measured["operator"]) == layers
         assert load_model(tmp_path / "demo" / f"{name}-frozen").config.operator == "constant"
     loss = numbers["stories"]["losses"]
     assert max(abs(loss[name] - loss["learned"]) for name in ("cached", "frozen")) <= 1e-5
+    assert abs(loss["compressed"] - loss["frozen"]) <= 2e-4
+    assert (
+        numbers["stories"]["compression"]["kv_bytes_compressed"] < numbers["stories"]["compression"]["kv_bytes_whole"]
+    )
     assert all(words in str(result) for words in ("on books it was not trained on", "frozen G"))
 
 

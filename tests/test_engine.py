@@ -1,6 +1,7 @@
 """The engine: its steps against their references, its answers against the model's own, its batch against single prompts."""
 
 import copy
+import json
 import math
 
 import pytest
@@ -14,7 +15,7 @@ from transformers import (
 )
 
 from helpers import assert_close
-from pldr import freeze, make_cache
+from pldr import HELD_OUT, freeze, make_cache
 from pldr.engine import Engine, Options
 from pldr.engine.decoder import Decoder
 from pldr.engine.text import GrowingText, continuation
@@ -250,6 +251,38 @@ def test_a_run_of_byte_tokens_is_shown_whole(toy_tokenizer):
     shown.append(growing.piece(last=True))
     assert "".join(shown) == continuation(toy_tokenizer, prompt, new)
     assert "\ufffd" not in "".join(shown)
+
+
+# --- weights of 8 bits ----------------------------------------------------------------------------------------------
+
+
+def test_weights_of_8_bits_cost_little_loss(stories):
+    """On a held-out text, by the engine's own reading; and a batch changes nothing for the one in it."""
+    model, tokenizer = stories
+    text = json.loads(HELD_OUT.read_text(encoding="utf-8").splitlines()[0])["text"]
+    ids = tokenizer(text[:4000], add_special_tokens=False)["input_ids"][:300]
+    targets = torch.tensor(ids[1:])
+
+    def loss(quantize):
+        logits = Decoder(model, 1, 512, quantize=quantize).read(0, ids)[:-1]
+        return float(torch.nn.functional.cross_entropy(logits.double(), targets))
+
+    whole, small = loss(None), loss("int8")
+    assert small != whole
+    assert abs(small - whole) < 0.02
+    engine = Engine(model, tokenizer, max_batch=4, quantize="int8")
+    prompts = ["Once upon a time", "The old man", "It was"]
+    together = engine.generate(prompts, max_new_tokens=12)
+    assert [engine.generate(prompt, max_new_tokens=12)[0].token_ids for prompt in prompts] == [
+        result.token_ids for result in together
+    ]
+
+
+def test_what_can_not_be_quantised_is_refused(small_model):
+    with pytest.raises(ValueError, match="quantize: must be int8"):
+        Engine(small_model(), quantize="int4")
+    with pytest.raises(ValueError, match="multiple of 32"):
+        Engine(small_model(hidden_size=40, operator="constant"), quantize="int8")
 
 
 # --- the batch ------------------------------------------------------------------------------------------------------

@@ -110,7 +110,9 @@ for module in pkgutil.walk_packages(pldr.__path__, "pldr."):
 """
         found = run_python(code, *missing).split()
         assert found
-        assert [name for name in found if not name.startswith(rooms)] == []
+        # Kernels need Triton, which torch's build for the CPU does not bring.
+        kernels = tuple(f"ops.decoding.{name}" for name in ("attention", "choice", "few", "launch", "many"))
+        assert [name for name in found if not name.startswith((*rooms, *kernels))] == []
 
 
 class TestVersions:

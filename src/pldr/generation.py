@@ -64,18 +64,12 @@ def generate_text(
     Args:
         model, tokenizer: of one checkpoint.
         prompt: the text to continue; no special token is put before it, as in training.
-        max_new_tokens: most tokens to add; 64, or as many as the context holds, by default.
+        max_new_tokens, temperature, top_k, top_p, seed, ignore_end: see `pldr.Options`.
+        repetition_penalty, stop: likewise; of the engine.
         cache: by default the engine, which keeps keys, values and G_LM; or one of the published implementation's four
             modes, "kv+g", "kv", "g" or "none", by the model's own `generate`, which beams take, too.
-        temperature: softmax temperature, at least 1e-6 and finite.
-        top_k: sample among the k most probable tokens; 0 means all.
-        top_p: sample among the most probable tokens whose mass reaches this, in (0, 1].
-        repetition_penalty: see `pldr.engine.Options`; of the engine.
         beams: beam-search width; 1 means no beam search.
-        stop: texts that end the continuation and are left out of it; of the engine.
-        seed: of the sampling.
         quantize: "int8" for weights of 8 bits; of the engine, on a CPU.
-        ignore_end: go on past [END], for measurements of equal length.
         on_text: called with each new piece of text as it is generated.
 
     Raises:
@@ -96,23 +90,26 @@ def generate_text(
         return _by_engine(engine, ids, options, on_text)
     if repetition_penalty != 1 or stop or quantize is not None:
         raise ValueError("repetition_penalty, stop, quantize: are the engine's; leave cache and beams out")
-    sampling = _sampling(temperature, top_k, top_p, beams)
     if on_text is not None and beams > 1:
         raise ValueError("stream: beam search knows its text only at the end; use beams=1")
-    streamer = TextStreamer(tokenizer, on_text, ids) if on_text is not None else None
+    settings = _sampling(temperature, top_k, top_p, beams) | {"max_new_tokens": new}
+    settings["eos_token_id"] = None if ignore_end else model.config.eos_token_id
+    settings["streamer"] = None if on_text is None else TextStreamer(tokenizer, on_text, ids)
     if seed is not None:
         torch.manual_seed(seed)
-    kv, g = CACHE_MODES[cache or "kv+g"]
-    inputs = torch.tensor([ids], device=model.device)
     start = time.perf_counter()
-    output = model.generate(
-        inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=new, use_cache=kv, use_g_cache=g,
-        eos_token_id=None if ignore_end else model.config.eos_token_id, pad_token_id=model.config.pad_token_id,
-        streamer=streamer, logits_processor=LogitsProcessorList([_CheckFinite()]), **sampling,
-    )  # fmt: skip
+    found = _by_model(model, ids, *CACHE_MODES[cache or "kv+g"], settings)
     seconds = time.perf_counter() - start
-    found = output[0, len(ids) :].tolist()
     return Generation(continuation(tokenizer, ids, found), found, len(ids), seconds)
+
+
+def _by_model(model: PldrForCausalLM, ids: list[int], kv: bool, g: bool, settings: dict[str, Any]) -> list[int]:
+    inputs = torch.tensor([ids], device=model.device)
+    output = model.generate(
+        inputs, attention_mask=torch.ones_like(inputs), use_cache=kv, use_g_cache=g,
+        pad_token_id=model.config.pad_token_id, logits_processor=LogitsProcessorList([_CheckFinite()]), **settings,
+    )  # fmt: skip
+    return output[0, len(ids) :].tolist()
 
 
 def _by_engine(engine: Engine, ids: list[int], options: Options, on_text: Callable[[str], None] | None) -> Generation:

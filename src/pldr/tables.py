@@ -406,8 +406,15 @@ def _measured(measured: dict[str, Any]) -> Iterator[RenderableType]:
         "too; KV, KV+G: from the first half; frozen: a constant from one passage. Variation: of G_LM over held-out passages, "
         "relative RMSE, after and before training."
     )
-    yield _dependence(max(abs(value - loss["learned"]) for value in loss.values()), generation)
-    yield Text.assemble((f"\n{measured['prompt']}", "bold"), f"{generation[-1]['text']}\n")
+    kept = measured["compression"]
+    share = kept["kv_bytes_compressed"] / kept["kv_bytes_whole"]
+    yield _prose(
+        "The engine (pldr generate) decodes the frozen model; with fewer dimensions, its cached keys have "
+        f"{', '.join(map(str, kept['ranks']))} of {measured['head_dim']} by layer, its cache {share:.0%} of the bytes."
+    )
+    of_modes = [row for row in generation if row["mode"] != "compressed"]
+    yield _dependence(max(abs(loss[row["mode"]] - loss["learned"]) for row in of_modes), of_modes)
+    yield Text.assemble((f"\n{measured['prompt']}", "bold"), f"{of_modes[-1]['text']}\n")
 
 
 def _dependence(worst: float, generation: list[dict[str, Any]]) -> Text:

@@ -96,11 +96,10 @@ class Decoder:
         embedding = model.model
         self.table, self.scale = embedding.embed_tokens.weight.detach(), math.sqrt(config.hidden_size)
         self.rotary = embedding.rotary_embedding.table
-        self.layers = pack_layers(model)
+        self.layers = pack_layers(model, quantize)
         last = cast(PldrDecoderLayer, embedding.layers[-1])
         self.last_norm, self.head = _norm(last.post_feedforward_layernorm), _linear(model.lm_head)
         if quantize is not None:
-            self.layers = [_quantized(layer) for layer in self.layers]
             self.head = quantized(self.head)
         self._allocate()
 
@@ -341,9 +340,9 @@ class Decoder:
 # --- packing --------------------------------------------------------------------------------------------------------
 
 
-def pack_layers(model: PldrForCausalLM) -> list[Layer]:
+def pack_layers(model: PldrForCausalLM, quantize: str | None = None) -> list[Layer]:
     """The layers' weights as the steps of decoding take them; matrices that need no change are shared."""
-    align = _ALIGNMENT if model.device.type == "cuda" else 1
+    align = _ALIGNMENT if model.device.type == "cuda" or quantize is not None else 1
     layers, norm = [], _norm(model.model.embed_norm)
     for module in cast(list[PldrDecoderLayer], model.model.layers):
         attention = module.self_attn
@@ -358,6 +357,8 @@ def pack_layers(model: PldrForCausalLM) -> list[Layer]:
                 _norm(module.post_attention_layernorm), _unit(module.mlp, align), left, right, metric,
             )
         )  # fmt: skip
+        if quantize is not None:
+            layers[-1] = _quantized(layers[-1])
         norm = _norm(module.post_feedforward_layernorm)
     return layers
 

@@ -29,7 +29,13 @@ class Int8Linear(NamedTuple):
 
 
 def quantized(linear: Linear) -> Linear:
-    """The nearest weights of 8 bits, to one scale a row: an `Int8Linear`, in the place of a `Linear`."""
+    """The nearest weights of 8 bits, to one scale a row: an `Int8Linear`, in the place of a `Linear`.
+
+    Raises:
+        ValueError: the number of inputs is no multiple of 32: torch's product would read past the weights.
+    """
+    if linear.weight.shape[1] % 32:
+        raise ValueError(f"quantize: a product of {linear.weight.shape[1]} inputs; they must be a multiple of 32")
     scale = (linear.weight.abs().amax(1) / 127).clamp(min=1e-12).to(torch.bfloat16)
     weight = (linear.weight.float() / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
     return cast(Linear, Int8Linear(weight, scale, linear.bias))

@@ -122,6 +122,24 @@ class Moments(NamedTuple):
         return (self.query @ X @ self.key * X).sum((-2, -1))
 
 
+def factored_copy(whole: PldrForCausalLM, calibration: torch.Tensor, error: float = 0.01) -> PldrForCausalLM:
+    """Keys in as few dimensions as keep the RMS error of every head's scores within a bound; the model stays as it is.
+
+    That is quick, and proves nothing about the loss: `compress` does.
+
+    Args:
+        whole: with a constant operator.
+        calibration: [C, T], the text that scores are of.
+        error: of a score, after attention's scaling.
+    """
+    factors = [
+        factors_of(*layer) for layer in zip(stored_operator(whole), *moments_of(whole, calibration), strict=True)
+    ]
+    steps = range(8, whole.config.head_dim + 1, 8)
+    ranks = [next((r for r in steps if layer.errors[:, r].max() <= error), steps[-1]) for layer in factors]
+    return factor(copy.deepcopy(whole), [layer.cut(rank) for layer, rank in zip(factors, ranks, strict=True)])
+
+
 @torch.no_grad()
 def moments_of(model: PldrForCausalLM, passages: torch.Tensor) -> Moments:
     """The moments of what reaches the operators of a model when it reads passages [B, T]."""

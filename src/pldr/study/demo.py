@@ -10,6 +10,7 @@ import torch
 from rich.console import RenderableType
 from transformers import PreTrainedTokenizerFast
 
+from pldr.checkpoints.info import model_facts
 from pldr.checkpoints.load import load_model
 from pldr.data.rows import read_passages, source_of
 from pldr.data.sources import Source
@@ -20,7 +21,8 @@ from pldr.modeling_pldr import PldrForCausalLM
 from pldr.models.shipped import HELD_OUT, STORIES
 from pldr.plots import plot_operators
 from pldr.recipe import Recipe, load_recipe
-from pldr.study.timing import generations
+from pldr.study.compress import factored_copy
+from pldr.study.timing import TimedText, generations
 from pldr.tables import Printable, demo_view
 from pldr.tokenizer import load_tokenizer
 from pldr.training.run import train as train_recipe
@@ -122,8 +124,9 @@ def measure(
         output: begins the names of what is written: "…-frozen" and "…-G_LM.png".
 
     Returns:
-        "losses" by mode, in nats per token over the second half of each passage; "operator", a row a layer;
-        "generation", a row a kind of cache; "head_dim" and "prompt".
+        "losses" by mode, in nats per token over the second half of each passage; "compression", the dimensions of kept
+        keys by layer, and the bytes per token of the cache; "operator", a row a layer; "generation", a row a kind of
+        cache; "head_dim" and "prompt".
     """
     modes = OperatorModes(model, calibration)
     with whole_folder(f"{output}-frozen", overwrite=True) as saved:
@@ -138,25 +141,39 @@ def measure(
         layers=sorted({0, len(G_LM) // 2, len(G_LM) - 1}),
         title="G_LM before and after training, on two held-out passages",
     )
-    texts = generations(modes, tokenizer, prompt, NEW_TOKENS, REPEATS)
+    compressed = factored_copy(modes.models["frozen"], calibration)
+    texts = generations(modes, tokenizer, prompt, NEW_TOKENS, REPEATS, compressed=compressed)
+    # G_LM is cached from the first half of each passage; losses are taken over the second, in every mode alike.
+    half = passages.shape[1] // 2
+    losses = {mode: modes.loss(mode, passages, half) for mode in MODES}
+    losses["compressed"] = OperatorModes(model, frozen=compressed).loss("frozen", passages, half)
     return {
-        # G_LM is cached from the first half of each passage; losses are taken over the second, in every mode alike.
-        "losses": {mode: modes.loss(mode, passages, passages.shape[1] // 2) for mode in MODES},
+        "losses": losses,
+        "compression": _compression(modes.models["frozen"], compressed),
         "operator": _operator_rows(G_LM, untrained),
         "head_dim": model.config.head_dim,
         "prompt": prompt,
-        "generation": [
-            {
-                "cache": row.cache,
-                "mode": row.mode,
-                "tokens_per_second": row.tokens_per_second,
-                "same_text": row.generation.token_ids == texts[0].generation.token_ids,
-                "token_ids": row.generation.token_ids,
-                "text": row.generation.text,
-            }
-            for row in texts
-        ],
+        "generation": _generation_rows(texts),
     }
+
+
+def _compression(whole: PldrForCausalLM, compressed: PldrForCausalLM) -> dict[str, Any]:
+    before, after = (model_facts(form)["kv_cache_bytes_per_token"] for form in (whole, compressed))
+    return {"ranks": compressed.config.operator_ranks, "kv_bytes_whole": before, "kv_bytes_compressed": after}
+
+
+def _generation_rows(texts: list[TimedText]) -> list[dict[str, Any]]:
+    return [
+        {
+            "cache": row.cache,
+            "mode": row.mode,
+            "tokens_per_second": row.tokens_per_second,
+            "same_text": row.generation.token_ids == texts[0].generation.token_ids,
+            "token_ids": row.generation.token_ids,
+            "text": row.generation.text,
+        }
+        for row in texts
+    ]
 
 
 def _operator_rows(G_LM: torch.Tensor, untrained: torch.Tensor) -> list[dict[str, Any]]:
