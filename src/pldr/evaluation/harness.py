@@ -30,6 +30,7 @@ from lm_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerFast
 
 from pldr.checkpoints.load import load_with_tokenizer
+from pldr.engine import Engine, Options
 from pldr.evaluation.modes import cache_settings
 from pldr.evaluation.perplexity import windows
 from pldr.evaluation.published import LAYOUTS, read_benchmark
@@ -186,6 +187,10 @@ class PldrLM(TemplateLM):
             self.cache_hook.add_partial("generate_until", request.args, texts[index])
         return [texts[index] for index in range(len(requests))]
 
+    @functools.cached_property
+    def _engine(self) -> Engine:
+        return Engine(self.scorer.model, self.tokenizer)
+
     def _generate(self, prompts: list[list[int]], settings: dict[str, Any]) -> list[str]:
         """Of prompts of one length, with the harness's settings, normalised."""
         until = settings.pop("until")
@@ -193,6 +198,17 @@ class PldrLM(TemplateLM):
             settings = {
                 name: value for name, value in settings.items() if name not in ("temperature", "top_p", "top_k")
             }
+        # G_LM learned from all tokens so far is no cache's; and what else a task may set is transformers'.
+        if self.scorer.mode != "learned" and settings.keys() <= _ENGINE_SETTINGS:
+            sampled = settings.pop("do_sample")
+            new = settings.pop("max_gen_toks")
+            if sampled:
+                settings = {"temperature": 1.0, **settings}
+            options = Options(max_new_tokens=new, stop=[text for text in until if text], **settings)
+            return [
+                postprocess_generated_text(result.text, until, None)
+                for result in self._engine.generate(prompts, options)
+            ]
         ids = torch.tensor(prompts, device=self.device)
         found = self.scorer.model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=settings.pop("max_gen_toks"),
@@ -206,6 +222,10 @@ class PldrLM(TemplateLM):
             )
             texts.append(postprocess_generated_text(whole[len(before) :], until, None))
         return texts
+
+
+# Of a task's generation_kwargs, as the harness normalises them.
+_ENGINE_SETTINGS = {"max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty"}
 
 
 # --- tasks ----------------------------------------------------------------------------------------------------------
