@@ -46,7 +46,7 @@ def test_unknown_preset():
         ({"rope_pairing": "both"}, "rope_pairing must be one of"),
         ({"hidden_act": "gelu"}, "hidden_act must be one of"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings must be one of"),
-        ({"operator_trainable": True}, "applies to operator='constant' only"),
+        ({"operator_trainable": True}, "applies to operator='constant' and 'factored' only"),
         ({"attention_dropout": 1.0}, "attention_dropout must be in"),
         ({"num_hidden_layers": 0}, "num_hidden_layers must be at least 1"),
         ({"rope_theta": -1.0}, "rope_theta must be positive"),

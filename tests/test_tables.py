@@ -61,12 +61,14 @@ def evaluation(name="piqa"):
 
 
 def demo(name="out", prompt="The sea", same=True):
-    caches = {"no cache": "learned", "KV": "cached", "KV+G": "cached", "frozen G": "frozen"}
+    caches = {"no cache": "learned", "KV": "cached", "KV+G": "cached", "frozen G": "frozen", "engine": "frozen",
+              "fewer": "compressed"}  # fmt: skip
     rows = [{"cache": cache, "mode": mode, "tokens_per_second": 100.0 * speed, "same_text": same, "text": f" and {prompt}"}
             for speed, (cache, mode) in enumerate(caches.items(), 1)]  # fmt: skip
     layer = {"layer": 0, "variation": 1e-6, "untrained_variation": 0.25, "log10_determinant": -223.4, "rank": 14.5}
-    stories = {"losses": {"learned": 1.5, "cached": 1.5 + 1e-7, "frozen": 1.5 - 2e-6}, "operator": [layer], "head_dim": 64,
-               "prompt": prompt, "generation": rows}  # fmt: skip
+    stories = {"losses": {"learned": 1.5, "cached": 1.5 + 1e-7, "frozen": 1.5 - 2e-6, "compressed": 1.6}, "operator": [layer], "head_dim": 64,
+               "prompt": prompt, "generation": rows,
+               "compression": {"ranks": [16], "kv_bytes_whole": 1000, "kv_bytes_compressed": 625}}  # fmt: skip
     return {"stories": stories, "folder": name, "seconds": 33.0}
 
 
@@ -213,6 +215,8 @@ def test_demo(printed, monkeypatch):
     assert "no cache 1.500000 100 1.0× the same" in lines
     assert "KV+G 1.500000 +1e-07 300 3.0× the same" in lines
     assert "frozen G 1.499998 -2e-06 400 4.0× the same" in lines
+    assert "fewer 1.600000 +1e-01 600 6.0× the same" in lines
+    assert "by layer, its cache 62% of the bytes." in " ".join(text.split())
     assert "layer 0 1.0e-06 2.5e-01 -223.4 14.5 of 64" in lines
     assert "G_LM does not depend on the text" in text
     assert "\n  .venv/bin/pldr info out/stories-frozen\n" in text
