@@ -196,6 +196,32 @@ def test_requests_of_several_kinds_share_a_batch(model):
     assert len(set(requests[1].token_ids)) == 5, "a large penalty repeats nothing"
 
 
+def test_a_row_keeps_nothing_of_the_request_before(model):
+    engine = Engine(model, max_batch=2)
+    engine.generate(PROMPTS[:2], max_new_tokens=4, temperature=2.0, repetition_penalty=1.9, seed=1)
+    plain = engine.submit(PROMPTS[0], Options(max_new_tokens=12, ignore_end=True))
+    engine.step()
+    engine.submit(PROMPTS[1], Options(max_new_tokens=12, temperature=2.0, seed=2, ignore_end=True))
+    while plain.finish_reason is None:
+        engine.step()
+    assert plain.token_ids == greedy(model, PROMPTS[0], 12)
+
+
+def test_a_stream_that_nobody_reads_is_no_request(stories):
+    engine = Engine(*stories)
+    engine.stream("The sea")
+    assert not engine.waiting
+
+
+def test_prompts_may_be_tensors(model):
+    ids = torch.tensor(PROMPTS[0])
+    (one,), two = (
+        Engine(model).generate(ids, max_new_tokens=3),
+        Engine(model).generate(ids.expand(2, -1), max_new_tokens=3),
+    )
+    assert [result.token_ids for result in two] == [one.token_ids] * 2
+
+
 # --- ends -----------------------------------------------------------------------------------------------------------
 
 

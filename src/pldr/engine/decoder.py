@@ -72,7 +72,7 @@ class Decoder:
         choice: how the next token of each row is drawn, where one is drawn (see `Choice`).
 
     Args:
-        model: in evaluation mode; its weights are read now, later changes are not seen.
+        model: its weights are read now, later changes are not seen.
         rows: most sequences at once.
         length: positions of each, at most the context.
         quantize: "int8" for weights of 8 bits.
@@ -153,6 +153,7 @@ class Decoder:
         size = rows
         if self.graphs:
             size = next((size for size in SIZES if rows <= size <= self.rows), self.rows)
+            self.state.positions[rows:size] = 0  # what runs along has as little to read as can be
 
         def work() -> None:
             for column in range(steps):

@@ -133,7 +133,7 @@ class Engine:
         running, waiting: the requests that hold a row of the caches, and those that wait for one.
 
     Args:
-        model: with any operator; it is put into evaluation mode. A learned operator's G_LM is computed from each prompt and
+        model: with any operator. A learned operator's G_LM is computed from each prompt and
             kept (KV and G), as `generate` with a G-cache does.
         tokenizer: of the model; without one, prompts must be token ids, and there is no text.
         max_batch: most sequences at once; 128 on CUDA, 16 elsewhere, by default. Others wait.
@@ -169,7 +169,7 @@ class Engine:
         if tokenizer is not None:
             check_vocabulary(tokenizer, model.config.vocab_size)
         self.config, self.tokenizer = model.config, tokenizer
-        self.decoder = Decoder(model.eval(), max_batch, max_length or context, quantize=quantize, graphs=graphs)
+        self.decoder = Decoder(model, max_batch, max_length or context, quantize=quantize, graphs=graphs)
         self.running: list[Request] = []
         self.waiting: deque[Request] = deque()
 
@@ -193,7 +193,8 @@ class Engine:
                 before anything is generated.
             FloatingPointError: the model's logits are not finite.
         """
-        requests = self._submit_all(prompts, options, settings, streaming=False)
+        requests = self._requests(prompts, options, settings, streaming=False)
+        self.waiting += requests
         try:
             while any(request.finish_reason is None for request in requests):
                 self.step(STEPS)
@@ -211,10 +212,10 @@ class Engine:
         """
         if self.tokenizer is None:
             raise ValueError("stream: needs a tokenizer; make the engine with one")
-        requests = self._submit_all(prompts, options, settings, streaming=True)
-        return self._pieces(requests)
+        return self._pieces(self._requests(prompts, options, settings, streaming=True))
 
     def _pieces(self, requests: list[Request]) -> Iterator[Piece]:
+        self.waiting += requests
         try:
             open_ones = dict(enumerate(requests))
             while open_ones:
@@ -313,8 +314,7 @@ class Engine:
         for requests in by_length.values():
             row = len(self.running)
             draw = any(request.draws for request in requests)
-            if draw:
-                self._set_choice(row, requests)
+            self._set_choice(row, requests)  # also where none draws: others may, later, and then all rows do
             tokens, logprobs = self.decoder.begin(row, [request.prompt for request in requests], draw=draw)
             self._hand_out(requests, tokens[:, None], logprobs[:, None])
             self.running += requests
@@ -339,21 +339,18 @@ class Engine:
 
     # --- checks ------------------------------------------------------------------------------------------------------
 
-    def _submit_all(
+    def _requests(
         self, prompts: Prompt | Sequence[Prompt], options: Options | None, settings: dict[str, Any], streaming: bool
     ) -> list[Request]:
         if options is not None and settings:
             raise ValueError(f"options: pass options or {', '.join(settings)}, not both")
         options = options or Options(**settings)
-        several = _several(prompts)
-        requests = [
+        return [
             self._request(
                 prompt, options if options.seed is None else replace(options, seed=options.seed + i), streaming
             )
-            for i, prompt in enumerate(several)
+            for i, prompt in enumerate(_several(prompts))
         ]
-        self.waiting += requests
-        return requests
 
     def _request(self, prompt: Prompt, options: Options, streaming: bool) -> Request:
         ids = self._ids(prompt)
@@ -381,8 +378,10 @@ class Engine:
         return ids
 
 
-def _several(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
-    """A text or a list of ids as a list of one."""
+def _several(prompts: Prompt | Sequence[Prompt] | torch.Tensor) -> Sequence[Prompt]:
+    """A text or a list of ids as a list of one; tensors as lists."""
+    if isinstance(prompts, torch.Tensor):
+        prompts = prompts.tolist()
     if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int)):
         return [prompts]  # type: ignore[list-item]
     return prompts  # type: ignore[return-value]
