@@ -1,0 +1,77 @@
+"""The engine's kernels, compiled for a Hopper GPU on whatever machine this is: what the compiler refuses is seen without one."""
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="Triton is not installed: torch's build for the CPU does not bring it")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from pldr.ops.decoding import attention, choice, few, many  # noqa: E402
+
+HOPPER = GPUTarget("cuda", 90, 32)
+BF16, FP32, INT32, INT64 = "*bf16", "*fp32", "*i32", "*i64"
+NORM = {"gamma": BF16, "beta": BF16, "eps": "fp32"}
+STATE = {
+    "tokens": INT64, "positions": INT32, "chosen": INT64, "table": BF16, "scale": "fp32", "length": "i32", "steps": "i32",
+    "column": "i32",
+}  # fmt: skip
+ATTEND = {
+    "keys": BF16, "values": BF16, "positions": INT32, "rotary": FP32, "left": BF16, "right": BF16, "scale": "fp32",
+    "keys_row": "i32", "keys_head": "i32", "values_row": "i32", "values_head": "i32", "sines": "i32", "left_row": "i32",
+}  # fmt: skip
+LINEAR = {"weight": BF16, "bias": BF16, "width": "i32", "features": "i32"}
+
+
+def cases():
+    """Of each kernel: argument types, constants, warps."""
+    for n in (1, 3):
+        for gated, highest in ((False, False), (True, False), (False, True)):
+            types = LINEAR | NORM | {"x": FP32, "y": FP32, "h": FP32, "best": FP32, "where": INT32}
+            constants = {"N": n, "GATED": gated, "HIGHEST": highest, "LATE": not gated, "COLUMNS": 1024, "ROWS": 8}
+            yield few._norm_linear, types, constants, 8
+        types = LINEAR | {"x": FP32, "highest": FP32, "total": FP32, "residual": FP32, "y": FP32}
+        yield few._linear_add, types, {"N": n, "PARTS": 8, "D": 64, "COLUMNS": 1024, "ROWS": 8}, 8
+        yield few._linear_add, types, {"N": n, "PARTS": 0, "D": 2432, "COLUMNS": 4096, "ROWS": 2}, 4
+    yield few._embed, {"tokens": INT64, "table": BF16, "x": FP32, "width": "i32", "scale": "fp32"}, {"BLOCK": 1024}, 4
+    for rank, factored in ((64, False), (16, True), (24, True)):
+        shape = {"H": 14, "D": 64, "R": rank, "BLOCK_R": triton.next_power_of_2(rank), "FACTORED": factored}
+        for parts, block, kind, warps in ((8, 64, FP32, 4), (1, 32, BF16, 2)):
+            types = ATTEND | dict.fromkeys(("qkv", "out", "highest", "total"), kind)
+            for adjacent in (True, False):
+                yield attention._attend, types, shape | {"PARTS": parts, "BLOCK": block, "ADJACENT": adjacent}, warps
+    for gated, add in ((False, False), (True, False), (False, True)):
+        types = {"x": BF16, "weight": BF16, "bias": BF16, "residual": BF16, "y": FP32 if add else BF16}
+        types |= {"sequences": "i32", "inputs": "i32", "features": "i32"}
+        tile = {"BN": 32, "BF": 32, "BK": 128, "STEPS": 7, "LINES": 16, "LATE": not gated and not add}
+        yield many._dot, types, tile | {"GATED": gated, "ADD": add}, 4
+    types = NORM | {"x": FP32, "residual": BF16, "y": BF16, "sequences": "i32", "width": "i32"}
+    yield many._norm, types, {"PARTS": 4, "ADD": False, "BLOCK": 1024}, 4
+    yield many._silu_product, {"both": BF16, "y": BF16, "features": "i32"}, {"BLOCK": 512}, 4
+    names = ("u", "gate_up", "gate_up_bias", "down", "down_bias", "y")
+    types = NORM | dict.fromkeys(names, BF16) | {"rows": "i32"}
+    yield many._residual_unit, types, {"UNITS": 2, "D": 64, "F": 192, "BLOCK": 64, "ROWS": 16}, 4
+    blocks = {"best": FP32, "where": INT32}
+    yield choice._highest_of_block, blocks | {"logits": FP32, "vocabulary": "i32"}, {"BLOCK": 2048}, 4
+    width = {"WIDTH": 896, "COLUMNS": 1024}
+    yield choice._highest_of_row, STATE | blocks | {"x": FP32, "blocks": "i32"}, width | {"BLOCK": 2048}, 4
+    types = STATE | dict.fromkeys(
+        ("logits", "uniform", "temperature", "top_p", "penalty", "logprobs", "embedded"), FP32
+    )
+    types |= {"top_k": INT32, "seen": "*u8", "vocabulary": "i32"}
+    yield choice._choose, types, width | {"SEEN": True, "BLOCK": 32768}, 32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kernel", "types", "constants", "warps"), cases(), ids=lambda value: getattr(value, "__name__", "")
+)
+def test_kernels_compile(kernel, types, constants, warps):
+    constants = constants | {"PDL": True}
+    signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
+    values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    compiled = triton.compile(
+        ASTSource(kernel, signature, values), target=HOPPER, options={"num_warps": warps, "launch_pdl": True}
+    )
+    assert "griddepcontrol.wait" in compiled.asm["ptx"]
+    assert compiled.metadata.shared <= 227 * 1024
