@@ -440,10 +440,20 @@ def test_products_with_what_goes_before_and_after(dtype, sequences, width, featu
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("pairing", ["adjacent", "halves"])
-@pytest.mark.parametrize(("rank", "kind"), [(32, "constant"), (32, "each"), (8, "factored"), (24, "factored")])
+@pytest.mark.parametrize(
+    ("dimensions", "rank", "kind"),
+    [
+        (32, 32, "constant"),
+        (32, 32, "each"),
+        (32, 8, "factored"),
+        (32, 24, "factored"),
+        (48, 48, "constant"),
+        (20, 8, "factored"),
+    ],
+)
 @pytest.mark.parametrize("sequences", [1, 3, 5, 40, 70])
-def test_attention_over_a_cache(pairing, rank, kind, sequences, poisoned):
-    rows, heads, dimensions, length = sequences + 2, 3, 32, 300
+def test_attention_over_a_cache(pairing, dimensions, rank, kind, sequences, poisoned):
+    rows, heads, length = sequences + 2, 3, 300
     qkv = normal(sequences, 3 * heads * dimensions)
     keys, values = normal(rows, heads, length, rank), normal(rows, heads, length, dimensions)
     positions = torch.randint(

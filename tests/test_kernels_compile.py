@@ -35,7 +35,14 @@ def cases():
         yield few._linear_add, types, {"N": n, "PARTS": 0, "D": 2432, "COLUMNS": 4096, "ROWS": 2}, 4
     yield few._embed, {"tokens": INT64, "table": BF16, "x": FP32, "width": "i32", "scale": "fp32"}, {"BLOCK": 1024}, 4
     for rank, factored in ((64, False), (16, True), (24, True)):
-        shape = {"H": 14, "D": 64, "R": rank, "BLOCK_R": triton.next_power_of_2(rank), "FACTORED": factored}
+        shape = {
+            "H": 14,
+            "D": 64,
+            "R": rank,
+            "BLOCK_D": 64,
+            "BLOCK_R": triton.next_power_of_2(rank),
+            "FACTORED": factored,
+        }
         for parts, block, kind, warps in ((8, 64, FP32, 4), (1, 32, BF16, 2)):
             types = ATTEND | dict.fromkeys(("qkv", "out", "highest", "total"), kind)
             for adjacent in (True, False):

@@ -37,7 +37,7 @@ def attend(
         qkv, keys, values, positions, rotary, left, left if right is None else right, out, highest, total,
         keys.stride(0), keys.stride(1), values.stride(0), values.stride(1), rotary.stride(0),
         left.stride(0) if left.dim() == 4 else 0, dimensions**-0.5,
-        H=heads, D=dimensions, R=rank, BLOCK_R=triton.next_power_of_2(rank), PARTS=parts,
+        H=heads, D=dimensions, R=rank, BLOCK_D=triton.next_power_of_2(dimensions), BLOCK_R=triton.next_power_of_2(rank), PARTS=parts,
         ADJACENT=pairing == "adjacent", FACTORED=right is not None,
         **(_FEW if few else _MANY), **dependent(qkv),
     )  # fmt: skip
@@ -48,8 +48,8 @@ def attend(
 def _attend(  # type: ignore[no-untyped-def]
     qkv, keys, values, positions, rotary, left, right, out, highest, total,
     keys_row, keys_head, values_row, values_head, sines, left_row, scale,
-    H: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, PARTS: tl.constexpr,
-    ADJACENT: tl.constexpr, FACTORED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    PARTS: tl.constexpr, ADJACENT: tl.constexpr, FACTORED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A program: one head of one sequence over one part of its cache. The last part also keeps the new key and value.
 
@@ -58,10 +58,8 @@ def _attend(  # type: ignore[no-untyped-def]
     """
     release(PDL)
     head, row, part = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
-    d = tl.arange(0, D)
-    r = tl.arange(0, BLOCK_R)
-    t = tl.arange(0, BLOCK)
-    used = (r < R)[None, :]
+    d, r, t = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK)
+    real, used = d < D, (r < R)[None, :]
     position = tl.load(positions + row)
     size = tl.cdiv(tl.cdiv(position, PARTS), BLOCK) * BLOCK
     start = tl.minimum(part * size, position)
@@ -70,27 +68,27 @@ def _attend(  # type: ignore[no-untyped-def]
     values += row * values_row + head * values_head
     at = start + t
     k = tl.load(keys + at[:, None] * R + r[None, :], mask=(at < stop)[:, None] & used, other=0.0)
-    v = tl.load(values + at[:, None] * D + d[None, :], mask=(at < stop)[:, None], other=0.0)
+    v = tl.load(values + at[:, None] * D + d[None, :], mask=(at < stop)[:, None] & real[None, :], other=0.0)
     partner, cos, sin = _rotation(rotary, sines, position, d, D, ADJACENT)
     factor = head * (D * R) + d[:, None] * R + r[None, :]
-    l_factor = tl.load(left + row * left_row + factor, mask=used, other=0.0)
+    l_factor = tl.load(left + row * left_row + factor, mask=used & real[:, None], other=0.0)
     if FACTORED:
-        r_factor = tl.load(right + factor, mask=used, other=0.0)
+        r_factor = tl.load(right + factor, mask=used & real[:, None], other=0.0)
     wait(PDL)
     base = qkv + row * (3 * H * D) + head * D
-    q = tl.load(base + d).to(tl.float32) * cos + tl.load(base + partner).to(tl.float32) * sin
+    q = _rotated(base, d, partner, real, cos, sin)
     base += H * D
-    new_k = tl.load(base + d).to(tl.float32) * cos + tl.load(base + partner).to(tl.float32) * sin
-    new_v = tl.load(base + H * D + d).to(values.dtype.element_ty)
+    new_k = _rotated(base, d, partner, real, cos, sin)
+    new_v = tl.load(base + H * D + d, mask=real, other=0.0).to(values.dtype.element_ty)
     q = tl.sum(q[:, None] * l_factor.to(tl.float32), 0) * scale  # [R]
     if FACTORED:
         new_k = tl.sum(new_k[:, None] * r_factor.to(tl.float32), 0)
     new_k = new_k.to(keys.dtype.element_ty)
     last = part == PARTS - 1
     tl.store(keys + position * R + tl.arange(0, BLOCK_R), new_k, mask=(tl.arange(0, BLOCK_R) < R) & last)
-    tl.store(values + position * D + d, new_v, mask=(d < D) & last)
+    tl.store(values + position * D + d, new_v, mask=real & last)
 
-    m, l, acc = _over_cache(keys, values, q, k, v, start, stop, D, R, BLOCK_R, BLOCK)  # noqa: E741
+    m, l, acc = _over_cache(keys, values, q, k, v, start, stop, D, R, BLOCK_D, BLOCK_R, BLOCK)  # noqa: E741
     s = tl.where(last, tl.sum(new_k.to(tl.float32) * q, 0), -1e30)
     top = tl.maximum(tl.max(m, 0), s)
     share = tl.exp(m - top)
@@ -99,11 +97,11 @@ def _attend(  # type: ignore[no-untyped-def]
     acc = tl.sum(acc * share[:, None], 0) + p * new_v.to(tl.float32)
     if PARTS > 1:
         index = (row * PARTS + part) * H + head
-        tl.store(out + index * D + d, acc)
+        tl.store(out + index * D + d, acc, mask=real)
         tl.store(highest + index, top)
         tl.store(total + index, summed)
     else:
-        tl.store(out + (row * H + head) * D + d, (acc / summed).to(out.dtype.element_ty))
+        tl.store(out + (row * H + head) * D + d, (acc / summed).to(out.dtype.element_ty), mask=real)
 
 
 @triton.jit
@@ -115,28 +113,37 @@ def _rotation(rotary, sines, position, d, D: tl.constexpr, ADJACENT: tl.constexp
     else:
         partner, angle = (d + D // 2) % D, d % (D // 2)
         sign = tl.where(d < D // 2, -1.0, 1.0)
+    # Past the last dimension, which a size that is no power of two has, anything that is there.
+    partner, angle = tl.where(d < D, partner, 0), tl.where(d < D, angle, 0)
     at = position * (D // 2) + angle
     return partner, tl.load(rotary + at), tl.load(rotary + sines + at) * sign
 
 
 @triton.jit
+def _rotated(base, d, partner, real, cos, sin):  # type: ignore[no-untyped-def]
+    here = tl.load(base + d, mask=real, other=0.0).to(tl.float32)
+    return here * cos + tl.load(base + partner, mask=real, other=0.0).to(tl.float32) * sin
+
+
+@triton.jit
 def _over_cache(  # type: ignore[no-untyped-def]
-    keys, values, q, k, v, start, stop, D: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK: tl.constexpr
-):
+    keys, values, q, k, v, start, stop,
+    D: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Attention from start to stop, of which k and v are the first block; the next is fetched while one is worked on.
 
     Each row of a block keeps a softmax of its own: highest score [BLOCK], sum of exponentials [BLOCK], output [BLOCK, D].
     """
-    t, r, d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_R), tl.arange(0, D)
-    used = (r < R)[None, :]
+    t, r, d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
+    real, used = (d < D)[None, :], (r < R)[None, :]
     m = tl.full([BLOCK], -1e30, tl.float32)
     l = tl.zeros([BLOCK], tl.float32)  # noqa: E741 (as the literature calls it)
-    acc = tl.zeros([BLOCK, D], tl.float32)
+    acc = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     for begin in range(start, stop, BLOCK):
         there = begin + t < stop
         at = begin + BLOCK + t
         next_k = tl.load(keys + at[:, None] * R + r[None, :], mask=(at < stop)[:, None] & used, other=0.0)
-        next_v = tl.load(values + at[:, None] * D + d[None, :], mask=(at < stop)[:, None], other=0.0)
+        next_v = tl.load(values + at[:, None] * D + d[None, :], mask=(at < stop)[:, None] & real, other=0.0)
         s = tl.sum(k.to(tl.float32) * q[None, :], 1)
         new_m = tl.where(there, tl.maximum(m, s), m)
         share = tl.exp(m - new_m)
