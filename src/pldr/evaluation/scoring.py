@@ -241,6 +241,9 @@ def mode_disagreement(scorers: dict[str, Scorer], passages: torch.Tensor) -> flo
 def progress(title: str, total: int, *, disable: bool = False) -> Iterator[Callable[[int], None]]:
     """A bar on standard error, where that is a terminal, and what moves it on."""
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=disable or not console.is_terminal) as bar:
+    if disable or not console.is_terminal:  # a bar that is disabled leaves an empty line, in older releases of rich
+        yield lambda count: None
+        return
+    with Progress(console=console, transient=True) as bar:
         task = bar.add_task(title, total=total)
         yield lambda count: bar.advance(task, count)
