@@ -67,7 +67,9 @@ def capture(source: Path, folder: Path) -> dict[str, Any]:
             "eval", stories, "--perplexity", FIXTURE / "piqa" / "valid.jsonl", "--window", 128, "--json"
         ),
         "inspect": pldr("inspect", stories, "--passages", 8, "--length", 128, "--html", "report.html", "--json"),
-        "generate": pldr("generate", "The old man", "--seed", 1, "--temperature", 0.8, "--top-k", 40, "--json"),
+        "generate": pldr(
+            "generate", "The old man", "--seed", 1, "--temperature", 0.8, "--top-k", 40, "--cache", "kv+g", "--json"
+        ),
         "info": pldr("info", stories, "--json"),
         "train": pldr(*TINY_RUN, "output=run", "--json"),
         "train, handed off": pldr(*TINY_RUN, "output=handed", "optimization.handoff_step=6", "--json"),

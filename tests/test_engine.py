@@ -357,8 +357,15 @@ def test_logits_that_are_not_finite_end_their_own_request_alone(small_model):
         ([[5]], {"top_k": -1}, "top_k"),
         ([[5]], {"top_p": 1.1}, "top_p"),
         ([[5]], {"repetition_penalty": 0.0}, "repetition_penalty"),
+        ([[5]], {"repetition_penalty": 1e-300}, "repetition_penalty"),
         ([[5]], {"seed": -1}, "seed"),
-        ([[5]], {"stop": [""]}, "stop: a text is empty"),
+        ([[5]], {"seed": 1.5}, "seed: must be an integer"),
+        ([[5]], {"max_new_tokens": 1.5}, "max_new_tokens: must be an integer"),
+        ([[5]], {"stop": [""]}, "stop: must be a text"),
+        ([[5]], {"stop": None}, "stop: must be a text"),
+        ([[5]], {"stop_ids": 5}, "stop_ids: must be a list"),
+        ([["a"]], {}, "prompt: must be a text or token ids, got a list with str"),
+        ([{"input_ids": [5]}], {}, "got dict"),
         ([[5]], {"stop": "x"}, "stop: texts need a tokenizer"),
         (["x"], {}, "prompts: texts need a tokenizer"),
     ],
@@ -379,6 +386,55 @@ def test_mistakes_are_told_before_any_work(small_model, prompts, settings, messa
 
 def test_nothing_to_continue(small_model):
     assert Engine(small_model()).generate([]) == []
+
+
+def test_a_step_that_breaks_off_ends_its_requests_and_no_others(model, monkeypatch):
+    engine = Engine(model, max_batch=2)
+    running = engine.submit(PROMPTS[0], Options(max_new_tokens=9))
+    engine.step()
+    joining, waiting = (engine.submit(prompt, Options(max_new_tokens=3, ignore_end=True)) for prompt in PROMPTS[:2])
+    begin = engine.decoder.begin
+
+    def interrupted(*arguments, **fields):
+        monkeypatch.setattr(engine.decoder, "begin", begin)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine.decoder, "begin", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    assert (running.finish_reason, joining.finish_reason, waiting.finish_reason) == ("error", "error", None)
+    with pytest.raises(RuntimeError, match="broken off"):
+        engine.completion(joining)
+    while waiting.finish_reason is None:
+        engine.step()
+    assert waiting.token_ids == greedy(model, PROMPTS[1], 3)
+    with pytest.raises(ValueError, match="has not ended"):
+        engine.completion(engine.submit(PROMPTS[0]))
+
+
+def test_settings_at_their_ends_choose_the_most_probable(model):
+    expected = greedy(model, PROMPTS[0], 6)
+    for settings in ({"top_p": 1e-300}, {"top_k": 1}, {"temperature": 1e-6, "top_k": 2**40}):
+        result = Engine(model).generate(PROMPTS[0], max_new_tokens=6, ignore_end=True, seed=3, **settings)[0]
+        assert result.token_ids == expected, settings
+        assert result.logprobs is None
+
+
+def test_a_prompt_that_ends_inside_a_character(toy_tokenizer):
+    ids = toy_tokenizer("the ☃", add_special_tokens=False)["input_ids"]
+    assert continuation(toy_tokenizer, ids[:-1], ids[-1:]) == "☃"
+    growing = GrowingText(toy_tokenizer, ids[:-1])
+    growing.add(ids[-1])
+    growing.end()
+    assert growing.piece(last=True) == "☃"
+
+
+def test_greedy_requests_leave_torchs_generator_alone(model):
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    Engine(model).generate(PROMPTS[0], max_new_tokens=3)
+    assert torch.rand(1) == expected
 
 
 # --- kernels --------------------------------------------------------------------------------------------------------

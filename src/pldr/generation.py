@@ -92,7 +92,7 @@ def generate_text(
         raise ValueError("repetition_penalty, stop, quantize: are the engine's; leave cache and beams out")
     if on_text is not None and beams > 1:
         raise ValueError("stream: beam search knows its text only at the end; use beams=1")
-    settings = _sampling(temperature, top_k, top_p, beams) | {"max_new_tokens": new}
+    settings = _sampling(temperature, top_k, top_p, seed, beams) | {"max_new_tokens": new}
     settings["eos_token_id"] = None if ignore_end else model.config.eos_token_id
     settings["streamer"] = None if on_text is None else TextStreamer(tokenizer, on_text, ids)
     if seed is not None:
@@ -126,8 +126,10 @@ def _by_engine(engine: Engine, ids: list[int], options: Options, on_text: Callab
     return Generation(completion.text, completion.token_ids, len(ids), seconds)
 
 
-def _sampling(temperature: float | None, top_k: int | None, top_p: float | None, beams: int) -> dict[str, Any]:
-    check_sampling(temperature, top_k, top_p)
+def _sampling(
+    temperature: float | None, top_k: int | None, top_p: float | None, seed: int | None, beams: int
+) -> dict[str, Any]:
+    check_sampling(temperature, top_k, top_p, seed)
     if beams < 1:
         raise ValueError(f"beams: must be at least 1, got {beams}")
     if temperature is None and top_k is None and top_p is None:

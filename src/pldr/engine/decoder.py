@@ -109,7 +109,7 @@ class Decoder:
         ranks = [self.dimensions if layer.left is None else layer.left.shape[-1] for layer in self.layers]
         self.keys = [torch.zeros(*shape, rank, **new) for rank in ranks]
         self.values = [torch.zeros(*shape, self.dimensions, **new) for _ in ranks]
-        # G_LM of each row, where it is learned: the identity until a prompt brings one.
+        # G_LM of each row, where it is learned: of no use until a prompt brings one.
         square = (self.rows, self.heads, self.dimensions, self.dimensions)
         self.operators = [torch.zeros(square, **new) if layer.left is None else layer.left for layer in self.layers]
 
@@ -152,7 +152,8 @@ class Decoder:
         """
         size = rows
         if self.graphs:
-            size = next((size for size in SIZES if rows <= size <= self.rows), self.rows)
+            size = next((size for size in SIZES if rows <= size), -(-rows // 64) * 64)
+            size = min(size, self.rows)
             self.state.positions[rows:size] = 0  # what runs along has as little to read as can be
 
         def work() -> None:

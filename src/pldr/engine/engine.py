@@ -7,6 +7,7 @@ calls `Engine.step` again and again.
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -20,6 +21,13 @@ from pldr.tokenizer import check_vocabulary, encode_prompt
 
 # Weights can be finite and still be too large for the numbers that a forward works with.
 NOT_FINITE = "the model's logits are NaN or infinite; its weights are damaged, or too large for this dtype"
+
+# Steps between two looks at what has come, where somebody waits for it.
+_STREAMED_STEPS = 4
+# Tokens of prompts that are read at once, at most, but for a prompt that is longer by itself.
+_PROMPT_TOKENS = 32768
+# Below it, a probability mass is none in float32.
+_LEAST_TOP_P = 1e-30
 
 Prompt = str | Sequence[int]
 
@@ -65,7 +73,8 @@ class Request:
     Attributes:
         prompt: its token ids.
         options: what was asked for.
-        token_ids, logprobs: of the continuation so far.
+        token_ids: of the continuation so far.
+        logprobs: of those tokens, where asked for.
         finish_reason: None until it ends; see `Completion`, or "error" or "cancelled".
         error: what went wrong, where something did.
     """
@@ -75,10 +84,11 @@ class Request:
         self.token_ids: list[int] = []
         self.logprobs: list[float] = []
         self.finish_reason: str | None = None
-        self.error: FloatingPointError | None = None
+        self.error: Exception | None = None
         self.growing: GrowingText | None = None
-        seed = options.seed if options.seed is not None else int(torch.randint(2**62, (1,)))
-        self._uniform = torch.Generator().manual_seed(seed)
+        self._uniform = torch.Generator()
+        if options.samples:
+            self._uniform.manual_seed(int(torch.randint(2**62, (1,))) if options.seed is None else options.seed)
 
     @property
     def remaining(self) -> int:
@@ -95,24 +105,26 @@ class Request:
         return torch.rand(steps, generator=self._uniform)
 
     def add(self, tokens: list[int], logprobs: list[float]) -> None:
-        """Take the next tokens, up to the one that ends it."""
-        tokens, logprobs = tokens[: self.remaining], logprobs[: self.remaining]
+        """Take the next tokens, up to the one that ends it, and their log-probabilities where asked for."""
+        tokens = tokens[: self.remaining]
+        logprobs = logprobs[: len(tokens)] if self.options.logprobs else []
         if self.growing is None and self.ends.isdisjoint(tokens):  # most of the time, and for all tokens at once
             self.token_ids += tokens
             self.logprobs += logprobs
             self.finish_reason = None if self.remaining else "length"
             return
-        for token, logprob in zip(tokens, logprobs, strict=True):
-            self._add(token, logprob)
+        before = len(self.token_ids)
+        for token in tokens:
+            self._add(token)
             if self.finish_reason is not None:
                 break
+        self.logprobs += logprobs[: len(self.token_ids) - before]
 
-    def _add(self, token: int, logprob: float) -> None:
+    def _add(self, token: int) -> None:
         if token < 0:
             self.finish_reason, self.error = "error", FloatingPointError(NOT_FINITE)
             return
         self.token_ids.append(token)
-        self.logprobs.append(logprob)
         if token in self.ends:
             self.finish_reason = "stop" if token in self.options.stop_ids else "end"
         elif self.growing is not None and self.growing.add(token):
@@ -172,6 +184,7 @@ class Engine:
         self.decoder = Decoder(model, max_batch, max_length or context, quantize=quantize, graphs=graphs)
         self.running: list[Request] = []
         self.waiting: deque[Request] = deque()
+        self._joining: list[Request] = []
 
     # --- for a list of prompts ---------------------------------------------------------------------------------------
 
@@ -191,7 +204,8 @@ class Engine:
         Raises:
             ValueError: an empty prompt, one longer than the context, an unknown token, or a setting outside its range;
                 before anything is generated.
-            FloatingPointError: the model's logits are not finite.
+            FloatingPointError: the logits behind one of them are not finite; what the others came to is lost, which it is
+                not with `submit`.
         """
         requests = self._requests(prompts, options, settings, streaming=False)
         self.waiting += requests
@@ -235,18 +249,20 @@ class Engine:
         """The result of a request that has ended.
 
         Raises:
-            FloatingPointError: it ended so.
+            ValueError: it has not.
+            FloatingPointError, or what else broke a step off: it ended so.
         """
         if request.error is not None:
             raise request.error
-        assert request.finish_reason is not None
+        if request.finish_reason is None:
+            raise ValueError("request: has not ended; go on with step")
         if request.growing is not None:
             text = request.growing.text
         elif self.tokenizer is None:
             text = ""
         else:
             ids = request.token_ids
-            text = continuation(self.tokenizer, request.prompt, ids[:-1] if request.finish_reason == "stop" else ids)
+            text = continuation(self.tokenizer, request.prompt, ids if request.finish_reason == "length" else ids[:-1])
         logprobs = request.logprobs if request.options.logprobs else None
         return Completion(text, request.token_ids, len(request.prompt), request.finish_reason, logprobs)
 
@@ -263,6 +279,8 @@ class Engine:
         for request in requests:
             if request.finish_reason is None:
                 request.finish_reason = "cancelled"
+        if any(request.finish_reason is not None for request in self.waiting):
+            self.waiting = deque(request for request in self.waiting if request.finish_reason is None)
         self._leave()
 
     def step(self, most: int = 1) -> None:
@@ -272,13 +290,24 @@ class Engine:
             most: of tokens each; fewer where requests wait for a place. Where graphs are used they are rounded down to a
                 power of two.
         """
-        self._leave()
-        self.join()
-        self._leave()
-        if not self.running:
-            return
+        try:
+            self.join()
+            if self.running:
+                self._go_on(most)
+        except BaseException as error:
+            # How far the caches came is not known: whoever was in the step ends with it, and the others can go on.
+            for request in (*self._joining, *self.running):
+                if request.finish_reason is None:
+                    request.finish_reason = "error"
+                    request.error = error if isinstance(error, Exception) else RuntimeError("a step was broken off")
+            self._joining = []
+            raise
+        finally:
+            self._leave()
+
+    def _go_on(self, most: int) -> None:
         needed = max(request.remaining for request in self.running)
-        steps = self._steps(min(most, needed, _STREAMED_STEPS if self.waiting else STEPS))
+        steps = self._steps(min(max(most, 1), needed, _STREAMED_STEPS if self.waiting else STEPS))
         draw = any(request.draws for request in self.running)
         if draw:
             uniform = torch.stack([request.uniforms(steps) for request in self.running])
@@ -292,12 +321,13 @@ class Engine:
 
     @staticmethod
     def _hand_out(requests: Sequence[Request], tokens: torch.Tensor, logprobs: torch.Tensor) -> None:
-        for request, new, probabilities in zip(requests, tokens.tolist(), logprobs.tolist(), strict=True):
-            request.add(new, probabilities)
+        wanted = any(request.options.logprobs for request in requests)
+        probabilities = logprobs.tolist() if wanted else [[]] * len(requests)
+        for request, new, its_own in zip(requests, tokens.tolist(), probabilities, strict=True):
+            request.add(new, its_own)
 
     def _leave(self) -> None:
         """Free the rows of requests that have ended; the last row takes the place of each."""
-        self.waiting = deque(request for request in self.waiting if request.finish_reason is None)
         for row in reversed(range(len(self.running))):
             if self.running[row].finish_reason is not None:
                 last = self.running.pop()
@@ -307,17 +337,26 @@ class Engine:
 
     def join(self) -> None:
         """Read waiting prompts into free rows, those of one length together."""
-        joining = [self.waiting.popleft() for _ in range(min(len(self.waiting), self.decoder.rows - len(self.running)))]
+        self._leave()
+        free = self.decoder.rows - len(self.running)
+        self._joining = [self.waiting.popleft() for _ in range(min(len(self.waiting), free))]
         by_length: dict[int, list[Request]] = {}
-        for request in joining:
+        for request in self._joining:
             by_length.setdefault(len(request.prompt), []).append(request)
-        for requests in by_length.values():
-            row = len(self.running)
-            draw = any(request.draws for request in requests)
-            self._set_choice(row, requests)  # also where none draws: others may, later, and then all rows do
-            tokens, logprobs = self.decoder.begin(row, [request.prompt for request in requests], draw=draw)
-            self._hand_out(requests, tokens[:, None], logprobs[:, None])
-            self.running += requests
+        for length, requests in by_length.items():
+            together = max(1, _PROMPT_TOKENS // length)
+            for start in range(0, len(requests), together):
+                self._begin(requests[start : start + together])
+        self._joining = []
+        self._leave()
+
+    def _begin(self, requests: list[Request]) -> None:
+        row = len(self.running)
+        self._set_choice(row, requests)  # also where none draws: others may, later, and then all rows do
+        draw = any(request.draws for request in requests)
+        tokens, logprobs = self.decoder.begin(row, [request.prompt for request in requests], draw=draw)
+        self._hand_out(requests, tokens[:, None], logprobs[:, None])
+        self.running += requests
 
     def _set_choice(self, row: int, requests: list[Request]) -> None:
         if any(request.options.repetition_penalty != 1 for request in requests):
@@ -327,8 +366,8 @@ class Engine:
         choice.uniform[rows, :1] = torch.stack([request.uniforms(1) for request in requests]).to(self.decoder.device)
         for part, values in (
             (choice.temperature, [(o.temperature or 1.0) if o.samples else 0.0 for o in asked]),
-            (choice.top_k, [o.top_k or 0 for o in asked]),
-            (choice.top_p, [1.0 if o.top_p is None else o.top_p for o in asked]),
+            (choice.top_k, [min(o.top_k or 0, self.config.vocab_size) for o in asked]),
+            (choice.top_p, [1.0 if o.top_p is None else max(o.top_p, _LEAST_TOP_P) for o in asked]),
             (choice.penalty, [o.repetition_penalty for o in asked]),
         ):
             part[rows] = torch.tensor(values, dtype=part.dtype, device=self.decoder.device)
@@ -369,23 +408,36 @@ class Engine:
             if self.tokenizer is None:
                 raise ValueError("prompts: texts need a tokenizer; make the engine with one, or give token ids")
             return encode_prompt(self.tokenizer, prompt)
-        ids = [int(token) for token in prompt]
+        ids = _as_list(prompt)
+        if not all(isinstance(token, Integral) for token in ids):
+            raise ValueError(f"prompt: must be a text or token ids, got a list with {_kind(ids)}")
         if not ids:
             raise ValueError("prompt: is empty; G_LM needs at least one token")
         wrong = next((token for token in ids if not 0 <= token < self.config.vocab_size), None)
         if wrong is not None:
             raise ValueError(f"prompt: token {wrong} is none of the model's {self.config.vocab_size}")
-        return ids
+        return [int(token) for token in ids]
 
 
-def _several(prompts: Prompt | Sequence[Prompt] | torch.Tensor) -> Sequence[Prompt]:
-    """A text or a list of ids as a list of one; tensors as lists."""
-    if isinstance(prompts, torch.Tensor):
-        prompts = prompts.tolist()
-    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int)):
-        return [prompts]  # type: ignore[list-item]
-    return prompts  # type: ignore[return-value]
+def _several(prompts: Any) -> list[Any]:
+    """A text or a list of ids as a list of one."""
+    if isinstance(prompts, str):
+        return [prompts]
+    listed = _as_list(prompts)
+    return [listed] if listed and all(isinstance(token, Integral) for token in listed) else listed
 
 
-# Steps between two looks at what has come, where somebody waits for it.
-_STREAMED_STEPS = 4
+def _as_list(ids: Any) -> list[Any]:
+    """Of a list, a tuple, an array or a tensor.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    found = ids.tolist() if hasattr(ids, "tolist") else ids
+    if not isinstance(found, list | tuple):
+        raise ValueError(f"prompts: must be texts or lists of token ids, got {type(ids).__name__}")
+    return list(found)
+
+
+def _kind(values: list[Any]) -> str:
+    return next(type(value).__name__ for value in values if not isinstance(value, Integral))

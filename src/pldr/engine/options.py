@@ -19,7 +19,7 @@ class Options:
         temperature: softmax temperature, at least 1e-6 and finite.
         top_k: draw among the k most probable tokens; 0 means all.
         top_p: draw among the most probable tokens whose mass reaches this, in (0, 1].
-        repetition_penalty: positive; the logits of tokens that the prompt or the text so far holds are divided by it
+        repetition_penalty: between 1e-6 and 1e6; the logits of tokens that the prompt or the text so far holds are divided by it
             where they are positive, else multiplied. 1 changes nothing.
         seed: of the drawing; the i-th prompt of a list draws with seed + i. By default from torch's generator.
         stop: texts that end a continuation; they are left out of it.
@@ -43,15 +43,21 @@ class Options:
     logprobs: bool = False
 
     def __post_init__(self) -> None:
-        check_sampling(self.temperature, self.top_k, self.top_p)
-        if not 0 < self.repetition_penalty < math.inf:
-            raise ValueError(f"repetition_penalty: must be positive and finite, got {self.repetition_penalty}")
+        for name in ("max_new_tokens", "top_k", "seed"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, int):
+                raise ValueError(f"{name}: must be an integer, got {value!r}")
+        check_sampling(self.temperature, self.top_k, self.top_p, self.seed)
+        if not LEAST_TEMPERATURE <= self.repetition_penalty <= 1 / LEAST_TEMPERATURE:
+            raise ValueError(f"repetition_penalty: must be between 1e-6 and 1e6, got {self.repetition_penalty}")
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: must be at least 1, got {self.max_new_tokens}")
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed: must be between 0 and 2^63 - 1, got {self.seed}")
-        if any(not text for text in self.stops):
-            raise ValueError("stop: a text is empty")
+        if not isinstance(self.stop, str | list | tuple) or not all(
+            isinstance(text, str) and text for text in self.stops
+        ):
+            raise ValueError(f"stop: must be a text, or a list of texts that are not empty, got {self.stop!r}")
+        if not isinstance(self.stop_ids, list | tuple) or not all(isinstance(token, int) for token in self.stop_ids):
+            raise ValueError(f"stop_ids: must be a list of token ids, got {self.stop_ids!r}")
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -64,7 +70,7 @@ class Options:
         return any(setting is not None for setting in (self.temperature, self.top_k, self.top_p))
 
 
-def check_sampling(temperature: float | None, top_k: int | None, top_p: float | None) -> None:
+def check_sampling(temperature: float | None, top_k: int | None, top_p: float | None, seed: int | None = None) -> None:
     """
     Raises:
         ValueError: a setting outside its range.
@@ -78,6 +84,8 @@ def check_sampling(temperature: float | None, top_k: int | None, top_p: float | 
         raise ValueError(f"top_k: must be 0 (all tokens) or more, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p: must be in (0, 1], got {top_p}")
+    if seed is not None and not 0 <= seed < 2**62:
+        raise ValueError(f"seed: must be between 0 and 2^62 - 1, got {seed}")
 
 
 def new_tokens(prompt: int, context: int, asked: int | None) -> int:

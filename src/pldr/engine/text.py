@@ -11,7 +11,10 @@ _CONTEXT = 4
 def continuation(tokenizer: PreTrainedTokenizerFast, prompt: Sequence[int], new: Sequence[int]) -> str:
     """The text of `new` behind `prompt`: a decoder drops the space before a first word, which is none here."""
     before = tokenizer.decode(prompt, skip_special_tokens=True)
-    return tokenizer.decode([*prompt, *new], skip_special_tokens=True)[len(before) :]
+    whole = tokenizer.decode([*prompt, *new], skip_special_tokens=True)
+    if not whole.startswith(before):  # the prompt ends inside a character, which the new tokens complete
+        before = before.rstrip("\ufffd")
+    return whole[len(before) :]
 
 
 class GrowingText:

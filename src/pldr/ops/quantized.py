@@ -1,7 +1,7 @@
 """Linear layers with weights of 8 bits, for decoding on a CPU, which waits for the memory that weights come from.
 
-Weights alone are quantised, so that what a sequence is continued with does not depend on the others of its batch: one
-scale a row, the row's largest weight to 127. torch multiplies them with activations in bfloat16.
+Weights alone are quantised, one scale a row, the row's largest weight to 127: a scale of activations would be one of the
+whole batch. torch multiplies them with activations in bfloat16.
 """
 
 from typing import NamedTuple, cast

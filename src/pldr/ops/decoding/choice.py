@@ -70,7 +70,7 @@ def _highest_of_row(  # type: ignore[no-untyped-def]
     values = tl.load(best + row * blocks + block, mask=block < blocks, other=0.0)
     damage = tl.sum(values * 0.0, 0)
     values = tl.where(block < blocks, values, -float("inf"))
-    index = tl.argmax(values, 0, tie_break_left=True)
+    index = tl.minimum(tl.argmax(values, 0, tie_break_left=True), blocks - 1)  # NaN may point past the last
     token = tl.where(damage == 0.0, tl.load(where + row * blocks + index), -1)
     _advance(tokens, positions, chosen, x, table, scale, length, steps, column, row, token, WIDTH, COLUMNS)
 
@@ -147,6 +147,7 @@ def _choose(  # type: ignore[no-untyped-def]
         token = tl.min(tl.where(found, columns, BLOCK), 0)
         # Where rounding leaves no such place, the last token with any mass.
         token = tl.where(token == BLOCK, tl.max(tl.where(mass > 0.0, columns, 0), 0), token)
+    token = tl.minimum(token, vocabulary - 1)  # NaN may point past the last
     logit = tl.sum(tl.where(columns == token, raw, 0.0), 0)
     choice = tl.where(damage == 0.0, token, -1)
     _advance(tokens, positions, chosen, embedded, table, scale, length, steps, column, row, choice, WIDTH, COLUMNS)
