@@ -113,11 +113,21 @@ def differences(before: Any, after: Any, place: str = "") -> Iterator[str]:
             else:
                 yield from differences(value, after[name], f"{place}.{name}")
         yield from (f"+ {place}.{name}" for name in after if name not in named)
-    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
-        for index, (one, other) in enumerate(zip(before, after, strict=True)):
+    elif (
+        isinstance(before, list)
+        and isinstance(after, list)
+        and (len(before) == len(after) or _adds_rows(before, after))
+    ):
+        for index, (one, other) in enumerate(zip(before, after, strict=False)):
             yield from differences(one, other, f"{place}[{index}]")
+        yield from (f"+ {place}[{index}]" for index in range(len(before), len(after)))
     elif json.dumps(before) != json.dumps(after) and (not isinstance(before, str) or RENAMED.get(before) != after):
         yield f"{place}: {json.dumps(before)[:80]} before, {json.dumps(after)[:80]} after"
+
+
+def _adds_rows(before: list[Any], after: list[Any]) -> bool:
+    """Whether a table has more rows below those that it had; a list of numbers has no rows."""
+    return len(after) > len(before) > 0 and all(isinstance(row, dict) for row in (*before, *after))
 
 
 def main() -> None:
