@@ -31,3 +31,9 @@ def test_the_last_bit_counts():
 
 def test_what_is_gone_counts():
     assert differences({"a": {"b": 1}}, {"a": {}}) == [".a.b: is gone"]
+
+
+def test_rows_that_a_table_adds_are_additions_and_longer_lists_are_not():
+    assert differences({"a": [{"b": 1}]}, {"a": [{"b": 1}, {"b": 2}]}) == ["+ .a[1]"]
+    assert differences({"a": [{"b": 1}]}, {"a": [{"b": 3}, {"b": 2}]}) == [".a[0].b: 1 before, 3 after", "+ .a[1]"]
+    assert len(differences({"a": [1]}, {"a": [1, 2]})) == 1
