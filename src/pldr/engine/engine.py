@@ -75,6 +75,7 @@ class Request:
         options: what was asked for.
         token_ids: of the continuation so far.
         logprobs: of those tokens, where asked for.
+        growing: its text so far, where it is streamed or has stops.
         finish_reason: None until it ends; see `Completion`, or "error" or "cancelled".
         error: what went wrong, where something did.
     """
@@ -145,8 +146,8 @@ class Engine:
         running, waiting: the requests that hold a row of the caches, and those that wait for one.
 
     Args:
-        model: with any operator. A learned operator's G_LM is computed from each prompt and
-            kept (KV and G), as `generate` with a G-cache does.
+        model: with any operator. A learned operator's G_LM is computed from each prompt and kept (KV and G), as `generate`
+            with a G-cache does.
         tokenizer: of the model; without one, prompts must be token ids, and there is no text.
         max_batch: most sequences at once; 128 on CUDA, 16 elsewhere, by default. Others wait.
         max_length: most tokens of a prompt with its continuation; the context by default.
@@ -199,7 +200,8 @@ class Engine:
             settings: its fields by name.
 
         Returns:
-            One `Completion` a prompt, in their order. What a prompt is continued with does not depend on the others.
+            One `Completion` a prompt, in their order. What a prompt is continued with does not depend on the others, up to
+            the rounding of products over another number of rows.
 
         Raises:
             ValueError: an empty prompt, one longer than the context, an unknown token, or a setting outside its range;

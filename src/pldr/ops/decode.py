@@ -99,7 +99,7 @@ def norm_gated(stream: Stream, weights: Norm, gate_up: Linear) -> tuple[torch.Te
     """
     path = _path(stream.x, gate_up)
     if path == "few":
-        return few.norm_gated(stream.sum(), weights, gate_up)
+        return few.norm_linear(stream.sum(), weights, gate_up, gated=True)
     h = norm(stream, weights, gate_up.dtype)
     return (many.dot(h, gate_up, gated=True) if path == "some" else silu_product(gate_up(h))), h
 

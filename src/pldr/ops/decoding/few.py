@@ -44,15 +44,19 @@ def _embed(tokens, table, x, width, scale, BLOCK: tl.constexpr, PDL: tl.constexp
     tl.store(x + row * width + columns, values * scale, mask=columns < width)
 
 
-def norm_linear(x: torch.Tensor, norm: Norm, linear: Linear) -> tuple[torch.Tensor, torch.Tensor]:
+def norm_linear(
+    x: torch.Tensor, norm: Norm, linear: Linear, *, gated: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `ops.decode.norm_linear`, or with `gated` `norm_gated`."""
     sequences, width = x.shape
-    features = len(linear.weight)
+    features = len(linear.weight) // (2 if gated else 1)
     y = torch.empty(sequences, features, dtype=torch.float32, device=x.device)
     h = torch.empty_like(x)
     columns, rows, warps = _tile(width, features)
     _norm_linear[(triton.cdiv(features, rows),)](
         x, norm.weight, norm.bias, linear.weight, linear.bias, y, h, y, y, width, features, norm.eps,
-        N=sequences, GATED=False, HIGHEST=False, LATE=True, COLUMNS=columns, ROWS=rows, num_warps=warps, **dependent(x),
+        N=sequences, GATED=gated, HIGHEST=False, LATE=not gated, COLUMNS=columns, ROWS=rows, num_warps=warps,
+        **dependent(x),
     )  # fmt: skip
     return y, h
 
@@ -70,19 +74,6 @@ def norm_highest(x: torch.Tensor, norm: Norm, head: Linear, state: State, column
         N=sequences, GATED=False, HIGHEST=True, LATE=False, COLUMNS=columns, ROWS=rows, num_warps=warps, **dependent(x),
     )  # fmt: skip
     choose_of_blocks(best, where, state, column)
-
-
-def norm_gated(x: torch.Tensor, norm: Norm, gate_up: Linear) -> tuple[torch.Tensor, torch.Tensor]:
-    sequences, width = x.shape
-    features = len(gate_up.weight) // 2
-    y = torch.empty(sequences, features, dtype=torch.float32, device=x.device)
-    h = torch.empty_like(x)
-    columns, rows, warps = _tile(width, features)
-    _norm_linear[(triton.cdiv(features, rows),)](
-        x, norm.weight, norm.bias, gate_up.weight, gate_up.bias, y, h, y, y, width, features, norm.eps,
-        N=sequences, GATED=True, HIGHEST=False, LATE=False, COLUMNS=columns, ROWS=rows, num_warps=warps, **dependent(x),
-    )  # fmt: skip
-    return y, h
 
 
 @triton.jit
