@@ -40,18 +40,20 @@ def cases():
             "D": 64,
             "R": rank,
             "BLOCK_D": 64,
-            "BLOCK_R": triton.next_power_of_2(rank),
+            "BLOCK_R": max(16, triton.next_power_of_2(rank)),
             "FACTORED": factored,
         }
-        for parts, block, kind, warps in ((8, 64, FP32, 4), (1, 32, BF16, 2)):
+        for parts, tile, kind in ((8, attention._FEW, FP32), (1, attention._MANY, BF16)):
             types = ATTEND | dict.fromkeys(("qkv", "out", "highest", "total"), kind)
+            constants = shape | {name: tile[name] for name in ("BLOCK", "MATRIX")}
             for adjacent in (True, False):
-                yield attention._attend, types, shape | {"PARTS": parts, "BLOCK": block, "ADJACENT": adjacent}, warps
-    for gated, add in ((False, False), (True, False), (False, True)):
-        types = {"x": BF16, "weight": BF16, "bias": BF16, "residual": BF16, "y": FP32 if add else BF16}
+                yield attention._attend, types, constants | {"PARTS": parts, "ADJACENT": adjacent}, tile["num_warps"]
+    for kind in ("", "GATED", "ADD", "HIGHEST"):
+        types = dict.fromkeys(("x", "weight", "bias", "residual"), BF16)
+        types |= {"y": FP32 if kind in ("ADD", "HIGHEST") else BF16, "where": INT32}
         types |= {"sequences": "i32", "inputs": "i32", "features": "i32"}
-        tile = {"BN": 32, "BF": 32, "BK": 128, "STEPS": 7, "LINES": 16, "LATE": not gated and not add}
-        yield many._dot, types, tile | {"GATED": gated, "ADD": add}, 4
+        tile = {"BN": 32, "BF": 32, "BK": 128, "STEPS": 7, "LINES": 16, "LATE": not kind}
+        yield many._dot, types, tile | {name: name == kind for name in ("GATED", "ADD", "HIGHEST")}, 4
     types = NORM | {"x": FP32, "residual": BF16, "y": BF16, "sequences": "i32", "width": "i32"}
     yield many._norm, types, {"PARTS": 4, "ADD": False, "BLOCK": 1024}, 4
     yield many._silu_product, {"both": BF16, "y": BF16, "features": "i32"}, {"BLOCK": 512}, 4

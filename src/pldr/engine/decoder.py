@@ -9,6 +9,7 @@ Shapes as in `ops.decode`: S rows of the caches, C positions; T tokens of a prom
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple, cast
 
 import torch
@@ -21,8 +22,10 @@ from pldr.ops import decode, reference
 from pldr.ops.decode import Choice, Linear, Norm, Parts, State, Stream
 from pldr.ops.quantized import quantized
 
-# Most steps of one `run`; on CUDA a graph holds a power of two of them.
+# Most steps of one `run`.
 STEPS = 32
+# Most steps of one graph: while one runs on the device, the next is launched.
+_GRAPH_STEPS = 4
 # Sizes of batch that graphs are recorded for; a batch between two runs in the larger.
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 # Likewise of prompts, in tokens.
@@ -156,14 +159,17 @@ class Decoder:
             size = min(size, self.rows)
             self.state.positions[rows:size] = 0  # what runs along has as little to read as can be
 
-        def work() -> None:
-            for column in range(steps):
+        def work(begin: int, count: int) -> None:
+            for column in range(begin, begin + count):
                 self._step(size, column, draw)
 
         if self.graphs:
-            self._replay(("steps", size, steps, draw, draw and self.choice.seen is not None), work)
+            count = min(steps, _GRAPH_STEPS)
+            for begin in range(0, steps, count):
+                name = ("steps", size, begin, count, draw, draw and self.choice.seen is not None)
+                self._replay(name, partial(work, begin, count))
         else:
-            work()
+            work(0, steps)
         return self.state.chosen[:rows, :steps], self.state.logprobs[:rows, :steps]
 
     def _step(self, rows: int, column: int, draw: bool) -> None:

@@ -171,8 +171,11 @@ def attend(
 
 def norm_highest(stream: Stream, weights: Norm, head: Linear, state: State, column: int) -> None:
     """Go on with the most probable token by the logits of LayerNorm(stream); see `choose_highest`."""
-    if _path(stream.x, head) == "few":
+    path = _path(stream.x, head)
+    if path == "few":
         few.norm_highest(stream.sum(), weights, head, state, column)
+    elif path == "some":
+        many.highest(norm(stream, weights, head.dtype), head, state, column)
     else:
         choose_highest(norm_linear(stream, weights, head)[0], state, column)
 

@@ -10,8 +10,9 @@ from pldr.ops.decoding.reference import Parts
 # Into how many parts the cache is split while there are few sequences, so that all of the chip has work.
 _PARTS = 8
 # Cached tokens that a program looks at in one go, and its warps: for few sequences, and for many.
-_FEW = {"BLOCK": 64, "num_warps": 4}
-_MANY = {"BLOCK": 32, "num_warps": 2}
+_FEW = {"BLOCK": 64, "MATRIX": False, "num_warps": 4}
+_MANY = {"BLOCK": 32, "MATRIX": True, "num_warps": 1}
+_MANY_FP32 = {"BLOCK": 32, "MATRIX": False, "num_warps": 2}
 
 
 def attend(
@@ -37,9 +38,9 @@ def attend(
         qkv, keys, values, positions, rotary, left, left if right is None else right, out, highest, total,
         keys.stride(0), keys.stride(1), values.stride(0), values.stride(1), rotary.stride(0),
         left.stride(0) if left.dim() == 4 else 0, dimensions**-0.5,
-        H=heads, D=dimensions, R=rank, BLOCK_D=triton.next_power_of_2(dimensions), BLOCK_R=triton.next_power_of_2(rank), PARTS=parts,
+        H=heads, D=dimensions, R=rank, BLOCK_D=max(16, triton.next_power_of_2(dimensions)), BLOCK_R=max(16, triton.next_power_of_2(rank)), PARTS=parts,
         ADJACENT=pairing == "adjacent", FACTORED=right is not None,
-        **(_FEW if few else _MANY), **dependent(qkv),
+        **(_FEW if few else _MANY_FP32 if values.dtype == torch.float32 else _MANY), **dependent(qkv),
     )  # fmt: skip
     return Parts(out, highest, total) if few else out
 
@@ -49,7 +50,8 @@ def _attend(  # type: ignore[no-untyped-def]
     qkv, keys, values, positions, rotary, left, right, out, highest, total,
     keys_row, keys_head, values_row, values_head, sines, left_row, scale,
     H: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
-    PARTS: tl.constexpr, ADJACENT: tl.constexpr, FACTORED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    PARTS: tl.constexpr, ADJACENT: tl.constexpr, FACTORED: tl.constexpr,
+    BLOCK: tl.constexpr, MATRIX: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A program: one head of one sequence over one part of its cache. The last part also keeps the new key and value.
 
@@ -66,9 +68,10 @@ def _attend(  # type: ignore[no-untyped-def]
     stop = tl.minimum(start + size, position)
     keys += row * keys_row + head * keys_head
     values += row * values_row + head * values_head
-    at = start + t
-    k = tl.load(keys + at[:, None] * R + r[None, :], mask=(at < stop)[:, None] & used, other=0.0)
-    v = tl.load(values + at[:, None] * D + d[None, :], mask=(at < stop)[:, None] & real[None, :], other=0.0)
+    if not MATRIX:
+        at = start + t
+        k = tl.load(keys + at[:, None] * R + r[None, :], mask=(at < stop)[:, None] & used, other=0.0)
+        v = tl.load(values + at[:, None] * D + d[None, :], mask=(at < stop)[:, None] & real[None, :], other=0.0)
     partner, cos, sin = _rotation(rotary, sines, position, d, D, ADJACENT)
     factor = head * (D * R) + d[:, None] * R + r[None, :]
     l_factor = tl.load(left + row * left_row + factor, mask=used & real[:, None], other=0.0)
@@ -80,7 +83,12 @@ def _attend(  # type: ignore[no-untyped-def]
     base += H * D
     new_k = _rotated(base, d, partner, real, cos, sin)
     new_v = tl.load(base + H * D + d, mask=real, other=0.0).to(values.dtype.element_ty)
-    q = tl.sum(q[:, None] * l_factor.to(tl.float32), 0) * scale  # [R]
+    if MATRIX:
+        q16 = tl.broadcast_to(q[None, :], [16, BLOCK_D]).to(left.dtype.element_ty)
+        q16 = tl.dot(q16, l_factor).to(left.dtype.element_ty)
+        q = tl.max(q16, 0).to(tl.float32) * scale  # all rows are equal
+    else:
+        q = tl.sum(q[:, None] * l_factor.to(tl.float32), 0) * scale  # [R]
     if FACTORED:
         new_k = tl.sum(new_k[:, None] * r_factor.to(tl.float32), 0)
     new_k = new_k.to(keys.dtype.element_ty)
@@ -88,7 +96,10 @@ def _attend(  # type: ignore[no-untyped-def]
     tl.store(keys + position * R + tl.arange(0, BLOCK_R), new_k, mask=(tl.arange(0, BLOCK_R) < R) & last)
     tl.store(values + position * D + d, new_v, mask=real & last)
 
-    m, l, acc = _over_cache(keys, values, q, k, v, start, stop, D, R, BLOCK_D, BLOCK_R, BLOCK)  # noqa: E741
+    if MATRIX:
+        m, l, acc = _over_cache_by_matrix(keys, values, q16, scale, start, stop, D, R, BLOCK_D, BLOCK_R, BLOCK)  # noqa: E741
+    else:
+        m, l, acc = _over_cache(keys, values, q, k, v, start, stop, D, R, BLOCK_D, BLOCK_R, BLOCK)  # noqa: E741
     s = tl.where(last, tl.sum(new_k.to(tl.float32) * q, 0), -1e30)
     top = tl.maximum(tl.max(m, 0), s)
     share = tl.exp(m - top)
@@ -153,6 +164,33 @@ def _over_cache(  # type: ignore[no-untyped-def]
         m = new_m
         k, v = next_k, next_v
     return m, l, acc
+
+
+@triton.jit
+def _over_cache_by_matrix(  # type: ignore[no-untyped-def]
+    keys, values, q, scale, start, stop,
+    D: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """As `_over_cache`, by matrix units, which want 16 rows of q: [16, R], all the same. Results are of the first row."""
+    t, r, d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
+    real, used = (d < D)[None, :], (r < R)[None, :]
+    m = tl.full([16], -1e30, tl.float32)
+    l = tl.zeros([16], tl.float32)  # noqa: E741
+    acc = tl.zeros([16, BLOCK_D], tl.float32)
+    for begin in range(start, stop, BLOCK):
+        at = begin + t
+        there = at < stop
+        k = tl.load(keys + at[:, None] * R + r[None, :], mask=there[:, None] & used, other=0.0)
+        v = tl.load(values + at[:, None] * D + d[None, :], mask=there[:, None] & real, other=0.0)
+        s = tl.where(there[None, :], tl.dot(q, tl.trans(k)) * scale, -float("inf"))
+        new_m = tl.maximum(m, tl.max(s, 1))
+        share = tl.exp(m - new_m)
+        p = tl.exp(s - new_m[:, None])
+        l = l * share + tl.sum(p, 1)  # noqa: E741
+        acc = tl.dot(p.to(v.dtype), v, acc * share[:, None])
+        m = new_m
+    first = tl.arange(0, 16) == 0
+    return tl.where(first, m, -1e30), tl.where(first, l, 0.0), tl.where(first[:, None], acc, 0.0)
 
 
 @triton.jit

@@ -4,8 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
+from pldr.ops.decoding.choice import choose_of_blocks
 from pldr.ops.decoding.launch import dependent, prefetch, release, wait
-from pldr.ops.decoding.reference import Linear, Norm
+from pldr.ops.decoding.reference import Linear, Norm, State
 
 
 def dot(
@@ -23,22 +24,46 @@ def dot(
     Returns:
         [N, features], or with a residual [split, N, features], parts of a sum.
     """
-    sequences, inputs = x.shape
+    sequences = len(x)
     features = len(linear.weight) // (2 if gated else 1)
-    rows = min(64, max(16, triton.next_power_of_2(sequences)))
     if residual is None:
         y = torch.empty(sequences, features, dtype=x.dtype, device=x.device)
     else:
         y = torch.empty(split, sequences, features, dtype=torch.float32, device=x.device)
+    _launch_dot(x, linear, y, y, residual, gated=gated, split=split)
+    return y
+
+
+def highest(x: torch.Tensor, head: Linear, state: State, column: int) -> None:
+    """`dot`, then `choose_highest`, without ever writing the logits."""
+    blocks = triton.cdiv(len(head.weight), _dot_tile(len(x), len(head.weight), add=False)["BF"])
+    best = torch.empty(len(x), blocks, dtype=torch.float32, device=x.device)
+    where = torch.empty(len(x), blocks, dtype=torch.int32, device=x.device)
+    _launch_dot(x, head, best, where, highest=True)
+    choose_of_blocks(best, where, state, column)
+
+
+def _launch_dot(
+    x: torch.Tensor,
+    linear: Linear,
+    y: torch.Tensor,
+    where: torch.Tensor,
+    residual: torch.Tensor | None = None,
+    *,
+    gated: bool = False,
+    highest: bool = False,
+    split: int = 1,
+) -> None:
+    (sequences, inputs), rows = x.shape, min(64, max(16, triton.next_power_of_2(len(x))))
     tile = _dot_tile(sequences, len(linear.weight), residual is not None)
     steps = triton.cdiv(triton.cdiv(inputs, tile["BK"]), split)
     _dot[(triton.cdiv(len(linear.weight), tile["BF"]), triton.cdiv(sequences, rows), split)](
-        x, linear.weight, linear.bias, x if residual is None else residual, y, sequences, inputs, features,
-        GATED=gated, ADD=residual is not None, BN=rows, STEPS=steps,
-        LINES=triton.next_power_of_2(triton.cdiv(steps * tile["BK"], 64)), LATE=not gated and residual is None,
-        **tile, **dependent(x),
+        x, linear.weight, linear.bias, x if residual is None else residual, y, where, sequences, inputs,
+        len(linear.weight) // (2 if gated else 1),
+        GATED=gated, ADD=residual is not None, HIGHEST=highest, BN=rows, STEPS=steps,
+        LINES=triton.next_power_of_2(triton.cdiv(steps * tile["BK"], 64)),
+        LATE=not gated and not highest and residual is None, **tile, **dependent(x),
     )  # fmt: skip
-    return y
 
 
 def _dot_tile(sequences: int, features: int, add: bool) -> dict[str, int]:
@@ -51,11 +76,14 @@ def _dot_tile(sequences: int, features: int, add: bool) -> dict[str, int]:
 
 @triton.jit
 def _dot(  # type: ignore[no-untyped-def]
-    x, weight, bias, residual, y, sequences, inputs, features,
-    GATED: tl.constexpr, ADD: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr, STEPS: tl.constexpr,
+    x, weight, bias, residual, y, where, sequences, inputs, features,
+    GATED: tl.constexpr, ADD: tl.constexpr, HIGHEST: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr, STEPS: tl.constexpr,
     LINES: tl.constexpr, LATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A program: BN sequences, BF rows of weights, STEPS · BK inputs. Gated, the rows are those of BF / 2 features in turn."""
+    """A program: BN sequences, BF rows of weights, STEPS · BK inputs.
+
+    GATED: the rows are those of BF / 2 features in turn. HIGHEST: of the features only the highest and its place are written.
+    """
     if not LATE:
         release(PDL)
     rows = tl.program_id(1) * BN + tl.arange(0, BN)
@@ -90,6 +118,14 @@ def _dot(  # type: ignore[no-untyped-def]
         total = tl.dot(a, w, total)
     if part == 0:
         total += b[None, :]
+    if HIGHEST:
+        damage = tl.sum(total * 0.0, 1)  # NaN where one is NaN or infinite; a maximum could pass over it
+        total = tl.where(real[None, :], total, -float("inf"))
+        top, index = tl.max(total, 1, return_indices=True, return_indices_tie_break_left=True)
+        at = rows * tl.num_programs(0) + tl.program_id(0)
+        tl.store(y + at, top + damage, mask=rows < sequences)
+        tl.store(where + at, first + index, mask=rows < sequences)
+        return
     if GATED:
         gate, up = tl.split(tl.reshape(total, [BN, BF // 2, 2]))
         total = gate * tl.sigmoid(gate) * up
