@@ -582,6 +582,23 @@ def test_tokens_chosen_on_the_device(vocabulary, poisoned):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("sequences", "vocabulary"), [(5, 97), (70, 97), (5, 32000), (128, 32000)])
+def test_the_highest_logit_of_many_sequences(sequences, vocabulary, poisoned):
+    norm = reference.Norm(normal(24, dtype=torch.bfloat16), normal(24, dtype=torch.bfloat16), 1e-6)
+    head = layer(vocabulary, 24, torch.bfloat16)
+    x = normal(sequences, 24)
+    x[2, 5], x[4, 6] = math.nan, math.inf
+    there = state(sequences, vocabulary, "cuda")
+    decode.norm_highest(decode.Stream(x), norm, head, there, 2)
+    expected = wide(head)(decode.norm(decode.Stream(x), norm, torch.bfloat16).double()).argmax(-1)
+    expected[[2, 4]] = -1
+    assert there.chosen[:, 2].tolist() == expected.tolist()
+    head.bias[3] = -math.inf
+    decode.norm_highest(decode.Stream(x), norm, head, there, 3)
+    assert (there.chosen[:, 3] == -1).all()
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("rows", [1, 37, 200])
 def test_the_metric_learners_unit(rows, poisoned):
     u, dtype = normal(rows, 32, dtype=torch.bfloat16), torch.bfloat16

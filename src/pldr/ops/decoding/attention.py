@@ -9,7 +9,8 @@ from pldr.ops.decoding.reference import Parts
 
 # Into how many parts the cache is split while there are few sequences, so that all of the chip has work.
 _PARTS = 8
-# Cached tokens that a program looks at in one go, and its warps: for few sequences, and for many.
+# Cached tokens that a program looks at in one go, whether matrix units multiply them, and its warps: for few sequences, whose
+# programs wait for the memory, and for many.
 _FEW = {"BLOCK": 64, "MATRIX": False, "num_warps": 4}
 _MANY = {"BLOCK": 32, "MATRIX": True, "num_warps": 1}
 _MANY_FP32 = {"BLOCK": 32, "MATRIX": False, "num_warps": 2}
@@ -83,12 +84,7 @@ def _attend(  # type: ignore[no-untyped-def]
     base += H * D
     new_k = _rotated(base, d, partner, real, cos, sin)
     new_v = tl.load(base + H * D + d, mask=real, other=0.0).to(values.dtype.element_ty)
-    if MATRIX:
-        q16 = tl.broadcast_to(q[None, :], [16, BLOCK_D]).to(left.dtype.element_ty)
-        q16 = tl.dot(q16, l_factor).to(left.dtype.element_ty)
-        q = tl.max(q16, 0).to(tl.float32) * scale  # all rows are equal
-    else:
-        q = tl.sum(q[:, None] * l_factor.to(tl.float32), 0) * scale  # [R]
+    q, q16 = _times_operator(q, l_factor, MATRIX)
     if FACTORED:
         new_k = tl.sum(new_k[:, None] * r_factor.to(tl.float32), 0)
     new_k = new_k.to(keys.dtype.element_ty)
@@ -97,15 +93,11 @@ def _attend(  # type: ignore[no-untyped-def]
     tl.store(values + position * D + d, new_v, mask=real & last)
 
     if MATRIX:
-        m, l, acc = _over_cache_by_matrix(keys, values, q16, scale, start, stop, D, R, BLOCK_D, BLOCK_R, BLOCK)  # noqa: E741
+        m, l, acc = _over_cache_by_matrix(keys, values, q16, scale, start, stop, D, R, BLOCK_D, BLOCK)  # noqa: E741
     else:
-        m, l, acc = _over_cache(keys, values, q, k, v, start, stop, D, R, BLOCK_D, BLOCK_R, BLOCK)  # noqa: E741
-    s = tl.where(last, tl.sum(new_k.to(tl.float32) * q, 0), -1e30)
-    top = tl.maximum(tl.max(m, 0), s)
-    share = tl.exp(m - top)
-    p = tl.where(last, tl.exp(s - top), 0.0)
-    summed = tl.sum(l * share, 0) + p
-    acc = tl.sum(acc * share[:, None], 0) + p * new_v.to(tl.float32)
+        m, l, acc = _over_cache(keys, values, q * scale, k, v, start, stop, D, R, BLOCK)  # noqa: E741
+    s = tl.where(last, tl.sum(new_k.to(tl.float32) * q, 0) * scale, -1e30)
+    top, summed, acc = _with_new(m, l, acc, s, tl.where(last, new_v.to(tl.float32), 0.0))
     if PARTS > 1:
         index = (row * PARTS + part) * H + head
         tl.store(out + index * D + d, acc, mask=real)
@@ -137,19 +129,40 @@ def _rotated(base, d, partner, real, cos, sin):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _with_new(m, l, acc, s, new_v):  # type: ignore[no-untyped-def]  # noqa: E741
+    """Softmaxes of several rows as one, with a new score and value: highest score, sum of exponentials, output [D]."""
+    top = tl.maximum(tl.max(m, 0), s)
+    share = tl.exp(m - top)
+    p = tl.where(s > -1e30, tl.exp(s - top), 0.0)
+    return top, tl.sum(l * share, 0) + p, tl.sum(acc * share[:, None], 0) + p * new_v
+
+
+@triton.jit
+def _times_operator(q, left, MATRIX: tl.constexpr):  # type: ignore[no-untyped-def]
+    """q L, in float32, and 16 rows of it as matrix units want them: [D], [D, R] → [R], [16, R]."""
+    if MATRIX:
+        rows = tl.broadcast_to(q[None, :], [16, left.shape[0]]).to(left.dtype)
+        rows = tl.dot(rows, left).to(left.dtype)
+        product = tl.max(rows, 0).to(tl.float32)  # all rows are equal
+    else:
+        product = tl.sum(q[:, None] * left.to(tl.float32), 0)
+        rows = product
+    return product, rows
+
+
+@triton.jit
 def _over_cache(  # type: ignore[no-untyped-def]
-    keys, values, q, k, v, start, stop,
-    D: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    keys, values, q, k, v, start, stop, D: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr
+):
     """Attention from start to stop, of which k and v are the first block; the next is fetched while one is worked on.
 
     Each row of a block keeps a softmax of its own: highest score [BLOCK], sum of exponentials [BLOCK], output [BLOCK, D].
     """
-    t, r, d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
+    t, r, d = tl.arange(0, BLOCK), tl.arange(0, k.shape[1]), tl.arange(0, v.shape[1])
     real, used = (d < D)[None, :], (r < R)[None, :]
     m = tl.full([BLOCK], -1e30, tl.float32)
     l = tl.zeros([BLOCK], tl.float32)  # noqa: E741 (as the literature calls it)
-    acc = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    acc = tl.zeros(v.shape, tl.float32)
     for begin in range(start, stop, BLOCK):
         there = begin + t < stop
         at = begin + BLOCK + t
@@ -168,11 +181,10 @@ def _over_cache(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _over_cache_by_matrix(  # type: ignore[no-untyped-def]
-    keys, values, q, scale, start, stop,
-    D: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    keys, values, q, scale, start, stop, D: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr
+):
     """As `_over_cache`, by matrix units, which want 16 rows of q: [16, R], all the same. Results are of the first row."""
-    t, r, d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
+    t, r, d = tl.arange(0, BLOCK), tl.arange(0, q.shape[1]), tl.arange(0, BLOCK_D)
     real, used = (d < D)[None, :], (r < R)[None, :]
     m = tl.full([16], -1e30, tl.float32)
     l = tl.zeros([16], tl.float32)  # noqa: E741

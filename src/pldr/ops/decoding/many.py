@@ -77,8 +77,8 @@ def _dot_tile(sequences: int, features: int, add: bool) -> dict[str, int]:
 @triton.jit
 def _dot(  # type: ignore[no-untyped-def]
     x, weight, bias, residual, y, where, sequences, inputs, features,
-    GATED: tl.constexpr, ADD: tl.constexpr, HIGHEST: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr, STEPS: tl.constexpr,
-    LINES: tl.constexpr, LATE: tl.constexpr, PDL: tl.constexpr,
+    GATED: tl.constexpr, ADD: tl.constexpr, HIGHEST: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr,
+    STEPS: tl.constexpr, LINES: tl.constexpr, LATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A program: BN sequences, BF rows of weights, STEPS · BK inputs.
 
@@ -119,12 +119,7 @@ def _dot(  # type: ignore[no-untyped-def]
     if part == 0:
         total += b[None, :]
     if HIGHEST:
-        damage = tl.sum(total * 0.0, 1)  # NaN where one is NaN or infinite; a maximum could pass over it
-        total = tl.where(real[None, :], total, -float("inf"))
-        top, index = tl.max(total, 1, return_indices=True, return_indices_tie_break_left=True)
-        at = rows * tl.num_programs(0) + tl.program_id(0)
-        tl.store(y + at, top + damage, mask=rows < sequences)
-        tl.store(where + at, first + index, mask=rows < sequences)
+        _store_highest(y, where, total, real[None, :], first, rows, sequences)
         return
     if GATED:
         gate, up = tl.split(tl.reshape(total, [BN, BF // 2, 2]))
@@ -137,6 +132,19 @@ def _dot(  # type: ignore[no-untyped-def]
             total += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
         at += part.to(tl.int64) * sequences * features
     tl.store(y + at, total.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _store_highest(best, where, logits, real, first, rows, sequences):  # type: ignore[no-untyped-def]
+    """Of each row's logits [BN, BF] the highest and its place, as `choice.choose_of_blocks` takes them."""
+    damage = tl.sum(
+        tl.where(real, logits * 0.0, 0.0), 1
+    )  # NaN where one is NaN or infinite; a maximum could pass over it
+    logits = tl.where(real, logits, -float("inf"))
+    top, index = tl.max(logits, 1, return_indices=True, return_indices_tie_break_left=True)
+    at = rows * tl.num_programs(0) + tl.program_id(0)
+    tl.store(best + at, top + damage, mask=rows < sequences)
+    tl.store(where + at, first + index, mask=rows < sequences)
 
 
 # --- between the matrix products of many sequences -------------------------------------------------------------------
