@@ -76,7 +76,7 @@ environments: .venv/installed .ci/envs/oldest/installed .ci/envs/core/installed 
 .venv/installed: constraints-dev.txt requirements-dev.lock
 .ci/envs/oldest/installed: VERSIONS := .ci/oldest.txt
 .ci/envs/oldest/installed: .ci/oldest.txt
-.ci/envs/oldest/installed: PACKAGES := --editable '.[train,eval]' pytest pytest-xdist
+.ci/envs/oldest/installed: PACKAGES := --editable '.[train,eval,serve-light]' openai pytest pytest-xdist
 .ci/envs/core/installed: VERSIONS := constraints-dev.txt
 .ci/envs/core/installed: constraints-dev.txt
 .ci/envs/core/installed: PACKAGES := pytest

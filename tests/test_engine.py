@@ -52,6 +52,37 @@ def greedy(model, prompt, new):
 # --- against the model ----------------------------------------------------------------------------------------------
 
 
+def test_log_probabilities_of_the_prompt_and_of_alternatives(model):
+    """Of whoever asked, in a batch with others; those of a plain forward with the prompt's own G_LM."""
+    engine = Engine(model, max_batch=5)
+    asked = [
+        Options(max_new_tokens=4, logprobs=True, top_logprobs=n, prompt_logprobs=bool(n), ignore_end=True)
+        for n in range(5)
+    ]
+    requests = [engine.submit(prompt, options) for prompt, options in zip(PROMPTS, asked, strict=True)]
+    while any(request.finish_reason is None for request in requests):
+        engine.step(4)
+    for most, request in enumerate(requests):
+        found, prompt = engine.completion(request), request.prompt
+        assert found.token_ids == greedy(model, prompt, 4)
+        frozen = model if model.config.operator != "learned" else freeze(copy.deepcopy(model), torch.tensor([prompt]))
+        with torch.no_grad():
+            logprobs = frozen(torch.tensor([prompt + found.token_ids])).logits[0, :-1].log_softmax(-1)
+        if not most:
+            assert (found.top_logprobs, found.prompt_logprobs, found.prompt_top_logprobs) == (None, None, None)
+            continue
+        for place, top in enumerate(found.prompt_top_logprobs + found.top_logprobs):
+            values, tokens = logprobs[place].topk(most)
+            assert [token for token, _ in top] == tokens.tolist()
+            assert [value for _, value in top] == pytest.approx(values.tolist(), abs=1e-4)
+        chosen = logprobs.gather(1, torch.tensor(prompt + found.token_ids)[1:, None])[:, 0]
+        assert found.prompt_logprobs + found.logprobs == pytest.approx(chosen.tolist(), abs=1e-4)
+    with pytest.raises(ValueError, match="logprobs: must be set for top_logprobs"):
+        Options(top_logprobs=1)
+    with pytest.raises(ValueError, match="top_logprobs: must be 0 or more"):
+        Options(logprobs=True, top_logprobs=-1)
+
+
 def test_every_path_gives_one_answer_along_forced_tokens(model):
     forced = torch.randint(4, 97, (3, 10), generator=torch.Generator().manual_seed(1))
     prompts = torch.randint(4, 97, (3, 6), generator=torch.Generator().manual_seed(2))

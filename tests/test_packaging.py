@@ -74,7 +74,7 @@ class TestWheel:
     def test_metadata(self, wheel):
         text = zipfile.ZipFile(wheel).read(f"pldr-{pldr.__version__}.dist-info/METADATA").decode()
         fields = HeaderParser().parsestr(text)
-        assert set(fields.get_all("Provides-Extra")) == {"train", "eval", "dev"}
+        assert set(fields.get_all("Provides-Extra")) == {"train", "eval", "serve-light", "dev"}
         assert fields["License-Expression"] == "Apache-2.0"
         assert {url.split(",")[0] for url in fields.get_all("Project-URL")} == {
             "Homepage", "Source", "Issues", "Changelog", "Documentation"
@@ -93,8 +93,9 @@ class TestImports:
         [
             (["accelerate", "matplotlib", "tensorboard"], ("training.", "study.demo", "study.run")),
             (["lm_eval"], ("evaluation.harness", "evaluation.lm_eval")),
+            (["fastapi", "uvicorn", "prometheus_client"], ("serving.",)),
         ],
-        ids=["train", "eval"],
+        ids=["train", "eval", "serve-light"],
     )
     def test_only_these_rooms_need_the_extra(self, missing, rooms):
         """Every other module is imported without it; what it needs of it, it imports where it is used."""
@@ -120,7 +121,10 @@ class TestVersions:
 
     def test_the_oldest_are_the_lower_bounds(self):
         extras = PROJECT["optional-dependencies"]
-        needed = [Requirement(text) for text in [*PROJECT["dependencies"], *extras["train"], *extras["eval"]]]
+        needed = [
+            Requirement(text)
+            for text in [*PROJECT["dependencies"], *extras["train"], *extras["eval"], *extras["serve-light"]]
+        ]
         bounds = {need.name: next(s.version for s in need.specifier if s.operator == ">=") for need in needed}
         torch = bounds.pop("torch")
         pins = [Requirement(line) for line in lines(ROOT / ".ci" / "oldest.txt")]

@@ -22,6 +22,7 @@ FLOORS = [
     {"cli"},
     {"study"},
     {"training"},
+    {"serving"},
     {"evaluation"},
     {"checkpoints", "data", "generation", "engine"},
     {"tables", "plots", "models", "recipe"},
@@ -87,7 +88,7 @@ def test_imports_go_in_no_circle():
 
 
 # Functions that may be longer than others, with the reason in CONTRIBUTING.md.
-LONG_FUNCTIONS = {"evaluation/evaluate.py:evaluate", "study/certify.py:certify"}
+LONG_FUNCTIONS = {"evaluation/evaluate.py:evaluate", "study/certify.py:certify", "serving/server.py:serve"}
 
 
 def functions():

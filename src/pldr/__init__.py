@@ -42,6 +42,7 @@ _PUBLIC = {
     "compress": "study.compress",
     "reproduce": "study.claims",
     "run_demo": "study.demo",
+    "serve": "serving.server",
     "STORIES": "models.shipped",
     "HELD_OUT": "models.shipped",
 }

@@ -347,6 +347,38 @@ def evaluate(
         _report(f"warning: {warning}")
 
 
+@_verb("serve runs/certified --api-key SECRET")
+def serve(
+    model: Annotated[Path | None, Argument(help="Model folder or .pth file; our own story model by default.")] = None,
+    vllm_arguments: Annotated[list[str] | None, Argument(help="Of vllm serve, behind --.")] = None,
+    host: Annotated[str, Option(help="Where to listen; 0.0.0.0 for every network.")] = "127.0.0.1",
+    port: Annotated[int, Option(help="0 takes a free one.")] = 8000,
+    backend: Annotated[str, Option(help="vllm, engine (our own), or auto: vLLM where it is installed.")] = "auto",
+    api_key: Annotated[str | None, Option(help="That clients must show; PLDR_API_KEY by default.")] = None,
+    served_name: Annotated[str | None, Option(help="As clients call the model; its folder's name by default.")] = None,
+    require_certificate: Annotated[
+        bool, Option("--require-certificate", help="Refuse a model without one, rather than warn.")
+    ] = False,
+    allow_origin: Annotated[list[str] | None, Option(help="Web pages that may use it; may be repeated.")] = None,
+    max_batch: Annotated[int | None, Option(help="Texts at once; 32 on a CPU, 128 on a GPU.")] = None,
+    max_length: Annotated[int | None, Option(help="Tokens of a prompt with its text; else the context.")] = None,
+    max_queue: Annotated[int, Option(help="Texts that may wait; others are sent away.")] = 256,
+    max_tokens: Annotated[int | None, Option(help="New tokens of a text, at most.")] = None,
+    max_body: Annotated[int, Option(help="Bytes of a request.")] = 1 << 20,
+    request_timeout: Annotated[float, Option(help="Seconds that a request may take.")] = 300.0,
+    shutdown_timeout: Annotated[float, Option(help="Seconds that it may still take after SIGTERM.")] = 30.0,
+    log_prompts: Annotated[bool, Option("--log-prompts", help="Write prompts and texts into the log, too.")] = False,
+    tokenizer: Tokenizer = None,
+    rope: Rope = None,
+    g_lm: OperatorFile = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    quantize: Annotated[str | None, Option(help="int8: weights of 8 bits, on a CPU.")] = None,
+) -> None:
+    """Serve a model over HTTP as OpenAI's interface has it: with vLLM where it is installed, else with our own engine."""
+    _call("serve", locals())
+
+
 @_verb("plot runs/laptop")
 def plot(
     run: Annotated[Path, Argument(help="Output folder of pldr train.")],

@@ -129,3 +129,60 @@ def warn_unless_certified_weights(folder: Path, tensors: dict[str, torch.Tensor]
             f"{folder}: the weights are not those of {FILE}, so that it says nothing about them; certify them again",
             stacklevel=3,
         )
+
+
+def certificate_to_serve(
+    folder: str | os.PathLike[str],
+    operator: str,
+    tensors: dict[str, torch.Tensor] | None = None,
+    *,
+    required: bool = False,
+) -> dict[str, Any] | None:
+    """The certificate that a model is served with, or None, with a warning that says why there is none.
+
+    Args:
+        folder: of the model.
+        operator: its kind. A learned one has no certificate: what is certified is a frozen or factored form.
+        tensors: the weights, where they are at hand as they are stored, to compare with those that it is about.
+        required: refuse, rather than warn.
+
+    Raises:
+        ValueError: `required`, and there is no certificate, it is damaged, or it is about other weights.
+    """
+    problem, certificate = None, None
+    if operator == "learned":
+        problem = f"{folder}: has a learned operator, which no certificate is about; {_to_certify(folder)}"
+    else:
+        try:
+            certificate = read_certificate(folder)
+        except ValueError as error:
+            problem = str(error)
+        else:
+            if certificate is None:
+                problem = f"{folder}: has no certificate that its operator is one to trust; {_to_certify('ITS-SOURCE')}"
+            elif tensors is not None and not is_about(certificate, tensors):
+                problem = f"{folder}: its certificate is about other weights; {_to_certify('ITS-SOURCE')}"
+    if problem is None:
+        return certificate
+    if required:
+        raise ValueError(problem)
+    warnings.warn(problem, stacklevel=2)
+    return None
+
+
+def refuse_learned(folder: str | os.PathLike[str], operator: str) -> None:
+    """For servers that mix the tokens of several texts in one step.
+
+    Raises:
+        ValueError: the operator is learned: its G_LM would come from whatever tokens a step holds.
+    """
+    if operator == "learned":
+        raise ValueError(
+            f"{folder}: has a learned operator, whose G_LM would come from whatever tokens a step of this server holds; "
+            f"{_to_certify(folder)}, and serve that, or freeze it unmeasured with pldr freeze; or serve it as it is "
+            f"with pldr serve {folder} --backend engine"
+        )
+
+
+def _to_certify(folder: str | os.PathLike[str]) -> str:
+    return f"pldr certify {folder} HELD-OUT-TEXT --output CERTIFIED measures it, and writes a form that is certified"

@@ -73,6 +73,7 @@ class Decoder:
         rows, length: S and C.
         state: which token each row stands at (see `State`).
         choice: how the next token of each row is drawn, where one is drawn (see `Choice`).
+        newest: logits that the last tokens were chosen by [N, V], where they were drawn, and not in a replayed graph.
 
     Args:
         model: its weights are read now, later changes are not seen.
@@ -127,6 +128,7 @@ class Decoder:
             per_row(torch.float32, STEPS), per_row(torch.float32), per_row(torch.int32), per_row(torch.float32) + 1,
             per_row(torch.float32) + 1,
         )  # fmt: skip
+        self.newest = torch.empty(0)
         self._recorded: dict[tuple[object, ...], torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle() if self.graphs else None
         self._prompt: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -141,13 +143,14 @@ class Decoder:
         return self._head(self._layers(embedded, self._attend_cache))
 
     @torch.inference_mode()
-    def run(self, rows: int, steps: int, *, draw: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(self, rows: int, steps: int, *, draw: bool, eager: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """Choose a token a step for the first rows, and go on with it.
 
         Args:
             rows: N, at least 1.
             steps: at most `STEPS`; a power of two where graphs are used.
             draw: by `choice`; else the most probable one.
+            eager: in no graph, so that `newest` is there.
 
         Returns:
             Tokens [N, steps] (int64), -1 where logits were not finite, and their log-probabilities (float32), which
@@ -163,7 +166,7 @@ class Decoder:
             for column in range(begin, begin + count):
                 self._step(size, column, draw)
 
-        if self.graphs:
+        if self.graphs and not eager:
             count = min(steps, _GRAPH_STEPS)
             for begin in range(0, steps, count):
                 name = ("steps", size, begin, count, draw, draw and self.choice.seen is not None)
@@ -181,6 +184,7 @@ class Decoder:
 
     def _choose(self, logits: torch.Tensor, row: int, column: int, draw: bool) -> None:
         """Go on with a token for each row from `row` on."""
+        self.newest = logits
         state = self.state.rows(slice(row, None))
         if draw:
             decode.choose(logits, state, column, self.choice.rows(slice(row, None)))
@@ -207,13 +211,19 @@ class Decoder:
     # --- prompts -----------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def begin(self, row: int, prompts: Sequence[Sequence[int]], *, draw: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def begin(
+        self, row: int, prompts: Sequence[Sequence[int]], *, draw: bool, logits: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Read prompts of one length into the rows from `row` on, and choose the first token of each; see `run`.
+
+        Args:
+            row, prompts, draw: which, and how.
+            logits: [prompts, V], behind prompts that are read already.
 
         Returns:
             Tokens [prompts] (int64) and log-probabilities (float32), good until the next call.
         """
-        self._choose(self.prefill(row, prompts), row, 0, draw)
+        self._choose(self.prefill(row, prompts) if logits is None else logits, row, 0, draw)
         rows = slice(row, row + len(prompts))
         return self.state.chosen[rows, 0], self.state.logprobs[rows, 0]
 

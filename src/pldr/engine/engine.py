@@ -30,6 +30,8 @@ _PROMPT_TOKENS = 32768
 _LEAST_TOP_P = 1e-30
 
 Prompt = str | Sequence[int]
+# Token ids and their log-probabilities, the most probable first.
+Alternatives = list[tuple[int, float]]
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Completion:
         prompt_tokens: length of the prompt in tokens.
         finish_reason: why it ended: "end" (the model's own end token), "stop" (one of the stops) or "length".
         logprobs: log-probability of each token under the model's own distribution, where asked for.
+        top_logprobs: the most probable tokens at each place and their log-probabilities, where asked for.
+        prompt_logprobs, prompt_top_logprobs: the same of the prompt's tokens, from the second on.
     """
 
     text: str
@@ -50,6 +54,9 @@ class Completion:
     prompt_tokens: int
     finish_reason: str
     logprobs: list[float] | None = None
+    top_logprobs: list[Alternatives] | None = None
+    prompt_logprobs: list[float] | None = None
+    prompt_top_logprobs: list[Alternatives] | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,8 @@ class Request:
         prompt: its token ids.
         options: what was asked for.
         token_ids: of the continuation so far.
-        logprobs: of those tokens, where asked for.
+        logprobs, top_logprobs: of those tokens, where asked for; see `Completion`.
+        prompt_logprobs, prompt_top_logprobs: likewise.
         growing: its text so far, where it is streamed or has stops.
         finish_reason: None until it ends; see `Completion`, or "error" or "cancelled".
         error: what went wrong, where something did.
@@ -84,6 +92,9 @@ class Request:
         self.prompt, self.options, self.limit, self.ends = prompt, options, limit, ends
         self.token_ids: list[int] = []
         self.logprobs: list[float] = []
+        self.top_logprobs: list[Alternatives] = []
+        self.prompt_logprobs: list[float] = []
+        self.prompt_top_logprobs: list[Alternatives] = []
         self.finish_reason: str | None = None
         self.error: Exception | None = None
         self.growing: GrowingText | None = None
@@ -265,14 +276,37 @@ class Engine:
         else:
             ids = request.token_ids
             text = continuation(self.tokenizer, request.prompt, ids if request.finish_reason == "length" else ids[:-1])
-        logprobs = request.logprobs if request.options.logprobs else None
-        return Completion(text, request.token_ids, len(request.prompt), request.finish_reason, logprobs)
+        asked = request.options
+        return Completion(
+            text, request.token_ids, len(request.prompt), request.finish_reason,
+            request.logprobs if asked.logprobs else None,
+            request.top_logprobs if asked.top_logprobs else None,
+            request.prompt_logprobs if asked.prompt_logprobs else None,
+            request.prompt_top_logprobs if asked.prompt_logprobs and asked.top_logprobs else None,
+        )  # fmt: skip
 
     # --- for a server ------------------------------------------------------------------------------------------------
 
+    def request(self, prompt: Prompt, options: Options | None = None, *, streaming: bool = False) -> Request:
+        """A prompt and what is asked for, checked and not yet queued: `waiting` takes it. Any thread may call this.
+
+        Errors as of `generate`.
+        """
+        options = options or Options()
+        ids = self._ids(prompt)
+        limit = new_tokens(len(ids), self.decoder.length, options.max_new_tokens)
+        own = self.config.eos_token_id
+        own_ends = set() if own is None or options.ignore_end else {own} if isinstance(own, int) else set(own)
+        request = Request(ids, options, limit, frozenset({-1, *own_ends, *options.stop_ids}))
+        if streaming or options.stops:
+            if self.tokenizer is None:
+                raise ValueError("stop: texts need a tokenizer; make the engine with one, or give stop_ids")
+            request.growing = GrowingText(self.tokenizer, ids, options.stops)
+        return request
+
     def submit(self, prompt: Prompt, options: Options | None = None, *, streaming: bool = False) -> Request:
         """Queue one prompt. With `streaming` its text grows with its tokens. Errors as of `generate`."""
-        request = self._request(prompt, options or Options(), streaming)
+        request = self.request(prompt, options, streaming=streaming)
         self.waiting.append(request)
         return request
 
@@ -308,25 +342,31 @@ class Engine:
             self._leave()
 
     def _go_on(self, most: int) -> None:
+        # A recorded graph leaves no logits behind.
+        eager = any(request.options.top_logprobs for request in self.running)
         needed = max(request.remaining for request in self.running)
-        steps = self._steps(min(max(most, 1), needed, _STREAMED_STEPS if self.waiting else STEPS))
+        wanted = min(max(most, 1), needed, _STREAMED_STEPS if self.waiting else STEPS)
+        steps = 1 if eager else self._steps(wanted)
         draw = any(request.draws for request in self.running)
         if draw:
             uniform = torch.stack([request.uniforms(steps) for request in self.running])
             self.decoder.choice.uniform[: len(self.running), :steps] = uniform.to(self.decoder.device)
-        tokens, logprobs = self.decoder.run(len(self.running), steps, draw=draw)
+        tokens, logprobs = self.decoder.run(len(self.running), steps, draw=draw, eager=eager)
         self._hand_out(self.running, tokens, logprobs)
 
     def _steps(self, wanted: int) -> int:
         """How many steps at once: a token that comes after the last one is lost work, which on a CPU counts."""
         return 1 << (wanted.bit_length() - 1) if self.decoder.graphs else 1
 
-    @staticmethod
-    def _hand_out(requests: Sequence[Request], tokens: torch.Tensor, logprobs: torch.Tensor) -> None:
+    def _hand_out(self, requests: Sequence[Request], tokens: torch.Tensor, logprobs: torch.Tensor) -> None:
         wanted = any(request.options.logprobs for request in requests)
         probabilities = logprobs.tolist() if wanted else [[]] * len(requests)
         for request, new, its_own in zip(requests, tokens.tolist(), probabilities, strict=True):
             request.add(new, its_own)
+        most = max(request.options.top_logprobs for request in requests)
+        if most:
+            for request, found in zip(requests, _most_probable(self.decoder.newest, most), strict=True):
+                request.top_logprobs.append(found[: request.options.top_logprobs])
 
     def _leave(self) -> None:
         """Free the rows of requests that have ended; the last row takes the place of each."""
@@ -342,11 +382,11 @@ class Engine:
         self._leave()
         free = self.decoder.rows - len(self.running)
         self._joining = [self.waiting.popleft() for _ in range(min(len(self.waiting), free))]
-        by_length: dict[int, list[Request]] = {}
+        alike: dict[tuple[int, bool], list[Request]] = {}
         for request in self._joining:
-            by_length.setdefault(len(request.prompt), []).append(request)
-        for length, requests in by_length.items():
-            together = max(1, _PROMPT_TOKENS // length)
+            alike.setdefault((len(request.prompt), request.options.prompt_logprobs), []).append(request)
+        for (length, whole), requests in alike.items():
+            together = 1 if whole else max(1, _PROMPT_TOKENS // length)
             for start in range(0, len(requests), together):
                 self._begin(requests[start : start + together])
         self._joining = []
@@ -356,9 +396,20 @@ class Engine:
         row = len(self.running)
         self._set_choice(row, requests)  # also where none draws: others may, later, and then all rows do
         draw = any(request.draws for request in requests)
-        tokens, logprobs = self.decoder.begin(row, [request.prompt for request in requests], draw=draw)
+        last = self._read_whole(row, requests[0]) if requests[0].options.prompt_logprobs else None
+        tokens, logprobs = self.decoder.begin(row, [request.prompt for request in requests], draw=draw, logits=last)
         self._hand_out(requests, tokens[:, None], logprobs[:, None])
         self.running += requests
+
+    def _read_whole(self, row: int, request: Request) -> torch.Tensor:
+        """Read a prompt into a row, and note the log-probabilities of its tokens: the logits behind the last one, [1, V]."""
+        logits = self.decoder.read(row, request.prompt).float()
+        behind, following = logits[:-1], torch.tensor(request.prompt[1:], device=logits.device)
+        chosen = behind.gather(1, following[:, None])[:, 0] - behind.logsumexp(-1)
+        request.prompt_logprobs = chosen.tolist()
+        if request.options.top_logprobs:
+            request.prompt_top_logprobs = _most_probable(behind, request.options.top_logprobs)
+        return logits[-1:]
 
     def _set_choice(self, row: int, requests: list[Request]) -> None:
         if any(request.options.repetition_penalty != 1 for request in requests):
@@ -387,23 +438,13 @@ class Engine:
             raise ValueError(f"options: pass options or {', '.join(settings)}, not both")
         options = options or Options(**settings)
         return [
-            self._request(
-                prompt, options if options.seed is None else replace(options, seed=options.seed + i), streaming
+            self.request(
+                prompt,
+                options if options.seed is None else replace(options, seed=options.seed + i),
+                streaming=streaming,
             )
             for i, prompt in enumerate(_several(prompts))
         ]
-
-    def _request(self, prompt: Prompt, options: Options, streaming: bool) -> Request:
-        ids = self._ids(prompt)
-        limit = new_tokens(len(ids), self.decoder.length, options.max_new_tokens)
-        own = self.config.eos_token_id
-        own_ends = set() if own is None or options.ignore_end else {own} if isinstance(own, int) else set(own)
-        request = Request(ids, options, limit, frozenset({-1, *own_ends, *options.stop_ids}))
-        if streaming or options.stops:
-            if self.tokenizer is None:
-                raise ValueError("stop: texts need a tokenizer; make the engine with one, or give stop_ids")
-            request.growing = GrowingText(self.tokenizer, ids, options.stops)
-        return request
 
     def _ids(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
@@ -419,6 +460,14 @@ class Engine:
         if wrong is not None:
             raise ValueError(f"prompt: token {wrong} is none of the model's {self.config.vocab_size}")
         return [int(token) for token in ids]
+
+
+def _most_probable(logits: torch.Tensor, most: int) -> list[Alternatives]:
+    """Of each row of logits [N, V], with their log-probabilities."""
+    logits = logits.float()
+    values, tokens = logits.topk(min(most, logits.shape[1]))
+    logprobs = values - logits.logsumexp(-1, keepdim=True)
+    return [list(zip(*row, strict=True)) for row in zip(tokens.tolist(), logprobs.tolist(), strict=True)]
 
 
 def _several(prompts: Any) -> list[Any]:

@@ -26,6 +26,8 @@ class Options:
         stop_ids: token ids that end it, beside the model's own; kept in `token_ids`, not in the text.
         ignore_end: go on past the model's own end token, for measurements of equal length.
         logprobs: also return the log-probability of each token under the model's own distribution.
+        top_logprobs: and of so many most probable tokens at each place.
+        prompt_logprobs: and both of the prompt's tokens, but for the first.
 
     Raises:
         ValueError: a setting outside its range.
@@ -41,9 +43,11 @@ class Options:
     stop_ids: Sequence[int] = ()
     ignore_end: bool = False
     logprobs: bool = False
+    top_logprobs: int = 0
+    prompt_logprobs: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "top_k", "seed"):
+        for name in ("max_new_tokens", "top_k", "seed", "top_logprobs"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, int):
                 raise ValueError(f"{name}: must be an integer, got {value!r}")
@@ -52,6 +56,10 @@ class Options:
             raise ValueError(f"repetition_penalty: must be between 1e-6 and 1e6, got {self.repetition_penalty}")
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: must be at least 1, got {self.max_new_tokens}")
+        if self.top_logprobs < 0:
+            raise ValueError(f"top_logprobs: must be 0 or more, got {self.top_logprobs}")
+        if (self.top_logprobs or self.prompt_logprobs) and not self.logprobs:
+            raise ValueError("logprobs: must be set for top_logprobs and prompt_logprobs")
         if not isinstance(self.stop, str | list | tuple) or not all(
             isinstance(text, str) and text for text in self.stops
         ):

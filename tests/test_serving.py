@@ -1,0 +1,614 @@
+"""The embedded server, started as a user starts it and asked through OpenAI's own client; and its parts where a server can not show them."""
+
+import asyncio
+import copy
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from functools import partial
+
+import pytest
+import torch
+
+from helpers import fails
+from pldr import HELD_OUT, STORIES, Engine, Options, freeze
+from pldr.checkpoints.certificate import certificate_to_serve, refuse_learned
+from pldr.serving import server
+
+for _package in ("fastapi", "uvicorn", "prometheus_client", "openai"):
+    pytest.importorskip(_package, reason="of the extras serve-light and dev")
+
+import httpx2 as httpx  # noqa: E402
+import openai  # noqa: E402
+
+from pldr.serving.metrics import Metrics  # noqa: E402
+from pldr.serving.worker import Full, Job, Stopped, Worker  # noqa: E402
+
+KEY = "a key of tests"
+TEMPLATE = """{% for message in messages %}{% if message.role == "tool" %}{{ raise_exception("no tools here") }}{% endif %}\
+{{ message.role }}: {{ message.content }}
+{% endfor %}assistant:"""
+PROMPT = "Once upon a time there was"
+
+
+@contextmanager
+def started(folder, *arguments, key=KEY):
+    """`pldr serve` in a process of its own: the process, its address, and the lines of its log so far."""
+    environment = os.environ | {"PLDR_API_KEY": key}
+    command = [sys.executable, "-m", "pldr", "serve", str(folder), "--port", "0", "--backend", "engine", *arguments]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        lines = []
+        try:
+            for line in process.stderr:
+                lines.append(json.loads(line))
+                if lines[-1]["event"] == "ready":
+                    break
+            reader = threading.Thread(target=lambda: lines.extend(map(json.loads, process.stderr)), daemon=True)
+            reader.start()
+            yield process, lines[-1]["url"], lines
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 0
+            reader.join(10)
+        finally:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def chatty(tmp_path_factory):
+    """The model that ships with pldr, with a chat template."""
+    folder = tmp_path_factory.mktemp("served") / "stories"
+    folder.mkdir()
+    for file in STORIES.iterdir():
+        (folder / file.name).symlink_to(file)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def running(chatty):
+    """One server for this file: its address, its log and its process."""
+    with started(chatty) as (process, url, lines):
+        yield url, lines, process
+    assert [line["event"] for line in lines if line["event"] != "request"][-2:] == ["shutting down", "stopped"]
+    assert not any("traceback" in line for line in lines), "something failed that no test meant to"
+
+
+@pytest.fixture(scope="module")
+def client(running):
+    with openai.OpenAI(base_url=f"{running[0]}/v1", api_key=KEY, max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def complete(client):
+    return partial(client.completions.create, model="stories")
+
+
+@pytest.fixture(scope="module")
+def http(running):
+    with httpx.Client(base_url=running[0], headers={"authorization": f"Bearer {KEY}"}, timeout=20) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def engine(stories):
+    """What answers are compared with: one prompt at a time."""
+    return Engine(*stories, max_batch=1)
+
+
+@pytest.fixture(autouse=True)
+def own_log(monkeypatch):
+    """Where a test runs the command in this process, the log stays pytest's."""
+    monkeypatch.setattr(server, "log_to_standard_error", lambda: None)
+
+
+def metric(http, name):
+    return float(re.search(rf"^{re.escape(name)} (\S+)$", http.get("/metrics").text, re.MULTILINE)[1])
+
+
+def until(condition, seconds=5):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+# --- completions ----------------------------------------------------------------------------------------------------
+
+# What is asked, and the same of the engine.
+ASKED = {
+    "greedy": ({"temperature": 0}, {}),
+    "drawn": ({"temperature": 0.8, "top_p": 0.9, "seed": 7}, {"temperature": 0.8, "top_p": 0.9, "seed": 7}),
+    "by default drawn at temperature 1": ({"seed": 1}, {"temperature": 1.0, "seed": 1}),
+    "stop": ({"temperature": 0, "stop": ["and", "zzz"]}, {"stop": ["and", "zzz"]}),
+    "one stop": ({"temperature": 0, "stop": ","}, {"stop": ","}),
+    "ours": (
+        {"temperature": 1, "seed": 2, "extra_body": {"top_k": 5, "repetition_penalty": 1.3, "ignore_eos": True}},
+        {"temperature": 1.0, "seed": 2, "top_k": 5, "repetition_penalty": 1.3, "ignore_end": True},
+    ),
+    "stop ids": ({"temperature": 0, "extra_body": {"stop_token_ids": [264]}}, {"stop_ids": [264]}),
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_a_completion_is_the_engines_whole_and_in_pieces(complete, engine, name):
+    asked, settings = ASKED[name]
+    (expected,) = engine.generate(PROMPT, max_new_tokens=24, **settings)
+    whole = complete(prompt=PROMPT, max_tokens=24, **asked)
+    (choice,) = whole.choices
+    assert choice.text == expected.text
+    assert choice.finish_reason == {"end": "stop"}.get(expected.finish_reason, expected.finish_reason)
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (6, len(expected.token_ids))
+    pieces = list(complete(prompt=PROMPT, max_tokens=24, stream=True, stream_options={"include_usage": True}, **asked))
+    assert "".join(piece.choices[0].text for piece in pieces[:-1]) == expected.text
+    assert [piece.choices[0].finish_reason for piece in pieces[:-1]] == [None] * (len(pieces) - 2) + [
+        choice.finish_reason
+    ]
+    assert pieces[-1].choices == []
+    assert pieces[-1].usage == whole.usage
+    assert len({piece.id for piece in pieces}) == 1
+
+
+def test_several_prompts_and_choices(complete, engine, stories):
+    """In order, with seeds that go on; prompts as texts or as token ids."""
+    ids = stories[1]([PROMPT, "The sea"], add_special_tokens=False)["input_ids"]
+    texts = [
+        engine.generate(prompt, max_new_tokens=8, temperature=1.0, seed=5 + i)[0].text
+        for prompt in ids
+        for i in range(3)
+    ]
+    for prompt in ([PROMPT, "The sea"], ids):
+        answer = complete(prompt=prompt, n=3, seed=5, max_tokens=8)
+        assert [choice.text for choice in answer.choices] == texts
+        assert [choice.index for choice in answer.choices] == list(range(6))
+        assert answer.usage.prompt_tokens == sum(map(len, ids))
+        joined = [""] * 6
+        for piece in complete(prompt=prompt, n=3, seed=5, max_tokens=8, stream=True):
+            joined[piece.choices[0].index] += piece.choices[0].text
+        assert joined == texts
+    assert complete(prompt=ids[0], seed=5, max_tokens=8).choices[0].text == texts[0]
+
+
+def test_without_max_tokens_a_completion_has_16(complete):
+    assert complete(prompt=PROMPT, temperature=0).usage.completion_tokens == 16
+
+
+def plain_logprobs(model, ids, prompt):
+    """Of one forward over all of it, with G_LM of the prompt, as the engine has it: [T - 1, V]."""
+    frozen = freeze(copy.deepcopy(model), torch.tensor([ids[:prompt]]))
+    with torch.no_grad():
+        return frozen(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0}, {"temperature": 1, "seed": 3}], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("echo", [False, True], ids=["", "echo"])
+def test_log_probabilities_are_those_of_a_plain_forward(complete, stories, engine, settings, echo):
+    model, tokenizer = stories
+    generated = engine.generate(
+        PROMPT, max_new_tokens=12, **({"seed": 3, "temperature": 1.0} if "seed" in settings else {})
+    )[0]
+    asked = {"prompt": PROMPT, "max_tokens": 12, "logprobs": 3, "echo": echo} | settings
+    (choice,) = complete(**asked).choices
+    prompt = tokenizer(PROMPT, add_special_tokens=False)["input_ids"]
+    assert choice.text == (PROMPT if echo else "") + generated.text
+    found, drawn = choice.logprobs, prompt + generated.token_ids
+    expected = plain_logprobs(model, drawn, len(prompt))
+    start = 0 if echo else len(prompt) - 1
+    if echo:
+        assert (found.token_logprobs[0], found.top_logprobs[0]) == (None, None)
+    for place, token in enumerate(drawn[start + 1 :], start):
+        index = place - start + echo
+        assert abs(found.token_logprobs[index] - expected[place, token]) < 1e-5
+        best = expected[place].topk(3)
+        named = dict(
+            zip(
+                [one.replace("▁", " ") for one in tokenizer.convert_ids_to_tokens(best.indices)],
+                best.values,
+                strict=True,
+            )
+        )
+        assert found.top_logprobs[index].keys() == named.keys()
+        assert all(abs(found.top_logprobs[index][name] - value) < 1e-5 for name, value in named.items())
+    assert "".join(found.tokens) == choice.text
+    assert [choice.text[i : i + len(t)] for i, t in zip(found.text_offset, found.tokens, strict=True)] == found.tokens
+    pieces = [piece.choices[0].logprobs for piece in complete(stream=True, **asked)]
+    assert [t for piece in pieces for t in piece.tokens] == found.tokens
+    assert [v for piece in pieces for v in piece.token_logprobs] == found.token_logprobs
+    assert [o for piece in pieces for o in piece.text_offset] == found.text_offset
+
+
+def test_an_echo_alone(complete):
+    """As evaluations ask for the log-probabilities of a text."""
+    answer = complete(prompt=PROMPT, max_tokens=0, echo=True, logprobs=0)
+    (choice,) = answer.choices
+    assert (choice.text, choice.finish_reason, answer.usage.completion_tokens) == (PROMPT, "length", 0)
+    assert len(choice.logprobs.token_logprobs) == 6
+    assert choice.logprobs.top_logprobs is None
+
+
+# --- chats ----------------------------------------------------------------------------------------------------------
+
+MESSAGES = [
+    {"role": "system", "content": "You tell stories."},
+    {"role": "user", "content": [{"type": "text", "text": "Tell "}, {"type": "text", "text": "one."}]},
+]
+
+
+def test_a_chat(client, engine):
+    text = "system: You tell stories.\nuser: Tell one.\nassistant:"
+    (expected,) = engine.generate(text, max_new_tokens=10, logprobs=True, top_logprobs=2)
+    asked = {"model": "stories", "messages": MESSAGES, "max_completion_tokens": 10, "temperature": 0,
+             "logprobs": True, "top_logprobs": 2}  # fmt: skip
+    answer = client.chat.completions.create(**asked)
+    (choice,) = answer.choices
+    assert (choice.message.role, choice.message.content) == ("assistant", expected.text)
+    found = choice.logprobs.content
+    assert [entry.logprob for entry in found] == pytest.approx(expected.logprobs, abs=1e-5)
+    assert bytes(byte for entry in found for byte in entry.bytes).decode() == expected.text
+    for entry, alternatives in zip(found, expected.top_logprobs, strict=True):
+        assert [one.logprob for one in entry.top_logprobs] == pytest.approx(
+            [value for _, value in alternatives], abs=1e-5
+        )
+    pieces = list(client.chat.completions.create(stream=True, **asked))
+    assert pieces[0].choices[0].delta.role == "assistant"
+    assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == expected.text
+    logged = [entry for piece in pieces if piece.choices[0].logprobs for entry in piece.choices[0].logprobs.content]
+    assert logged == found
+
+
+# --- facts ----------------------------------------------------------------------------------------------------------
+
+
+def test_models_operator_and_health(client, http):
+    (model,) = client.models.list().data
+    assert (model.id, model.owned_by) == ("stories", "pldr")
+    assert client.models.retrieve("stories") == model
+    facts = http.get("/v1/pldr/operator").json()
+    assert {name: facts[name] for name in ("model", "operator", "ranks", "certificate")} == {
+        "model": "stories", "operator": "learned", "ranks": None, "certificate": None,
+    }  # fmt: skip
+    assert (facts["kv_cache_bytes_per_token"], facts["g_cache_bytes_per_sequence"]) == (14336, 229376)
+    assert http.get("/health").json() == {"status": "ok"}
+
+
+def test_metrics_and_log(running, http, complete):
+    names = ("pldr_prompt_tokens_total", "pldr_generated_tokens_total", "pldr_time_to_first_token_seconds_count",
+             'pldr_finished_total{reason="length"}')  # fmt: skip
+    before = [metric(http, name) if name in http.get("/metrics").text else 0 for name in names]
+    complete(prompt="A secret", max_tokens=5, temperature=0)
+    assert [metric(http, name) for name in names] == [was + new for was, new in zip(before, (2, 5, 1, 1), strict=True)]
+    answer = http.post("/v1/completions", json={"prompt": "A secret", "max_tokens": 3, "temperature": 0})
+    (line,) = [line for line in running[1] if line.get("id") == answer.headers["x-request-id"]]
+    assert {name: line[name] for name in ("path", "status", "prompt_tokens", "completion_tokens")} == {
+        "path": "/v1/completions", "status": 200, "prompt_tokens": 2, "completion_tokens": 3,
+    }  # fmt: skip
+    assert "secret" not in json.dumps(running[1])
+    assert running[1][0]["level"] == "warning"
+    assert "has a learned operator, which no certificate is about" in running[1][0]["event"]
+
+
+# --- mistakes -------------------------------------------------------------------------------------------------------
+
+WRONG = [
+    ({}, "prompt", "prompt: Field required"),
+    ({"prompt": 3}, "prompt", "prompt: must be a text, a list of token ids, or a list of several"),
+    ({"prompt": [1, "a"]}, "prompt", "prompt: must be a text"),
+    ({"prompt": []}, "prompt", "prompt: must be a text"),
+    ({"prompt": ""}, "prompt", "prompt: is empty"),
+    ({"prompt": "\ud800"}, "prompt", "prompt: not valid UTF-8"),
+    ({"prompt": [7000]}, "prompt", "prompt: token 7000 is none of the model's 6144"),
+    ({"prompt": [-1]}, "prompt", "prompt: token -1 is none"),
+    ({"prompt": [10**30]}, "prompt", "prompt: "),
+    ({"prompt": [5] * 1024}, "prompt", "prompt: 1024 tokens leave no room in the context of 1024"),
+    ({"prompt": "a", "max_tokens": 2000}, "max_tokens", "max_tokens: must be between 1 and 1023"),
+    ({"prompt": "a", "max_tokens": 0}, "max_tokens", "max_tokens: must be at least 1"),
+    ({"prompt": "a", "max_tokens": "3"}, "max_tokens", "max_tokens: Input should be a valid integer"),
+    ({"prompt": "a", "max_tokens": True}, "max_tokens", "max_tokens: Input should be a valid integer"),
+    ({"prompt": "a", "max_tokens": 10**400}, "max_tokens", "max_tokens: "),
+    ({"prompt": "a", "temperature": -1}, "temperature", "temperature: Input should be greater"),
+    ({"prompt": "a", "temperature": 1e-9}, "temperature", "temperature: must be positive"),
+    ({"prompt": "a", "temperature": float("nan")}, "temperature", "temperature: Input should be a finite number"),
+    ({"prompt": "a", "top_p": 0}, "top_p", "top_p: Input should be greater than 0"),
+    ({"prompt": "a", "n": 0}, "n", "n: Input should be greater"),
+    ({"prompt": ["a"] * 3, "n": 128}, "n", "n: at most 288 texts in one request, got 384"),
+    ({"prompt": "a", "logprobs": 21}, "logprobs", "logprobs: Input should be less"),
+    ({"prompt": "a", "best_of": 2}, "best_of", "best_of: is not supported"),
+    ({"prompt": "a", "suffix": "b"}, "suffix", "suffix: is not supported"),
+    ({"prompt": "a", "presence_penalty": 0.5}, "presence_penalty", "presence_penalty: is not supported"),
+    ({"prompt": "a", "logit_bias": {"5": 1}}, "logit_bias", "logit_bias: is not supported"),
+    ({"prompt": "a", "stop": [""]}, "stop", "stop: must be a text"),
+    ({"prompt": "a", "stop": ["a"] * 17}, "stop", "stop: must be a text, or a list of at most 16"),
+    ({"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options", "stream_options: is for streams"),
+    ({"prompt": "a", "seed": 2**63}, "seed", "seed: Input should be less"),
+    ({"prompt": "a", "repetition_penalty": 0}, "repetition_penalty", "repetition_penalty: must be between"),
+    ({"prompt": "a", "colour": 1}, None, "Unrecognized request argument supplied: colour"),
+    ({"messages": []}, "messages", "messages: List should have at least 1 item"),
+    ({"messages": [{"role": "nobody", "content": "a"}]}, "messages", "messages.0.role: Input should be 'system'"),
+    ({"messages": [{"role": "tool", "content": "a"}]}, "messages", "the chat template refuses them (no tools here)"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "messages.0."),
+    ({"messages": MESSAGES, "top_logprobs": 2}, "top_logprobs", "top_logprobs: needs logprobs"),
+    ({"messages": MESSAGES, "tools": [{}]}, "tools", "tools: is not supported"),
+    ({"messages": MESSAGES, "response_format": {"type": "json_object"}}, "response_format", "response_format: is not"),
+]
+
+
+@pytest.mark.parametrize(("fields", "param", "message"), WRONG, ids=lambda value: str(value)[:40])
+def test_a_mistake_is_400_and_says_what_and_where(http, fields, param, message):
+    path = "/v1/chat/completions" if "messages" in fields else "/v1/completions"
+    answer = http.post(path, content=json.dumps(fields), headers={"content-type": "application/json"})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, param), error
+    assert message in error["message"]
+    assert error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("status", "method", "path", "content", "headers"),
+    [
+        (400, "POST", "/v1/completions", b"{", {}),
+        (400, "POST", "/v1/completions", b"", {}),
+        (400, "POST", "/v1/completions", b"\xff\xfe{}", {}),
+        (400, "POST", "/v1/completions", b"[" * 100_000, {}),
+        (400, "POST", "/v1/completions", b'{"prompt": ' + b"9" * 5000 + b"}", {}),
+        (400, "POST", "/v1/completions", b'{"prompt": "a"}', {"content-type": "text/plain"}),
+        (400, "POST", "/v1/completions", json.dumps(dict.fromkeys(map(str, range(50_000)))).encode(), {}),
+        (400, "POST", "/v1/completions", json.dumps({"prompt": [None] * 150_000}).encode(), {}),
+        (413, "POST", "/v1/completions", b" " * 3_000_000, {}),
+        (413, "POST", "/v1/completions", (b" " * 100_000 for _ in range(30)), {}),
+        (401, "POST", "/v1/completions", b"{}", {"authorization": "Bearer another"}),
+        (401, "POST", "/v1/completions", b"{}", {"authorization": "Bearer \u00e9"}),
+        (401, "GET", "/v1/models", b"", {"authorization": ""}),
+        (404, "GET", "/v2", b"", {}),
+        (404, "GET", "/v1/models/another", b"", {}),
+        (404, "POST", "/v1/completions", b'{"prompt": "a", "model": "another"}', {}),
+        (405, "GET", "/v1/completions", b"", {}),
+    ],
+)  # fmt: skip
+def test_a_request_that_is_none(http, status, method, path, content, headers):
+    headers = {"content-type": "application/json"} | {name: value.encode() for name, value in headers.items()}
+    answer = http.request(method, path, content=content, headers=headers)
+    assert answer.status_code == status
+    assert answer.json()["error"].keys() == {"message", "type", "param", "code"}
+    assert "Traceback" not in answer.text
+    assert len(answer.text) < 1000
+
+
+def test_openais_client_knows_the_errors(client, complete):
+    with pytest.raises(openai.BadRequestError, match="best_of"):
+        complete(prompt="a", best_of=3)
+    with pytest.raises(openai.NotFoundError, match="does not exist"):
+        client.completions.create(model="gpt", prompt="a")
+    with pytest.raises(openai.AuthenticationError):
+        client.with_options(api_key="wrong").models.list()
+
+
+def test_what_is_no_http_is_refused_and_a_client_that_leaves_is_forgotten(running, http):
+    host, port = running[0].removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(b"\x16\x03\x01 hello\r\n\r\n")
+        answer = connection.makefile("rb").read()
+        assert answer.startswith(b"HTTP/1.1 400 ")
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["type"] == "invalid_request_error"
+    for stream in (False, True):
+        asked = json.dumps(
+            {"prompt": "The sea", "max_tokens": 1000, "n": 4, "ignore_eos": True, "stream": stream}
+        ).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: a\r\nauthorization: Bearer {KEY}\r\ncontent-type: application/json\r\n"
+        connection = socket.create_connection((host, int(port)))
+        connection.sendall(f"{head}content-length: {len(asked)}\r\n\r\n".encode() + asked)
+        until(lambda: metric(http, "pldr_requests_running") == 4)
+        connection.close()
+        until(lambda: metric(http, "pldr_requests_running") == 0)
+    assert metric(http, 'pldr_finished_total{reason="cancelled"}') == 8
+
+
+# --- many at once ---------------------------------------------------------------------------------------------------
+
+
+def test_50_prompts_in_random_order_and_arrival_are_answered_as_alone(complete, stories):
+    """G_LM of each is of its own prompt, whoever else is in the batch."""
+    dice = random.Random(0)
+    words = " ".join(json.loads(line)["text"] for line in HELD_OUT.read_text().splitlines()).split()
+    prompts = []
+    for _ in range(50):
+        start = dice.randrange(len(words) - 40)
+        prompts.append(" ".join(words[start : start + dice.randint(1, 40)]))
+    expected = [one.text for one in Engine(*stories, max_batch=50).generate(prompts, max_new_tokens=8)]
+    alone = Engine(*stories, max_batch=1).generate(prompts[:10], max_new_tokens=8)
+    assert [one.text for one in alone] == expected[:10]
+    found = {}
+
+    async def ask(client, index):
+        await asyncio.sleep(dice.random())
+        answer = await client.completions.create(model="stories", prompt=prompts[index], max_tokens=8, temperature=0)
+        found[index] = answer.choices[0].text
+
+    async def ask_all(url):
+        async with openai.AsyncOpenAI(base_url=url, api_key=KEY, max_retries=0) as client:
+            await asyncio.gather(*(ask(client, index) for index in dice.sample(range(50), 50)))
+
+    asyncio.run(ask_all(str(complete.func.__self__._client.base_url)))
+    assert [found[index] for index in range(50)] == expected
+
+
+@pytest.fixture
+def worker(small_model):
+    """Over an engine with one row, and one job that may wait; and a way to make jobs."""
+    engine = Engine(small_model(), max_batch=1)
+    told = []
+    worker = Worker(engine, Metrics(), 1, told.extend)
+    worker.start()
+
+    def job(tokens, seconds=60.0):
+        request = engine.request([5, 6], Options(max_new_tokens=tokens, ignore_end=True))
+        return Job(request, None, time.monotonic() + seconds, False)
+
+    yield worker, job, told
+    worker.close(True)
+    worker.join()
+
+
+class TestWorker:
+    def test_more_than_may_wait_are_refused_all_or_none(self, worker):
+        worker, job, told = worker
+        first = job(60)
+        worker.submit([first])
+        with pytest.raises(Full):
+            worker.submit([job(1), job(1)])
+        second = job(1)
+        worker.submit([second])
+        until(lambda: len(told) == 2)
+        assert [len(one.completion.token_ids) for one in (first, second)] == [60, 1]
+
+    def test_what_takes_too_long_is_ended(self, worker):
+        worker, job, told = worker
+        late, other = job(60, seconds=-1.0), job(3)
+        worker.submit([late, other])
+        until(lambda: len(told) == 2)
+        assert isinstance(late.error, TimeoutError)
+        assert len(other.completion.token_ids) == 3
+
+    def test_a_step_that_fails_ends_its_requests_and_no_others(self, worker, monkeypatch):
+        worker, job, told = worker
+        run = worker.engine.decoder.run
+        monkeypatch.setattr(worker.engine.decoder, "run", lambda *args, **kwargs: 1 / 0)
+        failed = job(5)
+        worker.submit([failed])
+        until(lambda: told)
+        assert isinstance(failed.error, ZeroDivisionError)
+        monkeypatch.setattr(worker.engine.decoder, "run", run)
+        well = job(5)
+        worker.submit([well])
+        until(lambda: len(told) == 2)
+        assert worker.healthy
+        assert well.completion.token_ids
+
+    @pytest.mark.parametrize("now", [False, True])
+    def test_the_end(self, worker, now):
+        worker, job, told = worker
+        jobs = [job(60), job(60)]
+        worker.submit(jobs)
+        worker.close(now)
+        with pytest.raises(Stopped):
+            worker.submit([job(1)])
+        worker.join()
+        assert len(told) == 2
+        assert all(isinstance(one.error, Stopped) if now else one.completion for one in jobs)
+        assert not worker.healthy
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def test_mistakes_at_the_command_line_are_one_line(run, monkeypatch, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        fails(run("serve", "--port", port), f"127.0.0.1:{port} can not be listened on (Address already in use)")
+    fails(run("serve", "--host", "nowhere.invalid"), "nowhere.invalid:8000 can not be listened on")
+    fails(run("serve", tmp_path / "none", "--port", 0), "no such model folder")
+    fails(run("serve", "--port", 70000), "--port: must be between 0 and 65535")
+    fails(run("serve", "--backend", "other"), "--backend: must be one of auto, engine, vllm")
+    fails(run("serve", "--api-key", " "), "--api-key: must be printable ASCII")
+    fails(run("serve", "--max-queue", "-1"), "--max-queue: must be at least 0")
+    fails(run("serve", "--request-timeout", "nan"), "--request-timeout: must be at least 0.1")
+    fails(run("serve", "--max-batch", 0, "--port", 0), "--max-batch: must be at least 1")
+    fails(run("serve", "--port", 0, "--backend", "engine", STORIES, "--", "--x"), "apply with --backend vllm only")
+    monkeypatch.setattr(server, "require", partial(_without, "fastapi"))
+    fails(run("serve", "--backend", "engine"), "needs fastapi: pip install 'pldr[serve-light]'")
+
+
+def _without(package, extra, *packages):
+    assert package in packages
+    raise ModuleNotFoundError(f"needs {package}: pip install 'pldr[{extra}]'")
+
+
+class TestCertificate:
+    def test_a_model_without_one_is_served_with_a_warning_or_not_at_all(self, tmp_path):
+        with pytest.warns(UserWarning, match="has no certificate"):
+            assert certificate_to_serve(tmp_path, "constant") is None
+        with pytest.warns(UserWarning, match="a learned operator, which no certificate is about"):
+            certificate_to_serve(tmp_path, "learned")
+        with pytest.raises(ValueError, match=r"pldr certify .* --output CERTIFIED"):
+            certificate_to_serve(tmp_path, "learned", required=True)
+        (tmp_path / "certificate.json").write_text("{}")
+        with pytest.raises(ValueError, match="not a valid certificate"):
+            certificate_to_serve(tmp_path, "constant", required=True)
+
+    def test_the_command_requires_it(self, run):
+        fails(
+            run("serve", "--port", 0, "--require-certificate"), "has a learned operator, which no certificate is about"
+        )
+
+    def test_vllm_is_not_given_a_learned_operator(self, run, monkeypatch):
+        with pytest.raises(ValueError, match=r"pldr certify X .*pldr freeze; or .*pldr serve X --backend engine"):
+            refuse_learned("X", "learned")
+        refuse_learned("X", "constant")
+        monkeypatch.setattr(server, "require", lambda *args: None)
+        fails(run("serve", "--port", 0, "--backend", "vllm"), "has a learned operator, whose G_LM would come from")
+
+
+class TestWithVllm:
+    """Where it is installed, the command becomes vLLM's; its own tests are in test_vllm.py."""
+
+    @pytest.fixture
+    def became(self, monkeypatch):
+        commands = []
+
+        def execv(program, command):
+            commands.append((command, os.environ.get("VLLM_API_KEY")))
+            raise SystemExit(0)
+
+        monkeypatch.setattr(server, "require", lambda *args: None)
+        monkeypatch.setattr(server, "find_spec", lambda name: name)
+        monkeypatch.setattr(os, "execv", execv)
+        monkeypatch.delenv("VLLM_API_KEY", raising=False)
+        return commands
+
+    def test_arguments_are_handed_on(self, run, became, small_model, toy_tokenizer, tmp_path, monkeypatch):
+        small_model(vocab_size=len(toy_tokenizer), operator="constant").save_pretrained(tmp_path / "made")
+        toy_tokenizer.save_pretrained(tmp_path / "made")
+        monkeypatch.setenv("PLDR_API_KEY", "k")
+        monkeypatch.setenv("VLLM_API_KEY", "overwritten")
+        arguments = [tmp_path / "made", "--port", 0, "--max-length", 32, "--", "--tensor-parallel-size", 2]
+        with pytest.warns(UserWarning, match="has no certificate"):
+            assert run("serve", *arguments)[0] == 0
+        ((command, key),) = became
+        assert command[1:4] == ["-m", "vllm.entrypoints.cli.main", "serve"]
+        assert command[4:] == [
+            str(tmp_path / "made"), "--host", "127.0.0.1", "--port", "0", "--served-model-name", "made", "--dtype", "auto",
+            "--max-model-len", "32", "--tensor-parallel-size", "2",
+        ]  # fmt: skip
+        assert key == "k"
+        fails(
+            run("serve", tmp_path / "made", "--port", 0, "--quantize", "int8"),
+            "--quantize: apply with --backend engine only",
+        )
+
+
+# --- the end --------------------------------------------------------------------------------------------------------
+
+
+def test_sigterm_lets_accepted_requests_end(running, http, complete):
+    """Whole and in pieces; new ones are sent away; the code is 0. It ends the server of this file, and so is its last test."""
+    asked = {"prompt": PROMPT, "max_tokens": 150, "extra_body": {"ignore_eos": True}}
+    stream, answers = complete(stream=True, **asked), []
+    thread = threading.Thread(target=lambda: answers.append(complete(**asked)))
+    thread.start()
+    pieces = [next(stream)]
+    until(lambda: metric(http, "pldr_requests_running") == 2)
+    running[2].send_signal(signal.SIGTERM)
+    pieces += stream
+    thread.join(20)
+    assert pieces[-1].choices[0].finish_reason == "length"
+    assert answers[0].usage.completion_tokens == 150
+    assert running[2].wait(10) == 0
+    with pytest.raises(openai.APIConnectionError):
+        complete(prompt="a")
