@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +22,8 @@ from pldr.training.checkpoint import SUMS, check_checkpoint, checkpoints, merge_
 from pldr.training.run import train
 
 pytestmark = pytest.mark.slow
+
+BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "bench_parallel.py"
 
 # Two processes sum in another order than one, and so round otherwise. A constant operator does not mind. A learned one
 # does: AdamW divides each gradient by its own size, so that those which are all rounding become whole steps, and the power
@@ -250,3 +254,34 @@ def test_a_run_survives_the_loss_of_a_process(pairs, runs):
     assert logged(out, "step") == list(range(1, 151))
     assert logged(out) == logged(whole)
     assert not list(out.parent.glob(f".{out.name}*"))
+
+
+def test_the_measurement_of_two_gpus(tmp_path):
+    """benchmarks/bench_parallel.py whole, on two processes of the CPU: what it compares is the same, what it times is there."""
+    record = tmp_path / "record.json"
+    sizes = {"batch": 2, "length": 64, "warmup": 2, "windows": 2, "steps": 2, "output": record, "work": tmp_path}
+    command = [
+        sys.executable,
+        BENCHMARK,
+        "--tiny",
+        "--no-compile",
+        *(f"--{key}={value}" for key, value in sizes.items()),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(record.read_text())
+    assert json.loads(done.stdout.splitlines()[-1]) == found
+    assert {"commit", "device", "date", "torch"} <= found.keys()
+    operators, shardings = ("learned", "constant", "handed off"), ("none", "full", "hybrid")
+    halves, rows = found["parity"][:2], found["parity"][2:]
+    assert {(row["operator"], row["sharding"]) for row in rows} == {*product(operators, shardings)}
+    assert min(row["largest_difference"] for row in halves) > 1e-4
+    assert all(row["holds"] for row in found["parity"])
+    assert max(row["largest_difference"] for row in rows) <= 1e-5
+    assert [row["holds"] for row in found["checkpoint"]] == [True] * 3
+    assert all(row["holds"] for row in found["eval"])
+    assert [row["sharding"] for row in found["scaling"]] == ["none"] * 2 + [*shardings] * 2
+    for row in found["scaling"]:
+        assert row["slowest"] <= row["tokens_per_second"] <= row["fastest"]
+        assert ("efficiency" in row) == (row["processes"] == 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["record.json"]

@@ -3,6 +3,8 @@
 import copy
 import json
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from helpers import shared
 from pldr import freeze, load_model, load_tokenizer, make_cache
 from pldr.evaluation.modes import MODES
 from pldr.evaluation.perplexity import evaluate_texts, perplexity, windows
+from pldr.evaluation.processes import Processes
 from pldr.evaluation.scoring import Scorer, make_scorers, mode_disagreement, read_calibration
 from pldr.generation import generate_text
 from pldr.models.shipped import STORIES
@@ -284,3 +287,31 @@ def test_logits_that_are_not_finite_are_an_error(small_model, toy_tokenizer, sca
         Scorer(model, "cached").score([([5, 6], [7])])
     with pytest.raises(FloatingPointError, match="NaN or infinite"):
         generate_text(model, toy_tokenizer, "the cat", max_new_tokens=2)
+
+
+class Threads(Processes):
+    """Processes that share an evaluation, as threads; `group` is a barrier and what each found."""
+
+    def together(self, found):
+        barrier, parts = self.group
+        parts[self.rank] = found
+        barrier.wait(60)
+        return {key: value for part in parts.values() for key, value in part.items()}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("count", [2, 3])
+def test_processes_that_share_batches_all_get_every_score(small_model, pairs, calibration, mode, count):
+    """To the last bit, because batches stay what they are; and each does a part."""
+    model, parts = small_model(), {}
+    group = threading.Barrier(count), parts
+    scorers = [
+        Scorer(model, mode, calibration=calibration, batch_size=2, processes=Threads(rank, count, group))
+        for rank in range(count)
+    ]
+    with ThreadPoolExecutor(count) as pool:
+        shared_out = list(pool.map(lambda scorer: scorer.score(pairs), scorers))
+    alone = Scorer(model, mode, calibration=calibration, batch_size=2).score(pairs)
+    assert shared_out == [alone] * count
+    assert sum(map(len, parts.values())) == len(pairs)
+    assert all(parts.values())

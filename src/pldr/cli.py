@@ -144,9 +144,7 @@ def train(
     _quiet()
     from pldr.training.run import train as run
 
-    summary = run(parsed, overwrite=overwrite, resume=str(resume_from) if resume_from else resume)
-    if os.environ.get("RANK", "0") == "0":  # of several processes, one prints
-        _print(summary, as_json)
+    _print(run(parsed, overwrite=overwrite, resume=str(resume_from) if resume_from else resume), as_json)
 
 
 @_verb("tokenizer train my-book.txt --output my-tokenizer --vocab-size 2000", "train", tokenizer_app)
@@ -343,7 +341,7 @@ def evaluate(
         raise ValueError("--perplexity: needs text files, and they need it: pldr eval MODEL --perplexity FILE ...")
     del perplexity  # the files say it
     evaluation = _show("evaluate", locals())
-    for warning in evaluation.warnings if as_json else ():  # else they are printed
+    for warning in evaluation.warnings if as_json and _is_first() else ():  # else they are printed
         _report(f"warning: {warning}")
 
 
@@ -485,8 +483,15 @@ def _show(function: str, options: dict[str, Any]) -> Any:
     return result
 
 
+def _is_first() -> bool:
+    """Whether this process is the first of torchrun's, or alone."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _print(result: "Printable", as_json: bool) -> None:
-    """A result of the library: as tables, or as one JSON object."""
+    """A result of the library: as tables, or as one JSON object. Of several processes, one prints."""
+    if not _is_first():
+        return
     if as_json:
         typer.echo(to_json(result.to_json()))
         return

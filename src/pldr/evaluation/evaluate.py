@@ -16,6 +16,7 @@ from pldr.checkpoints.load import load_with_tokenizer
 from pldr.data.sources import names_of
 from pldr.evaluation.modes import MODES, check_mode, keeps_training, name_of
 from pldr.evaluation.perplexity import check_window, evaluate_texts
+from pldr.evaluation.processes import join
 from pldr.evaluation.published import SUITES, suite_report
 from pldr.evaluation.scoring import Scorer, make_scorers, mode_disagreement, read_calibration
 from pldr.files import json_safe, read_text, require
@@ -129,6 +130,8 @@ def evaluate(
 ) -> Evaluation:
     """Benchmarks and perplexity of a model, as `pldr eval` measures them.
 
+    The processes of torchrun share the work, and each returns all of it.
+
     Args:
         model: a folder in any layout, a ``.pth`` file, or a loaded model.
         files: text files, whose perplexity is measured.
@@ -175,6 +178,7 @@ def evaluate(
         from pldr.evaluation.harness import check_limit, load_tasks, run_tasks
 
         check_limit(limit)
+    processes = join()  # before the model chooses a GPU
     loaded, text_tokenizer = load_with_tokenizer(model, tokenizer, device=device, dtype=dtype, rope=rope, g_lm=g_lm)
     context = loaded.config.max_position_embeddings
     check_window(context, window, stride)
@@ -189,7 +193,7 @@ def evaluate(
     passages = None
     if is_learned:
         passages = read_calibration(text_tokenizer, context, names_of(calibration or ()), text_column)
-    scorers = make_scorers(loaded, passages, batch_size=batch_size)
+    scorers = make_scorers(loaded, passages, batch_size=batch_size, processes=processes)
     chosen = scorers if compare else {mode: scorers[mode]}
     disagreement = 0.0 if passages is None else _disagreement(loaded, scorers, passages)
     perplexities = evaluate_texts(chosen, text_tokenizer, texts, length=window, stride=stride) if texts else None

@@ -179,10 +179,13 @@ class PldrLM(TemplateLM):
         with progress(f"texts, {self.scorer.mode}", len(requests), disable=disable_tqdm) as done:
             for (settings_text, length), members in groups.items():
                 settings = json.loads(settings_text)
-                for batch in self.scorer.batches(members, length + settings["max_gen_toks"]):
+                batches = self.scorer.batches(members, length + settings["max_gen_toks"])
+                # What is drawn depends on what was drawn before: every process draws all of it.
+                for batch in batches if settings["do_sample"] else self.scorer.processes.share(batches):
                     found = self._generate([ids for _, ids in batch], dict(settings))
                     texts |= {index: text for (index, _), text in zip(batch, found, strict=True)}
                     done(len(batch))
+        texts = self.scorer.processes.together(texts)
         for index, request in enumerate(requests):
             self.cache_hook.add_partial("generate_until", request.args, texts[index])
         return [texts[index] for index in range(len(requests))]

@@ -10,6 +10,7 @@ same context share one forward of it.
 import contextlib
 import copy
 import math
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from pldr.data.rows import choose_passages
 from pldr.data.sources import Source
 from pldr.engine import NOT_FINITE
 from pldr.evaluation.modes import model_in_mode, modes_of
+from pldr.evaluation.processes import Processes
 from pldr.modeling_pldr import PldrForCausalLM
 from pldr.models.shipped import HELD_OUT
 
@@ -62,6 +64,7 @@ class Scorer:
         calibration: [C, T], what a learned operator is frozen from (the mean over C); for "frozen" only.
         batch_size: sequences of a batch; "auto": as many as fit into some 2,000 tokens on a CPU, 65,000 on a GPU, fewer
             with a large vocabulary.
+        processes: that share the batches, each with such a scorer; they must ask for the same scores.
 
     Raises:
         ValueError: another mode; a constant operator in a mode that needs a learned one; no calibration passages; a batch
@@ -75,11 +78,13 @@ class Scorer:
         *,
         calibration: torch.Tensor | None = None,
         batch_size: int | str = "auto",
+        processes: Processes = Processes(),  # noqa: B008 (a constant)
     ) -> None:
         if batch_size != "auto" and not (str(batch_size).isdecimal() and int(batch_size) > 0):
             raise ValueError(f"batch_size: must be a positive number or auto, got {batch_size!r}")
         self.model = model_in_mode(model, mode, calibration)
         self.mode = mode
+        self.processes = processes
         self.truncated = 0
         self.batch_size = None if batch_size == "auto" else int(batch_size)
 
@@ -117,7 +122,17 @@ class Scorer:
         for found in self._score_whole(fitted) if self.mode == "learned" else self._score_shared(fitted):
             scores |= found
             done(len(found))
+        done(len(fitted) - len(scores))
+        scores = self.processes.together(scores)
         return [scores[index] for index in range(len(fitted))]
+
+    def _mine(self, by_length: dict[int, list[Any]]) -> Iterator[tuple[int, Sequence[Any]]]:
+        """This process's batches of items of one length each, longest first."""
+        return self.processes.share(
+            (length, batch)
+            for length, items in sorted(by_length.items(), reverse=True)
+            for batch in self.batches(items, length)
+        )
 
     def _fit(self, context: tuple[int, ...], continuation: tuple[int, ...]) -> Pair:
         if not context or not continuation:
@@ -134,18 +149,17 @@ class Scorer:
     def _score_whole(self, pairs: list[Pair]) -> Iterator[dict[int, Score]]:
         """One forward of context and continuation, batches of one length, longest first."""
         by_length: dict[int, list[int]] = defaultdict(list)
-        for index, pair in enumerate(pairs):
+        # By continuation, because the head works on the longest's positions.
+        for index, pair in sorted(enumerate(pairs), key=lambda item: len(item[1].continuation)):
             by_length[len(pair.context) + len(pair.continuation) - 1].append(index)
-        for length, indices in sorted(by_length.items(), reverse=True):
-            indices.sort(key=lambda index: len(pairs[index].continuation))  # the head works on the longest's positions
-            for batch in self.batches(indices, length):
-                ids = self._tensor([[*pairs[i].context, *pairs[i].continuation[:-1]] for i in batch])
-                keep = max(len(pairs[index].continuation) for index in batch)
-                logits = self.model(ids, use_cache=False, logits_to_keep=keep).logits
-                yield {
-                    index: _score(row[-len(pairs[index].continuation) :].float(), pairs[index].continuation)
-                    for index, row in zip(batch, logits, strict=True)
-                }
+        for _, batch in self._mine(by_length):
+            ids = self._tensor([[*pairs[i].context, *pairs[i].continuation[:-1]] for i in batch])
+            keep = max(len(pairs[index].continuation) for index in batch)
+            logits = self.model(ids, use_cache=False, logits_to_keep=keep).logits
+            yield {
+                index: _score(row[-len(pairs[index].continuation) :].float(), pairs[index].continuation)
+                for index, row in zip(batch, logits, strict=True)
+            }
 
     def _score_shared(self, pairs: list[Pair]) -> Iterator[dict[int, Score]]:
         """One forward of each context, then one of the continuations of a batch of contexts of one length."""
@@ -155,21 +169,20 @@ class Scorer:
         by_length: dict[int, list[tuple[int, ...]]] = defaultdict(list)
         for context in by_context:
             by_length[len(context)].append(context)
-        for length, contexts in sorted(by_length.items(), reverse=True):
-            for batch in self.batches(contexts, length):
-                cache = make_cache(self.model.config)
-                first = self.model(self._tensor(batch), past_key_values=cache, logits_to_keep=1).logits
-                members = [(row, index) for row, context in enumerate(batch) for index in by_context[context]]
-                members.sort(key=lambda member: -len(pairs[member[1]].continuation))
-                longest = len(pairs[members[0][1]].continuation)
-                for part in self.batches(members, length + longest):
-                    rows = torch.tensor([row for row, _ in part], device=first.device)
-                    rest = self._continue(cache, rows, [pairs[index].continuation for _, index in part])
-                    logits = torch.cat((first[rows], rest), 1).float()
-                    yield {
-                        index: _score(row[: len(pairs[index].continuation)], pairs[index].continuation)
-                        for (_, index), row in zip(part, logits, strict=True)
-                    }
+        for length, batch in self._mine(by_length):
+            cache = make_cache(self.model.config)
+            first = self.model(self._tensor(batch), past_key_values=cache, logits_to_keep=1).logits
+            members = [(row, index) for row, context in enumerate(batch) for index in by_context[context]]
+            members.sort(key=lambda member: -len(pairs[member[1]].continuation))
+            longest = len(pairs[members[0][1]].continuation)
+            for part in self.batches(members, length + longest):
+                rows = torch.tensor([row for row, _ in part], device=first.device)
+                rest = self._continue(cache, rows, [pairs[index].continuation for _, index in part])
+                logits = torch.cat((first[rows], rest), 1).float()
+                yield {
+                    index: _score(row[: len(pairs[index].continuation)], pairs[index].continuation)
+                    for (_, index), row in zip(part, logits, strict=True)
+                }
 
     def _continue(self, cache: Cache, rows: torch.Tensor, continuations: list[tuple[int, ...]]) -> torch.Tensor:
         """Logits behind each token but the last of continuations, [B, longest - 1, V], each after its row of the cache.
@@ -211,13 +224,20 @@ def read_calibration(
 
 
 def make_scorers(
-    model: PldrForCausalLM, calibration: torch.Tensor | None = None, *, batch_size: int | str = "auto"
+    model: PldrForCausalLM,
+    calibration: torch.Tensor | None = None,
+    *,
+    batch_size: int | str = "auto",
+    processes: Processes = Processes(),  # noqa: B008 (a constant)
 ) -> dict[str, Scorer]:
     """A scorer for each mode that the model has: all with a learned operator, "frozen" alone with a constant one.
 
     Args and raises: see `Scorer`.
     """
-    return {mode: Scorer(model, mode, calibration=calibration, batch_size=batch_size) for mode in modes_of(model)}
+    return {
+        mode: Scorer(model, mode, calibration=calibration, batch_size=batch_size, processes=processes)
+        for mode in modes_of(model)
+    }
 
 
 def mode_disagreement(scorers: dict[str, Scorer], passages: torch.Tensor) -> float:
@@ -241,6 +261,7 @@ def mode_disagreement(scorers: dict[str, Scorer], passages: torch.Tensor) -> flo
 def progress(title: str, total: int, *, disable: bool = False) -> Iterator[Callable[[int], None]]:
     """A bar on standard error, where that is a terminal, and what moves it on."""
     console = Console(stderr=True)
+    disable |= os.environ.get("RANK", "0") != "0"  # of several processes, one draws
     if disable or not console.is_terminal:  # a bar that is disabled leaves an empty line, in older releases of rich
         yield lambda count: None
         return

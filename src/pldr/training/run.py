@@ -33,7 +33,7 @@ from pldr.training import TrainingInterrupted
 from pldr.training.callbacks import ProgressBar
 from pldr.training.checkpoint import checkpoints, load_weights, step_of
 from pldr.training.folder import run_folder
-from pldr.training.trainer import ADVICE, PROBED, PldrTrainer, training_arguments
+from pldr.training.trainer import ADVICE, PROBED, PldrTrainer, compile_layers, training_arguments
 
 
 def train(
@@ -137,9 +137,7 @@ def _trainer(
         name = "activation_checkpointing_enable"
         getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")()
     if o.compile:
-        # Layer by layer: all layers share one graph, where compiling the whole model would unroll them all.
-        for layer in model.model.layers:
-            layer.compile()
+        compile_layers(model)
     full = recipe.data.sequence_length if recipe.data.layout == "padded" else None
     trainer = PldrTrainer(
         recipe,

@@ -62,6 +62,10 @@ def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         dataloader_drop_last=True,
         dataloader_num_workers=recipe.data.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
+        # Else each step would begin with waiting for the device to end the one before.
+        accelerator_config={"non_blocking": torch.cuda.is_available()},
+        # Every parameter takes part in each loss.
+        ddp_find_unused_parameters=False,
         remove_unused_columns=False,
         logging_steps=recipe.log_steps,
         logging_nan_inf_filter=o.skip_nonfinite > 0,
@@ -77,6 +81,14 @@ def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         # Else the Trainer would spread each batch over all devices (DataParallel) without being asked.
         arguments._n_gpu = 1
     return arguments
+
+
+def compile_layers(model: PldrForCausalLM) -> None:
+    """Compile a model's layers, in place: one graph for all, where compiling the whole model would unroll them."""
+    # Torch would cut each layer's graph where a bucket of DDP's is full, to send it early. Layers are such pieces already.
+    torch._dynamo.config.optimize_ddp = False
+    for layer in model.model.layers:
+        layer.compile()
 
 
 def shard(model: PldrForCausalLM, recipe: DistributedRecipe, device: torch.device) -> None:
