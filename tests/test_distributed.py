@@ -279,7 +279,9 @@ def test_the_measurement_of_two_gpus(tmp_path):
     assert all(row["holds"] for row in found["parity"])
     assert max(row["largest_difference"] for row in rows) <= 1e-5
     assert [row["holds"] for row in found["checkpoint"]] == [True] * 3
-    assert all(row["holds"] for row in found["eval"])
+    (scores,) = found["eval"]
+    assert scores["holds"]
+    assert set(scores["perplexity"]) == {"learned", "cached", "frozen"} <= set(scores["tasks"]["piqa"]["scores"])
     assert [row["sharding"] for row in found["scaling"]] == ["none"] * 2 + [*shardings] * 2
     for row in found["scaling"]:
         assert row["slowest"] <= row["tokens_per_second"] <= row["fastest"]
