@@ -91,6 +91,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=5, help="times that are taken")
     parser.add_argument("--steps", type=int, default=10, help="of a window")
     parser.add_argument("--no-compile", action="store_true", help="of scaling")
+    parser.add_argument("--no-reshard", action="store_true", help="of scaling: keep sharded weights until the backward")
     parser.add_argument("--data", type=Path, help="benchmarks' published files, of eval; else a few made-up questions")
     parser.add_argument("--work", type=Path, help="folder for runs; some 15 GB with the 110M preset")
     parser.add_argument("--output", type=Path, help="JSON record")
@@ -346,6 +347,7 @@ def measure_all(arguments: argparse.Namespace) -> bool:
     options = [f"--{name}={getattr(arguments, name)}" for name in
                ("preset", "batch", "length", "warmup", "windows", "steps", "output")]  # fmt: skip
     options += ["--tiny"] * arguments.tiny + ["--no-compile"] * arguments.no_compile
+    options += ["--no-reshard"] * arguments.no_reshard
     done = [start(count, __file__, "--part=scaling", f"--work={arguments.work}", *options) for count in (1, 2)]
     return all(done)
 
@@ -391,7 +393,7 @@ def measure(arguments: argparse.Namespace, operator: str, sharding: str) -> dict
             optimization=OptimizationRecipe(
                 steps=steps, batch_size=arguments.batch, warmup_steps=min(10, steps), learning_rate=1e-4
             ),
-            distributed=DistributedRecipe(sharding),
+            distributed=DistributedRecipe(sharding, reshard=not arguments.no_reshard),
         )  # fmt: skip
         clock = make_clock(arguments.warmup, arguments.steps)
         trainer = PldrTrainer(
@@ -404,7 +406,7 @@ def measure(arguments: argparse.Namespace, operator: str, sharding: str) -> dict
         seconds = [(b - a) / arguments.steps for a, b in zip(clock.times, clock.times[1:], strict=False)]
         tokens = arguments.batch * arguments.length * trainer.args.world_size
         row = {"parameters": sum(p.numel() for p in model.parameters()), "batch": arguments.batch,
-               "length": arguments.length, "compiled": not arguments.no_compile, "last_loss": loss,
+               "length": arguments.length, "compiled": not arguments.no_compile, "reshard": not arguments.no_reshard, "last_loss": loss,
                "tokens_per_second": tokens / statistics.median(seconds),
                "slowest": tokens / max(seconds), "fastest": tokens / min(seconds)}  # fmt: skip
         if torch.cuda.is_available():

@@ -52,6 +52,7 @@ PAIRS = {
 } | {
     # Two replicas of one shard each: the code path, on two processes.
     ("learned", "hybrid"): {"distributed": {"sharding": "hybrid", "replicas": 2}, "save_steps": 3},
+    ("learned", "kept"): VARIANTS["learned"] | {"distributed": {"sharding": "full", "reshard": False}},
     ("learned", "background"): VARIANTS["learned"] | {"distributed": {"sharding": "full"}, "async_save": True},
     ("learned", "unbroken"): RESTARTED,
     ("learned", "bf16"): {
@@ -179,6 +180,11 @@ def test_saving_in_the_background_changes_nothing(pairs):
     assert not list(background.glob(".*"))
 
 
+def test_weights_that_stay_gathered_are_the_same(pairs):
+    (cut, _), (kept, _) = pairs["learned", "full"], pairs["learned", "kept"]
+    assert logged(kept) == logged(cut)
+
+
 def test_what_two_processes_can_not_do(pairs):
     for (name, how), message in [(("no", "offload"), "cpu_offload needs GPUs"),
                                  (("no", "replicas"), "replicas=3 does not divide 2")]:  # fmt: skip
@@ -282,7 +288,7 @@ def test_the_measurement_of_two_gpus(tmp_path):
     (scores,) = found["eval"]
     assert scores["holds"]
     assert set(scores["perplexity"]) == {"learned", "cached", "frozen"} <= set(scores["tasks"]["piqa"]["scores"])
-    assert [row["sharding"] for row in found["scaling"]] == ["none"] * 2 + [*shardings] * 2
+    assert [row["sharding"] for row in found["scaling"]] == ["none"] * 4 + ["full"] * 2 + ["hybrid"] * 2
     for row in found["scaling"]:
         assert row["slowest"] <= row["tokens_per_second"] <= row["fastest"]
         assert ("efficiency" in row) == (row["processes"] == 2)

@@ -147,11 +147,14 @@ class DistributedRecipe:
         sharding: "none": every process holds the whole model (DDP); "full": weights, gradients and optimiser are cut
             among all processes (FSDP2); "hybrid": cut within each of `replicas` groups.
         replicas: groups of hybrid sharding; as many as there are machines, usually.
+        reshard: gather a layer's sharded weights for its forward, and again for its backward; false keeps them in between,
+            for speed, where all of them fit.
         cpu_offload: keep sharded weights and optimiser in host memory.
     """
 
     sharding: str = "none"
     replicas: int = 2
+    reshard: bool = True
     cpu_offload: bool = False
 
 

@@ -108,7 +108,8 @@ def shard(model: PldrForCausalLM, recipe: DistributedRecipe, device: torch.devic
     policy = CPUOffloadPolicy() if recipe.cpu_offload else OffloadPolicy()
     model.to(device)
     for module in (*model.model.layers, model.lm_head, model):
-        fully_shard(module, mesh=mesh, offload_policy=policy)
+        # None lets torch decide: all but the whole model's own, which its backward needs at once.
+        fully_shard(module, mesh=mesh, reshard_after_forward=None if recipe.reshard else False, offload_policy=policy)
 
 
 class _ShardedForward(torch.nn.Module):
@@ -152,6 +153,7 @@ class PldrTrainer(Trainer):
         self.must_hand_off = False
         self.broken_step = False  # its gradients are dropped
         self.dag_coefficients = recipe.optimization.dag_coefficients
+        self._parameters: int | None = None
         self.begun = time.perf_counter()  # where the steps of this call begin
         self.writer = CheckpointWriter(
             folder, PartialState(), keep=recipe.keep_checkpoints, background=recipe.async_save
@@ -194,6 +196,11 @@ class PldrTrainer(Trainer):
         tensors = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in self.model.state_dict().items()}
         whole.load_state_dict(tensors)
         return whole.to(self.args.device)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        if self._parameters is None:  # counted once, and not at every step
+            self._parameters = self.model.num_parameters(exclude_embeddings=True)
+        return 6 * inputs["input_ids"].numel() * self._parameters
 
     # --- one step ---------------------------------------------------------------------------------------------------
 
