@@ -2,6 +2,11 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -82,6 +87,28 @@ def toy_recipe(texts, tokenizer, *, output, **changes):
         section, _, name = key.rpartition("__")
         (fields[section] if section else fields)[name] = value
     return yaml.safe_dump(fields)
+
+
+@contextmanager
+def serving(folder, key):
+    """`pldr serve` in a process of its own: the process, its address, and the lines of its log so far."""
+    environment = os.environ | {"PLDR_API_KEY": key}
+    command = [sys.executable, "-m", "pldr", "serve", str(folder), "--port", "0", "--backend", "engine"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        lines = []
+        try:
+            for line in process.stderr:
+                lines.append(json.loads(line))
+                if lines[-1]["event"] == "ready":
+                    break
+            reader = threading.Thread(target=lambda: lines.extend(map(json.loads, process.stderr)), daemon=True)
+            reader.start()
+            yield process, lines[-1]["url"], lines
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 0
+            reader.join(10)
+        finally:
+            process.kill()
 
 
 def shared(path: str) -> Path:

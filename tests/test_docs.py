@@ -10,6 +10,7 @@ import runpy
 import shlex
 import shutil
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ import typer
 from safetensors.torch import save_file
 
 import pldr
-from helpers import FIXTURES, PUBLISHED, WORDS, write_benchmarks
+from helpers import FIXTURES, PUBLISHED, WORDS, serving, write_benchmarks
 from pldr import HELD_OUT, PldrConfig, PldrForCausalLM, convert_checkpoint, recipe
 from pldr.cli import app
 from pldr.files import read_text
@@ -38,6 +39,12 @@ NOT_RUN = {
     "source .venv/bin/activate": "changes a shell",
     "export TORCH_": "changes a shell",
     "pip install": "asks a package index",
+    "pldr serve": "does not end; test_serving.py starts it, and so do these tests for what is asked of it",
+    "export PLDR_API_KEY": "changes a shell",
+    "export OPENAI_BASE_URL": "changes a shell; set for the Python behind it",
+    "curl ": "the Python behind it asks the same",
+    "vllm bench": "needs vLLM",
+    "docker ": "needs a daemon; test_serving.py reads the files",
     "pldr train v51-110M-1": "a data set of the hub, and a data-centre GPU; its recipe is read",
     "torchrun": "many GPUs; its recipe is read, and test_distributed.py runs two processes",
     "accelerate launch": "many GPUs; its recipe is read",
@@ -66,6 +73,7 @@ THERE = {
     "docs/evaluation.md": ["MODEL", "benchmarks-data", "test.txt", "valid.txt"],
     "docs/operators-and-caches.md": ["runs/mine", "predefined_G_LM.pkl"],
     "docs/python.md": ["runs/laptop", "my-book.txt", "my-other-book.txt"],
+    "docs/serving.md": ["OPENAI_BASE_URL"],
     "docs/training.md": ["text"],
 }
 # Documents that take more than ten seconds.
@@ -333,10 +341,16 @@ def make_thing(toy_model_file, toy_tokenizer, monkeypatch):
                 for constant, value in {"NEW_TOKENS": 4, "REPEATS": 1, "PASSAGES": 3, "STORY_LENGTH": 64}.items():
                     monkeypatch.setattr(demo, constant, value)
                 demo.run_demo(place)
+            case "OPENAI_BASE_URL":  # of a server
+                pytest.importorskip("openai")
+                _, url, _ = stack.enter_context(serving(pldr.STORIES, "secret"))
+                monkeypatch.setenv("OPENAI_BASE_URL", f"{url}/v1")
+                monkeypatch.setenv("OPENAI_API_KEY", "secret")
             case _:
                 raise ValueError(name)
 
-    return make
+    with ExitStack() as stack:
+        yield make
 
 
 def make_file(place, text):

@@ -8,19 +8,20 @@ import random
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
-from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+import typer
+import yaml
 
-from helpers import fails
+from helpers import fails, serving
 from pldr import HELD_OUT, STORIES, Engine, Options, freeze
 from pldr.checkpoints.certificate import certificate_to_serve, refuse_learned
+from pldr.cli import app
 from pldr.serving import server
 
 for _package in ("fastapi", "uvicorn", "prometheus_client", "openai"):
@@ -39,28 +40,6 @@ TEMPLATE = """{% for message in messages %}{% if message.role == "tool" %}{{ rai
 PROMPT = "Once upon a time there was"
 
 
-@contextmanager
-def started(folder, *arguments, key=KEY):
-    """`pldr serve` in a process of its own: the process, its address, and the lines of its log so far."""
-    environment = os.environ | {"PLDR_API_KEY": key}
-    command = [sys.executable, "-m", "pldr", "serve", str(folder), "--port", "0", "--backend", "engine", *arguments]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
-        lines = []
-        try:
-            for line in process.stderr:
-                lines.append(json.loads(line))
-                if lines[-1]["event"] == "ready":
-                    break
-            reader = threading.Thread(target=lambda: lines.extend(map(json.loads, process.stderr)), daemon=True)
-            reader.start()
-            yield process, lines[-1]["url"], lines
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(20) == 0
-            reader.join(10)
-        finally:
-            process.kill()
-
-
 @pytest.fixture(scope="module")
 def chatty(tmp_path_factory):
     """The model that ships with pldr, with a chat template."""
@@ -75,7 +54,7 @@ def chatty(tmp_path_factory):
 @pytest.fixture(scope="module")
 def running(chatty):
     """One server for this file: its address, its log and its process."""
-    with started(chatty) as (process, url, lines):
+    with serving(chatty, KEY) as (process, url, lines):
         yield url, lines, process
     assert [line["event"] for line in lines if line["event"] != "request"][-2:] == ["shutting down", "stopped"]
     assert not any("traceback" in line for line in lines), "something failed that no test meant to"
@@ -578,8 +557,8 @@ class TestWithVllm:
         monkeypatch.setenv("PLDR_API_KEY", "k")
         monkeypatch.setenv("VLLM_API_KEY", "overwritten")
         arguments = [tmp_path / "made", "--port", 0, "--max-length", 32, "--", "--tensor-parallel-size", 2]
-        with pytest.warns(UserWarning, match="has no certificate"):
-            assert run("serve", *arguments)[0] == 0
+        assert run("serve", *arguments)[0] == 0
+        fails(run("serve", "--require-certificate", *arguments), "has no certificate")
         ((command, key),) = became
         assert command[1:4] == ["-m", "vllm.entrypoints.cli.main", "serve"]
         assert command[4:] == [
@@ -591,6 +570,46 @@ class TestWithVllm:
             run("serve", tmp_path / "made", "--port", 0, "--quantize", "int8"),
             "--quantize: apply with --backend engine only",
         )
+
+
+# --- what is deployed -----------------------------------------------------------------------------------------------
+
+DEPLOY = Path(__file__).parents[1] / "deploy"
+
+
+def test_the_dashboard_asks_for_metrics_that_exist(http):
+    dashboard = json.loads((DEPLOY / "grafana-dashboard.json").read_text())
+    asked = {name for panel in dashboard["panels"] for target in panel["targets"]
+             for name in re.findall(r"\b(?:pldr|process)_\w+", target["expr"])}  # fmt: skip
+    page = http.get("/metrics").text
+    kinds = dict(re.findall(r"^# TYPE (\S+) (\S+)$", page, re.MULTILINE))
+    there = {name + suffix for name, kind in kinds.items()
+             for suffix in (("_bucket", "_count", "_sum") if kind == "histogram" else ("",))}  # fmt: skip
+    assert asked <= there
+    assert {name for name, kind in kinds.items() if name.startswith("pldr_") and kind != "histogram"} <= asked
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"]) >= 10
+
+
+def test_the_image_and_its_services():
+    """What can be seen without building: what is copied is there, nobody is root, options and health check exist."""
+    image = (DEPLOY / "Dockerfile").read_text()
+    for sources in re.findall(r"^COPY (?!--from)(.*) \S+$", image, re.MULTILINE):
+        assert all((DEPLOY.parent / source).exists() for source in sources.split())
+    last = image.rpartition("\nFROM ")[2]
+    assert re.findall(r"^USER (\S+)$", last, re.MULTILINE) == ["10001"]
+    assert "/health" in re.search(r"^HEALTHCHECK .*\n.*$", last, re.MULTILINE)[0]
+    options = {
+        option for parameter in typer.main.get_command(app).commands["serve"].params for option in parameter.opts
+    }
+    entry = json.loads(re.search(r"^ENTRYPOINT (.*)$", last, re.MULTILINE)[1])
+    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
+    for service in services.values():
+        assert service["read_only"]
+        assert service["cap_drop"] == ["ALL"]
+        assert all(port.startswith("127.0.0.1:") for port in service["ports"])
+        words = [*entry, *service["command"]]
+        assert {word for word in words if word.startswith("--")} <= options
+        assert (DEPLOY / service["build"]["context"] / service["build"]["dockerfile"]).exists()
 
 
 # --- the end --------------------------------------------------------------------------------------------------------

@@ -92,7 +92,8 @@ def serve(
         refuse_learned(place, operator)
         _one_server_only("engine", max_tokens=max_tokens, tokenizer=tokenizer, rope=rope, g_lm=g_lm, device=device,
                          quantize=quantize, log_prompts=log_prompts, allow_origin=allow_origin)  # fmt: skip
-        certificate_of()
+        if require_certificate:  # else the plugin warns
+            certificate_of()
         listening.close()
         options = {"host": host, "port": port, "served-model-name": name, "dtype": dtype, "max-num-seqs": max_batch,
                    "max-model-len": max_length}  # fmt: skip
