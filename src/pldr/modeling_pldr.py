@@ -36,7 +36,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from pldr import layouts
 from pldr.cache import OperatorOnlyLayer, check_operator_cache, make_cache, operator_state, set_g_cache
-from pldr.configuration_pldr import PldrConfig
+from pldr.configuration_pldr import ATTENTIONS, PldrConfig
 from pldr.files import write_sums
 from pldr.operator import (
     ConstantOperator,
@@ -129,7 +129,7 @@ class PldrAttention(nn.Module):
         output, weights = attend(
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )  # [B, T, H, D], and [B, H, T, S] where the implementation has them
-        output = self.o_proj(output.flatten(-2))  # [B, T, M]
+        output = self.o_proj(output.reshape(*hidden_states.shape[:-1], -1))  # [B, T, M]
         return output, weights, deductive
 
 
@@ -283,6 +283,8 @@ class PldrModel(PldrPreTrainedModel):
     def __init__(self, config: PldrConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # A Python number, so that under autocast the embedding keeps its dtype.
+        self.embed_scale = math.sqrt(config.hidden_size)
         self.embed_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.rotary_embedding = RotaryEmbedding(config)
         self.layers = nn.ModuleList(PldrDecoderLayer(config, index) for index in range(config.num_hidden_layers))
@@ -328,7 +330,9 @@ class PldrModel(PldrPreTrainedModel):
         past_key_values = self._cache_for(past_key_values, use_cache, use_g_cache)
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         tokens = inputs_embeds.shape[1]
-        if isinstance(past_length, int):  # a static cache counts on the device; its size is checked when it is made
+        # A static cache counts on the device; its size is checked when it is made. An engine that brings attention of its
+        # own packs many texts into a row, each with its own positions.
+        if isinstance(past_length, int) and self.config._attn_implementation in ATTENTIONS:
             self._check_lengths(attention_mask, past_length, tokens)
         if position_ids is None:
             position_ids = self._default_positions(attention_mask, past_length, tokens, inputs_embeds.device)
@@ -339,8 +343,7 @@ class PldrModel(PldrPreTrainedModel):
         if self.config.operator == "learned" and past_key_values is not None:
             check_operator_cache(past_key_values, len(self.layers), inputs_embeds.shape[0])
 
-        # Under autocast the square root stays a Python number, so that the embedding keeps its dtype.
-        hidden_states = self.embed_norm(inputs_embeds * math.sqrt(self.config.hidden_size))  # [B, T, M]
+        hidden_states = self.embed_norm(inputs_embeds * self.embed_scale)  # [B, T, M]
         position_embeddings = self.rotary_embedding(position_ids)
         for layer in self.layers:
             hidden_states = layer(

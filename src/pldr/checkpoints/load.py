@@ -63,7 +63,7 @@ def load_model(
     if path.is_dir() and (path / "config.json").is_file():
         if rope is not None or g_lm is not None:
             raise ValueError("rope, g_lm: apply to the reference layout only; this folder's config.json decides")
-        config, state = _read_folder(path)
+        config, state = read_folder(path)
     elif path.suffix == ".pth" or (path.is_dir() and any(path.glob("*.pth"))):
         config, state = _read_reference(path, rope, g_lm)
     else:
@@ -271,21 +271,21 @@ def _weight_files(folder: Path) -> list[str]:
     return files
 
 
-def _read_folder(folder: Path) -> tuple[PldrConfig, dict[str, torch.Tensor]]:
-    """Configuration and tensors of a folder in this library's or the hub's layout, under our names."""
+def read_folder(folder: Path) -> tuple[PldrConfig, dict[str, torch.Tensor]]:
+    """Configuration and tensors of a folder in this library's or the hub's layout, under our names; see `load_model`."""
     if os.path.lexists(folder / _ADAPTER):
         raise ValueError(f"{folder / _ADAPTER}: adapters are not applied; merge it into the weights, or remove it")
     config = read_config(folder)
     stored: dict[str, torch.Tensor] = {}
     for name in _weight_files(folder):
         stored |= _read_safetensors(folder / name)
-    state = _under_our_names(stored, config, folder)
+    state = under_our_names(stored, config, folder)
     check_tensors({name: tuple(tensor.shape) for name, tensor in state.items()}, config, str(folder))
     _check_sums(folder)
     return config, state
 
 
-def _under_our_names(stored: dict[str, torch.Tensor], config: PldrConfig, path: Path) -> dict[str, torch.Tensor]:
+def under_our_names(stored: dict[str, torch.Tensor], config: PldrConfig, path: Path) -> dict[str, torch.Tensor]:
     """The tensors of any layout as this library calls them.
 
     Raises:
@@ -393,7 +393,7 @@ def _read_reference(
         config = PldrConfig(**fields)
     except (StrictDataclassError, ValueError, TypeError) as error:
         raise ValueError(f"{hyperparameters}: {one_line(error)}") from None
-    state = _under_our_names(read_pth(weights), config, weights)
+    state = under_our_names(read_pth(weights), config, weights)
     stored = _check_one_dtype(state.values(), str(weights))
     if config.operator == "constant":
         file = Path(g_lm) if g_lm is not None else weights.with_name(layouts.REFERENCE_G)

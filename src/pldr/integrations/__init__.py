@@ -1,0 +1,1 @@
+"""What makes other programs know PLDR-LLMs."""
