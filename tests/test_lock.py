@@ -48,7 +48,7 @@ class TestLock:
             Requirement, [*project["dependencies"], *(text for texts in extras.values() for text in texts)]
         ):
             name = canonicalize_name(need.name)
-            if name not in {*NOT_LOCKED, "pldr"}:
+            if name not in {*NOT_LOCKED, "pldr", "vllm"}:  # which has an environment of its own: make test-vllm
                 assert all(need.specifier.contains(version) for version in pins(LOCK)[name]), need
 
     def test_it_is_names_versions_conditions_and_hashes(self):

@@ -67,14 +67,16 @@ class TestWheel:
         name = f"pldr-{pldr.__version__}.dist-info/entry_points.txt"
         text = zipfile.ZipFile(wheel).read(name).decode()
         points = re.findall(r"^\[(\S+)\]\n(\S+) = (\S+)$", text, re.MULTILINE)
-        assert [point[:2] for point in points] == [("console_scripts", "pldr"), ("lm_eval.models", "pldr")]
+        assert [point[:2] for point in points] == [
+            ("console_scripts", "pldr"), ("lm_eval.models", "pldr"), ("vllm.general_plugins", "pldr"),
+        ]  # fmt: skip
         for group, name, value in points:
             assert callable(importlib.metadata.EntryPoint(name, value, group).load())
 
     def test_metadata(self, wheel):
         text = zipfile.ZipFile(wheel).read(f"pldr-{pldr.__version__}.dist-info/METADATA").decode()
         fields = HeaderParser().parsestr(text)
-        assert set(fields.get_all("Provides-Extra")) == {"train", "eval", "serve-light", "dev"}
+        assert set(fields.get_all("Provides-Extra")) == {"train", "eval", "serve", "serve-light", "dev"}
         assert fields["License-Expression"] == "Apache-2.0"
         assert {url.split(",")[0] for url in fields.get_all("Project-URL")} == {
             "Homepage", "Source", "Issues", "Changelog", "Documentation"
@@ -94,8 +96,9 @@ class TestImports:
             (["accelerate", "matplotlib", "tensorboard"], ("training.", "study.demo", "study.run")),
             (["lm_eval"], ("evaluation.harness", "evaluation.lm_eval")),
             (["fastapi", "uvicorn", "prometheus_client"], ("serving.",)),
+            (["vllm"], ("integrations.vllm_model",)),
         ],
-        ids=["train", "eval", "serve-light"],
+        ids=["train", "eval", "serve-light", "serve"],
     )
     def test_only_these_rooms_need_the_extra(self, missing, rooms):
         """Every other module is imported without it; what it needs of it, it imports where it is used."""
@@ -111,9 +114,9 @@ for module in pkgutil.walk_packages(pldr.__path__, "pldr."):
 """
         found = run_python(code, *missing).split()
         assert found
-        # Kernels need Triton, which torch's build for the CPU does not bring.
+        # Kernels need Triton, which torch's build for the CPU does not bring; and vLLM is not developed with.
         kernels = tuple(f"ops.decoding.{name}" for name in ("attention", "choice", "few", "launch", "many"))
-        assert [name for name in found if not name.startswith((*rooms, *kernels))] == []
+        assert [name for name in found if not name.startswith((*rooms, *kernels, "integrations.vllm_model"))] == []
 
 
 class TestVersions:

@@ -22,7 +22,7 @@ FLOORS = [
     {"cli"},
     {"study"},
     {"training"},
-    {"serving"},
+    {"serving", "integrations"},
     {"evaluation"},
     {"checkpoints", "data", "generation", "engine"},
     {"tables", "plots", "models", "recipe"},

@@ -1,1 +1,1 @@
-"""What makes other programs know PLDR-LLMs."""
+"""PLDR-LLMs in other programs."""

@@ -16,10 +16,12 @@ import torch
 from torch.nn import functional as F
 from vllm.model_executor.model_loader.weight_utils import sharded_weight_loader
 from vllm.model_executor.models.transformers import TransformersForCausalLM
+from vllm.model_executor.utils import set_weight_attrs
+from vllm.utils.math_utils import round_up
 
-from pldr import layouts
 from pldr.checkpoints.certificate import refuse_learned
 from pldr.checkpoints.load import check_tensors, under_our_names
+from pldr.configuration_pldr import PldrConfig
 from pldr.operator import ConstantOperator
 
 if TYPE_CHECKING:
@@ -51,19 +53,19 @@ class PldrForVllm(TransformersForCausalLM):
         for operator in self.model.modules():
             if isinstance(operator, ConstantOperator):
                 operator.G_LM = operator.G_LM.chunk(self.tp_group.world_size)[self.tp_group.rank_in_group].clone()
-                operator.G_LM.weight_loader = sharded_weight_loader(0)
+                set_weight_attrs(operator.G_LM, {"weight_loader": sharded_weight_loader(0)})
 
     def _patch_config(self) -> None:
         """Called by vLLM before it makes the model of `config`."""
-        stored = self.stored_config = self.config
+        stored: PldrConfig = self.model_config.hf_config
         refuse_learned(self.model_config.model, stored.operator)
         config = self.config = self.text_config = copy.deepcopy(stored)
         super()._patch_config()
         # The tensor itself comes by `load_weights`.
         config.operator, config.operator_init = "constant", "identity"
         config.operator_trainable, config.operator_ranks = False, None
-        multiple = _ALIGNMENT * self.tp_group.world_size
-        config.intermediate_size += -stored.intermediate_size % multiple
+        assert stored.intermediate_size is not None  # set by the configuration
+        config.intermediate_size = round_up(stored.intermediate_size, _ALIGNMENT * self.tp_group.world_size)
         config.base_model_tp_plan = _TENSOR_PARALLEL
         config.base_model_pp_plan = {name: [[], []] for name in ("embed_tokens", "embed_norm", "layers")}
 
@@ -75,14 +77,13 @@ class PldrForVllm(TransformersForCausalLM):
         Raises:
             ValueError: they are not exactly those of the configuration, by name and shape.
         """
-        folder = Path(self.model_config.model)
-        state = under_our_names(dict(weights), self.stored_config, folder)
-        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        check_tensors(shapes, self.stored_config, str(folder))
+        folder, config = Path(self.model_config.model), self.model_config.hf_config
+        state = under_our_names(dict(weights), config, folder)
+        check_tensors({name: tuple(tensor.shape) for name, tensor in state.items()}, config, str(folder))
         return super().load_weights(self._as_served(state))
 
     def _as_served(self, state: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-        missing = self.config.intermediate_size - self.stored_config.intermediate_size
+        missing = self.config.intermediate_size - self.model_config.hf_config.intermediate_size
         for name, tensor in state.items():
             if name.endswith(".operator.right"):
                 continue
