@@ -43,7 +43,7 @@ def cases():
             "BLOCK_R": max(16, triton.next_power_of_2(rank)),
             "FACTORED": factored,
         }
-        for parts, tile, kind in ((8, attention._FEW, FP32), (1, attention._MANY, BF16)):
+        for parts, tile, kind in ((8, attention._FEW, FP32), (1, attention._SOME, BF16), (1, attention._MANY, BF16)):
             types = ATTEND | dict.fromkeys(("qkv", "out", "highest", "total"), kind)
             constants = shape | {name: tile[name] for name in ("BLOCK", "MATRIX")}
             for adjacent in (True, False):

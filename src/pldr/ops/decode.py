@@ -24,9 +24,10 @@ except ModuleNotFoundError:  # the CPU build of torch brings no Triton
     few = many = attention = choosing = None  # type: ignore[assignment]
 
 # Up to so many sequences, kernels that read each weight once and multiply without matrix units are the fastest; up to so
-# many, kernels with matrix units; beyond, the library's matrix products between small kernels. Measured on an H200 with what
-# benchmarks/bench_decode.py calls paths: µs a step of 3 sequences 249, 170, 229; of 128 -, 368, 392; of 256 -, 618, 567.
-FEW = 3
+# many, kernels with matrix units; beyond, the library's matrix products between small kernels. Measured on an H100 with what
+# benchmarks/bench_decode.py calls paths: µs a step of 2 sequences 188, 193, 228; of 3 248, 176, 231; of 128 -, 432, 457; of 192
+# -, 578, 563.
+FEW = 2
 SOME = 128
 # Into how many parts the sums of products with few features are cut, so that all of the chip has work.
 _PARTS = 4

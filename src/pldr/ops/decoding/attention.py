@@ -9,11 +9,12 @@ from pldr.ops.decoding.reference import Parts
 
 # Into how many parts the cache is split while there are few sequences, so that all of the chip has work.
 _PARTS = 8
-# Cached tokens that a program looks at in one go, whether matrix units multiply them, and its warps: for few sequences, whose
-# programs wait for the memory, and for many.
+# Cached tokens that a program looks at in one go, whether matrix units multiply them, and its warps; what was the fastest for
+# few sequences, for up to `_SOME_SEQUENCES`, and for more, where the memory alone counts. Fewer registers, more programs at once.
 _FEW = {"BLOCK": 64, "MATRIX": False, "num_warps": 4}
-_MANY = {"BLOCK": 32, "MATRIX": True, "num_warps": 1}
-_MANY_FP32 = {"BLOCK": 32, "MATRIX": False, "num_warps": 2}
+_SOME = {"BLOCK": 32, "MATRIX": True, "num_warps": 1, "num_stages": 3, "maxnreg": 144}
+_MANY = {"BLOCK": 32, "MATRIX": False, "num_warps": 2}
+_SOME_SEQUENCES = 64
 
 
 def attend(
@@ -41,9 +42,15 @@ def attend(
         left.stride(0) if left.dim() == 4 else 0, dimensions**-0.5,
         H=heads, D=dimensions, R=rank, BLOCK_D=max(16, triton.next_power_of_2(dimensions)), BLOCK_R=max(16, triton.next_power_of_2(rank)), PARTS=parts,
         ADJACENT=pairing == "adjacent", FACTORED=right is not None,
-        **(_FEW if few else _MANY_FP32 if values.dtype == torch.float32 else _MANY), **dependent(qkv),
+        **_tile(sequences, values.dtype, few), **dependent(qkv),
     )  # fmt: skip
     return Parts(out, highest, total) if few else out
+
+
+def _tile(sequences: int, dtype: torch.dtype, few: bool) -> dict[str, int | bool]:
+    if few:
+        return _FEW
+    return _SOME if sequences <= _SOME_SEQUENCES and dtype != torch.float32 else _MANY
 
 
 @triton.jit
