@@ -556,14 +556,14 @@ def test_attention_over_a_cache(pairing, dimensions, rank, kind, sequences, dtyp
     right = normal(heads, dimensions, rank, dtype=dtype) if kind == "factored" else None
     expected_caches = keys.float(), values.float()
     factors = left.float(), None if right is None else right.float()
-    expected = reference.attend(qkv.float(), *expected_caches, positions, rotary, pairing, *factors)
+    expected = reference.attend(qkv.float(), *expected_caches, reference.places(positions, rotary), pairing, *factors)
     identity = reference.Linear(
         torch.eye(heads * dimensions, device="cuda", dtype=dtype),
         torch.zeros(heads * dimensions, device="cuda", dtype=dtype),
     )
     bound = {torch.float32: 2e-5, torch.bfloat16: 5e-3}[dtype]
     for _ in range(2):  # what the new token left in the cache changes nothing
-        found = decode.attend(qkv, keys, values, positions, rotary, pairing, left, right)
+        found = decode.attend(qkv, keys, values, decode.places(positions, rotary), pairing, left, right)
         found = decode.linear_add(found, identity, torch.zeros(sequences, heads * dimensions, device="cuda")).sum()
         assert relative(found, expected) < bound
     assert relative(keys, expected_caches[0]) < {torch.float32: 1e-6, torch.bfloat16: 5e-3}[dtype]
@@ -696,6 +696,6 @@ def test_functions_of_a_step_name_the_same_arguments():
     """The kernels' entries, their plain references and what calls them."""
     import inspect
 
-    for name in ("attend", "choose", "choose_highest", "embed"):
+    for name in ("attend", "choose", "choose_highest", "embed", "places"):
         asked = list(inspect.signature(getattr(decode, name)).parameters)
         assert list(inspect.signature(getattr(reference, name)).parameters) == asked

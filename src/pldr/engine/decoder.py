@@ -140,7 +140,7 @@ class Decoder:
     def logits(self, rows: int) -> torch.Tensor:
         """Logits behind the newest token of each of the first rows: [N, V]. Its key and value go into the caches."""
         embedded = decode.embed(self.state.tokens[:rows], self.table, self.scale)
-        return self._head(self._layers(embedded, self._attend_cache))
+        return self._head(self._layers(embedded, self._attend_cache(rows)))
 
     @torch.inference_mode()
     def run(self, rows: int, steps: int, *, draw: bool, eager: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -176,7 +176,7 @@ class Decoder:
         return self.state.chosen[:rows, :steps], self.state.logprobs[:rows, :steps]
 
     def _step(self, rows: int, column: int, draw: bool) -> None:
-        stream = self._layers(Stream(self.state.x[:rows]), self._attend_cache)
+        stream = self._layers(Stream(self.state.x[:rows]), self._attend_cache(rows))
         if draw:
             self._choose(self._head(stream), 0, column, draw)
         else:
@@ -202,11 +202,15 @@ class Decoder:
     def _head(self, stream: Stream) -> torch.Tensor:
         return decode.norm_linear(stream, self.last_norm, self.head)[0]
 
-    def _attend_cache(self, index: int, qkv: torch.Tensor) -> torch.Tensor | Parts:
-        return decode.attend(
-            qkv, self.keys[index], self.values[index], self.state.positions[: len(qkv)], self.rotary,
-            self.config.rope_pairing, self.operators[index], self.layers[index].right,
-        )  # fmt: skip
+    def _attend_cache(self, rows: int) -> Attention:
+        """Attention of one new token for each of the first rows, over what they have cached."""
+        places = decode.places(self.state.positions[:rows], self.rotary)
+
+        def attend(index: int, qkv: torch.Tensor) -> torch.Tensor | Parts:
+            layer, caches = self.layers[index], (self.keys[index], self.values[index])
+            return decode.attend(qkv, *caches, places, self.config.rope_pairing, self.operators[index], layer.right)
+
+        return attend
 
     # --- prompts -----------------------------------------------------------------------------------------------------
 

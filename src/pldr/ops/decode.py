@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from pldr.ops.decoding import reference
-from pldr.ops.decoding.reference import Choice, Linear, Norm, Parts, State
+from pldr.ops.decoding.reference import Choice, Linear, Norm, Parts, Places, State
 
 try:
     from pldr.ops.decoding import attention, few, many
@@ -140,12 +140,23 @@ def residual_unit(u: torch.Tensor, gate_up: Linear, down: Linear, weights: Norm)
     return norm(Stream(u, residual), weights, u.dtype)
 
 
+def places(positions: torch.Tensor, rotary: torch.Tensor) -> Places:
+    """What attention must know of the new tokens' places, once a step.
+
+    Args:
+        positions: [N] (int32), of the new token; cached are those before it.
+        rotary: [2, C or more, D/2], cosines and sines, float32.
+    """
+    if positions.is_cuda and few is not None:
+        return Places(positions, rotary)
+    return reference.places(positions, rotary)
+
+
 def attend(
     qkv: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    positions: torch.Tensor,
-    rotary: torch.Tensor,
+    places: Places,
     pairing: str,
     left: torch.Tensor,
     right: torch.Tensor | None,
@@ -156,8 +167,7 @@ def attend(
         qkv: [N, 3 M], queries, keys and values before rotation.
         keys: [S ≥ N, H, C, R], rows in the order of the sequences; the new one is written at its position.
         values: [S ≥ N, H, C, D], likewise.
-        positions: [N] (int32), of the new token; cached are those before it.
-        rotary: [2, C or more, D/2], cosines and sines, float32.
+        places: where the new tokens stand.
         pairing: see `reference.apply_rotary`.
         left: [H, D, R], or [S ≥ N, H, D, R] with one a sequence: G_LM, or the left factor.
         right: [H, D, R], the factor that keys are kept through; None where they are kept whole.
@@ -166,8 +176,8 @@ def attend(
         [N, M]; on CUDA, for few sequences, the parts of it that `linear_add` sums.
     """
     if qkv.is_cuda and few is not None:
-        return attention.attend(qkv, keys, values, positions, rotary, pairing, left, right, few=len(qkv) <= FEW)
-    return reference.attend(qkv, keys, values, positions, rotary, pairing, left, right)
+        return attention.attend(qkv, keys, values, places, pairing, left, right, few=len(qkv) <= FEW)
+    return reference.attend(qkv, keys, values, places, pairing, left, right)
 
 
 def norm_highest(stream: Stream, weights: Norm, head: Linear, state: State, column: int) -> None:

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from pldr.ops.decoding.launch import dependent, release, wait
-from pldr.ops.decoding.reference import Parts
+from pldr.ops.decoding.reference import Parts, Places
 
 # Into how many parts the cache is split while there are few sequences, so that all of the chip has work.
 _PARTS = 8
@@ -21,8 +21,7 @@ def attend(
     qkv: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    positions: torch.Tensor,
-    rotary: torch.Tensor,
+    places: Places,
     pairing: str,
     left: torch.Tensor,
     right: torch.Tensor | None,
@@ -37,8 +36,8 @@ def attend(
         highest = torch.empty(sequences, parts, heads, dtype=torch.float32, device=qkv.device)
         total = torch.empty_like(highest)
     _attend[(heads, sequences, parts)](
-        qkv, keys, values, positions, rotary, left, left if right is None else right, out, highest, total,
-        keys.stride(0), keys.stride(1), values.stride(0), values.stride(1), rotary.stride(0),
+        qkv, keys, values, places.positions, places.rotary, left, left if right is None else right, out, highest, total,
+        keys.stride(0), keys.stride(1), values.stride(0), values.stride(1), places.rotary.stride(0),
         left.stride(0) if left.dim() == 4 else 0, dimensions**-0.5,
         H=heads, D=dimensions, R=rank, BLOCK_D=max(16, triton.next_power_of_2(dimensions)), BLOCK_R=max(16, triton.next_power_of_2(rank)), PARTS=parts,
         ADJACENT=pairing == "adjacent", FACTORED=right is not None,

@@ -62,12 +62,42 @@ def silu_product(both: torch.Tensor) -> torch.Tensor:
     return F.silu(gate) * up
 
 
+class Places(NamedTuple):
+    """Where the new token of each of N sequences stands.
+
+    Attributes:
+        positions: [N] (int32).
+        rotary: [2, C or more, D/2], cosines and sines, float32.
+        seen: tokens of the longest sequence, the new one included. This and what follows is for the plain form, which has
+            it once a step and not in each layer.
+        cos, sin: [N, 1, 1, D/2], of the positions.
+        mask: [N, 1, 1, seen], which places each sequence sees; None where they all see the same.
+    """
+
+    positions: torch.Tensor
+    rotary: torch.Tensor
+    seen: int = 0
+    cos: torch.Tensor | None = None
+    sin: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+
+
+def places(positions: torch.Tensor, rotary: torch.Tensor) -> Places:
+    """Like `ops.decode.places`, which see."""
+    listed = positions.tolist()
+    seen = max(listed) + 1
+    cos, sin = rotary.index_select(1, positions)[:, :, None, None]
+    mask = None
+    if min(listed) + 1 < seen:
+        mask = torch.arange(seen, device=positions.device) <= positions[:, None, None, None]
+    return Places(positions, rotary, seen, cos, sin, mask)
+
+
 def attend(
     qkv: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    positions: torch.Tensor,
-    rotary: torch.Tensor,
+    places: Places,
     pairing: str,
     left: torch.Tensor,
     right: torch.Tensor | None,
@@ -75,22 +105,21 @@ def attend(
     """Like `ops.decode.attend`, which see."""
     sequences, heads, dimensions = len(qkv), keys.shape[1], values.shape[-1]
     both, value = qkv.view(sequences, 3, heads, dimensions).split((2, 1), 1)  # [N, 2, H, D] and [N, 1, H, D]
-    places = positions.long()
-    cos, sin = rotary[:, places][:, :, None, None]
-    query, key = apply_rotary(both, cos, sin, pairing).unbind(1)  # each [N, H, D]
+    assert places.cos is not None
+    assert places.sin is not None
+    query, key = apply_rotary(both, places.cos, places.sin, pairing).unbind(1)  # each [N, H, D]
     query = (query[:, :, None] @ left[:sequences] if left.dim() == 4 else query[:, :, None] @ left).to(keys.dtype)
     if right is not None:
         key = (key[:, :, None] @ right)[:, :, 0]
-    rows = torch.arange(sequences, device=qkv.device)
-    keys[rows, :, places] = key.to(keys.dtype)
-    values[rows, :, places] = value[:, 0].to(values.dtype)
-    seen = int(positions.max()) + 1
-    mask = None
-    if sequences > 1 and bool((positions != positions[0]).any()):
-        mask = torch.arange(seen, device=qkv.device) <= positions[:, None, None, None]
+    for cache, new in ((keys, key), (values, value[:, 0])):
+        if places.mask is None:
+            cache[:sequences, :, places.seen - 1] = new
+        else:
+            cache[torch.arange(sequences, device=qkv.device), :, places.positions.long()] = new.to(cache.dtype)
     output = F.scaled_dot_product_attention(
-        query, keys[:sequences, :, :seen], values[:sequences, :, :seen], mask, scale=dimensions**-0.5
-    )
+        query, keys[:sequences, :, : places.seen], values[:sequences, :, : places.seen], places.mask,
+        scale=dimensions**-0.5,
+    )  # fmt: skip
     return output.reshape(sequences, -1)
 
 
@@ -134,7 +163,7 @@ class State(NamedTuple):
 
 def choose_highest(logits: torch.Tensor, state: State, column: int) -> None:
     """Like `ops.decode.choose_highest`, which see."""
-    finite = torch.isfinite(logits).all(-1)
+    finite = (logits * 0).sum(-1) == 0
     state.advance(logits.argmax(-1).where(finite, -1), column)
 
 
