@@ -387,7 +387,7 @@ def pack_layers(model: PldrForCausalLM, quantize: str | None = None) -> list[Lay
 
 def _quantized(layer: Layer) -> Layer:
     """Its products with weights of 8 bits; those of the metric learner, which a prompt needs once, stay as they are."""
-    unit = Unit(quantized(layer.unit.gate_up), quantized(layer.unit.down))
+    unit = Unit(quantized(layer.unit.gate_up), quantized(layer.unit.down, outliers=True))
     return layer._replace(qkv=quantized(layer.qkv), output=quantized(layer.output), unit=unit)
 
 
