@@ -30,6 +30,7 @@ for _package in ("fastapi", "uvicorn", "prometheus_client", "openai"):
 import httpx2 as httpx  # noqa: E402
 import openai  # noqa: E402
 
+from pldr.serving.app import Limits, Service, make_app  # noqa: E402
 from pldr.serving.metrics import Metrics  # noqa: E402
 from pldr.serving.worker import Full, Job, Stopped, Worker  # noqa: E402
 
@@ -482,6 +483,114 @@ class TestWorker:
         assert len(told) == 2
         assert all(isinstance(one.error, Stopped) if now else one.completion for one in jobs)
         assert not worker.healthy
+
+
+# --- what a server started as users start it does not come to -----------------------------------------------------
+
+
+@pytest.fixture
+def asked(small_model, toy_tokenizer):
+    """Ask a server in this process: with limits and more, some (path, fields) at once; its answers, and the service."""
+
+    def ask(*requests, limits=None, before=lambda service: None, origins=(), method="POST", **settings):
+        engine = Engine(small_model(vocab_size=len(toy_tokenizer)), toy_tokenizer, max_batch=1)
+        service = Service("toy", engine, {}, limits or Limits(), **settings)
+
+        async def run():
+            application = make_app(service, origins=origins)
+            service.start()
+            before(service)
+            transport = httpx.ASGITransport(application)
+            try:
+                async with httpx.AsyncClient(
+                    transport=transport, base_url="http://a", headers={"origin": "http://b"}
+                ) as client:
+                    return await asyncio.gather(
+                        *(client.request(method, path, json=fields) for path, fields in requests)
+                    )
+            finally:
+                service.worker.close(True)
+                await asyncio.to_thread(service.worker.join)
+
+        return asyncio.run(run()), service
+
+    return ask
+
+
+LONG = ("/v1/completions", {"prompt": "the cat", "max_tokens": 50, "ignore_eos": True, "temperature": 0})
+
+
+class TestApp:
+    def test_a_full_queue_is_503_and_says_when_to_come_again(self, asked):
+        answers, _ = asked(LONG, LONG, LONG, limits=Limits(queue=1))
+        assert sorted(answer.status_code for answer in answers) == [200, 200, 503]
+        (sent_away,) = (answer for answer in answers if answer.status_code == 503)
+        assert sent_away.headers["retry-after"] == "1"
+        assert sent_away.json()["error"]["type"] == "overloaded_error"
+
+    def test_a_request_that_takes_too_long(self, asked):
+        stream = (LONG[0], LONG[1] | {"stream": True})
+        (whole, pieces), _ = asked(LONG, stream, limits=Limits(seconds=0.0))
+        assert (whole.status_code, whole.headers["x-should-retry"]) == (504, "false")
+        events = [line for line in pieces.text.split("\n\n") if line]
+        assert (pieces.status_code, events[-1]) == (200, "data: [DONE]")
+        assert json.loads(events[-2].removeprefix("data: "))["error"]["message"].startswith("the request took longer")
+
+    def test_a_server_that_shuts_down(self, asked):
+        def drain(service):
+            service.draining = True
+            service.worker.close(False)
+
+        (answer,), _ = asked(LONG, before=drain)
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+        (health,), _ = asked(("/health", None), before=drain, method="GET")
+        assert (health.status_code, health.json()) == (503, {"status": "shutting down"})
+
+    def test_more_tokens_than_the_server_gives(self, asked):
+        (refused, given), _ = asked(LONG, (LONG[0], {"prompt": "the cat"}), limits=Limits(tokens=3))
+        assert "max_tokens: must be at most 3, got 50" in refused.text
+        assert given.json()["usage"]["completion_tokens"] <= 3
+
+    @pytest.mark.parametrize("where", ["the engine", "the server"])
+    def test_what_fails_inside_is_500_without_a_traceback(self, asked, monkeypatch, where, caplog):
+        def fail(service):
+            if where == "the engine":
+                service.engine.decoder.run = lambda *args, **kwargs: 1 / 0
+            else:
+                service.check_model = lambda name: 1 / 0
+
+        (answer,), _ = asked(LONG, before=fail)
+        assert answer.status_code == 500
+        assert answer.json()["error"]["type"] == "server_error"
+        assert "ZeroDivision" not in answer.text
+        assert "ZeroDivisionError" in caplog.text
+
+    def test_prompts_are_logged_where_asked_for(self, asked, caplog):
+        caplog.set_level("INFO", "pldr.serving")
+        for log_prompts in (False, True):
+            caplog.clear()
+            asked(LONG, log_prompts=log_prompts)
+            (line,) = (record.fields for record in caplog.records if record.message == "request")
+            assert ("prompts" in line) == log_prompts
+        assert line["prompts"] == ["the cat"]
+
+    def test_pages_of_other_origins(self, asked):
+        (answer,), _ = asked(LONG)
+        assert "access-control-allow-origin" not in answer.headers
+        (answer,), _ = asked(LONG, origins=["http://b"])
+        assert answer.headers["access-control-allow-origin"] == "http://b"
+
+    def test_without_a_chat_template(self, asked):
+        (answer,), _ = asked(("/v1/chat/completions", {"messages": MESSAGES}))
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "no_chat_template")
+
+    def test_logits_that_are_not_finite(self, asked):
+        def spoil(service):
+            service.engine.decoder.head.bias.fill_(float("nan"))
+
+        (answer,), _ = asked(LONG, before=spoil)
+        assert answer.status_code == 500
+        assert "logits are NaN or infinite" in answer.json()["error"]["message"]
 
 
 # --- the command ----------------------------------------------------------------------------------------------------

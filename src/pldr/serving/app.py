@@ -2,20 +2,21 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from pldr.engine import Engine
 from pldr.files import json_safe, one_line
 from pldr.serving.answers import DONE, Answer, ChatAnswer, CompletionAnswer, TokenTexts, event, usage
-from pldr.serving.guard import ARRIVAL, Guard
+from pldr.serving.guard import ARRIVAL, INTERNAL, Guard
 from pldr.serving.metrics import Metrics
 from pldr.serving.protocol import DEFAULT_TOKENS, ApiError, ChatRequest, CompletionRequest
 from pldr.serving.worker import Cancelled, Full, Job, News, Stopped, Worker
@@ -172,7 +173,7 @@ class Service:
         http.state.noted |= {"prompt_tokens": sum(map(len, answer.prompts)), "texts": len(answer.jobs)}
         if stream:
             pieces = self._pieces(answer, http.state.noted, include_usage, always)
-            return _Stream(pieces, self.worker, answer.jobs, self.limits.seconds)
+            return _Stream(pieces, self.worker, answer.jobs)
         gone, ended = asyncio.create_task(_until_gone(http)), asyncio.create_task(_all_ended(answer.jobs))
         try:
             await asyncio.wait((gone, ended), return_when=asyncio.FIRST_COMPLETED)
@@ -226,14 +227,13 @@ def _hand_out(news: list[News]) -> None:
 class _Stream(StreamingResponse):
     """Server-sent events; whatever ends them, the work for them ends, too."""
 
-    def __init__(self, pieces: AsyncIterator[bytes], worker: Worker, jobs: Sequence[Job], seconds: float) -> None:
+    def __init__(self, pieces: AsyncIterator[bytes], worker: Worker, jobs: Sequence[Job]) -> None:
         super().__init__(pieces, media_type="text/event-stream", headers={"cache-control": "no-cache"})
-        self._worker, self._jobs, self._seconds = worker, jobs, seconds
+        self._worker, self._jobs = worker, jobs
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
-            async with asyncio.timeout(self._seconds + ARRIVAL):  # of a client that does not read
-                await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, send)
         finally:
             self._worker.cancel(self._jobs)
 
@@ -272,7 +272,7 @@ def _failed(error: Exception) -> ApiError:
     return ApiError(500, one_line(error) if known else "the engine failed; see the server's log")
 
 
-def make_app(service: Service, *, api_key: str | None = None, origins: Iterable[str] = ()) -> Guard:
+def make_app(service: Service, *, api_key: str | None = None, origins: Sequence[str] = ()) -> Any:
     """The whole ASGI application.
 
     Args:
@@ -289,16 +289,17 @@ def make_app(service: Service, *, api_key: str | None = None, origins: Iterable[
         await asyncio.to_thread(service.worker.join)
 
     app = FastAPI(title="pldr", lifespan=lifespan, docs_url=None, redoc_url=None)
-    if origins := list(origins):
-        from fastapi.middleware.cors import CORSMiddleware
-
-        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
     _add_errors(app)
     _add_generation(app, service)
     _add_facts(app, service)
-    return Guard(
-        app, service.metrics, api_key=api_key, most_bytes=service.limits.body, arrival=ARRIVAL, paths=PATHS,
+    guard = Guard(
+        app, service.metrics, api_key=api_key, most_bytes=service.limits.body, arrival=ARRIVAL,
+        seconds=service.limits.seconds + ARRIVAL, paths=PATHS,
     )  # fmt: skip
+    if not origins:
+        return guard
+    # Browsers ask whether they may without the key.
+    return CORSMiddleware(guard, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
 
 
 def _add_errors(app: FastAPI) -> None:
@@ -308,6 +309,10 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
     async def _api(http: Request, error: ApiError) -> JSONResponse:
         return answered(error)
+
+    @app.exception_handler(Exception)
+    async def _internal(http: Request, error: Exception) -> JSONResponse:
+        return answered(INTERNAL)
 
     @app.exception_handler(HTTPException)
     async def _http(http: Request, error: HTTPException) -> JSONResponse:

@@ -16,6 +16,8 @@ from pldr.serving.protocol import ApiError
 
 logger = logging.getLogger("pldr.serving")
 
+# The log has more, under the answer's X-Request-Id.
+INTERNAL = ApiError(500, "internal error; the server's log has it under this answer's X-Request-Id")
 # Seconds in which a request has to arrive, headers and body each; and after which an idle connection is closed.
 ARRIVAL = 30
 
@@ -29,13 +31,23 @@ class Guard:
         api_key: for every path under /v1; None asks for none.
         most_bytes: of a body.
         arrival: seconds in which it has to come.
+        seconds: in which the answer has to be taken, too, after which a client that does not read is left.
         paths: that are counted by name.
     """
 
     def __init__(
-        self, app: Any, metrics: Metrics, *, api_key: str | None, most_bytes: int, arrival: float, paths: set[str]
+        self,
+        app: Any,
+        metrics: Metrics,
+        *,
+        api_key: str | None,
+        most_bytes: int,
+        arrival: float,
+        seconds: float,
+        paths: set[str],
     ) -> None:
-        self.app, self.metrics, self.most_bytes, self.arrival, self.paths = app, metrics, most_bytes, arrival, paths
+        self.app, self.metrics, self.most_bytes, self.paths = app, metrics, most_bytes, paths
+        self.arrival, self.seconds = arrival, seconds
         self._key = None if api_key is None else f"Bearer {api_key}".encode()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -57,16 +69,16 @@ class Guard:
         try:
             self._check_key(scope)
             body = await self._body(scope, receive)
-            await self.app(scope, _replayed(body, receive), answer)
+            async with asyncio.timeout(self.seconds):
+                await self.app(scope, _replayed(body, receive), answer)
         except ApiError as error:
             await _send_error(answer, error)
-        except _Gone:
+        except (_Gone, TimeoutError):  # which uvicorn closes the connection of
             status = 499
         except Exception:
             logger.exception("request failed", extra={"fields": {"id": name}})
-            if status:  # too late for another word
-                raise
-            await _send_error(answer, ApiError(500, f"internal error; the server's log has it under request {name}"))
+            if not status:
+                await _send_error(answer, INTERNAL)
         finally:
             path = scope["path"] if scope["path"] in self.paths else "other"
             self.metrics.http.labels(path, str(status)).inc()

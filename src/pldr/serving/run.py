@@ -10,7 +10,7 @@ from typing import Any
 import uvicorn
 
 from pldr.serving.app import Service
-from pldr.serving.guard import ARRIVAL, Guard, Protocol
+from pldr.serving.guard import ARRIVAL, Protocol
 
 logger = logging.getLogger("pldr.serving")
 
@@ -18,7 +18,7 @@ logger = logging.getLogger("pldr.serving")
 _CONNECTIONS = 1024
 
 
-def run(service: Service, app: Guard, listening: socket.socket, shutdown_timeout: float) -> None:
+def run(service: Service, app: Any, listening: socket.socket, shutdown_timeout: float) -> None:
     """Answer requests until SIGTERM or SIGINT; then finish what was accepted, within so many seconds.
 
     Raises:

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -16,6 +17,10 @@ logger = logging.getLogger("pldr.serving")
 
 # Tokens of each sequence between two looks at what has come and gone; on a CPU the engine makes one at a time.
 _STEPS = 4
+# Prompts that join in one step, at most, and their tokens, but for one that is longer: the others wait for it with their next token.
+_JOINING, _JOINING_TOKENS = 8, 2048
+# What a text ended by, where it was none of the engine's reasons.
+_REASONS = {"TimeoutError": "timeout", "Cancelled": "cancelled", "Stopped": "stopped"}
 # Seconds after which a step that has not ended counts as a failure.
 _STALLED = 120.0
 
@@ -82,6 +87,7 @@ class Worker:
         self._new: list[Job] = []
         self._dropped: list[tuple[Job, Exception]] = []
         self._open: list[Job] = []
+        self._waiting: deque[Job] = deque()
         self._closing = False
         self._beat = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="pldr-engine", daemon=True)
@@ -160,7 +166,7 @@ class Worker:
             while not (self._new or self._dropped or self._open or self._closing):
                 self._wake.wait()
             self._open += self._new
-            self.engine.waiting.extend(job.request for job in self._new)
+            self._waiting += self._new
             dropped, self._new, self._dropped = self._dropped, [], []
         self._beat = now = time.monotonic()
         dropped += [(job, TimeoutError()) for job in self._open if job.deadline < now]
@@ -168,7 +174,20 @@ class Worker:
         for job, error in ending:
             job.error = error
         self.engine.cancel(*(job.request for job, _ in ending))
+        self._let_join()
         return bool(self._open) or not self._closing
+
+    def _let_join(self) -> None:
+        """Give the engine the next few that wait, as far as it has places."""
+        places, tokens = min(self.engine.decoder.rows - len(self.engine.running), _JOINING), 0
+        while self._waiting and len(self.engine.waiting) < places:
+            request = self._waiting[0].request
+            tokens += len(request.prompt)
+            if self.engine.waiting and tokens > _JOINING_TOKENS:
+                break
+            self._waiting.popleft()
+            if request.finish_reason is None:
+                self.engine.waiting.append(request)
 
     def _report(self) -> None:
         """Tell what the step has brought."""
@@ -203,7 +222,7 @@ class Worker:
                 job.completion = self.engine.completion(job.request)
             except Exception as error:  # noqa: BLE001 (what ended the request is its answer)
                 job.error = error
-        reason = job.request.finish_reason if job.error is None else type(job.error).__name__.lower()
+        reason = job.request.finish_reason if job.error is None else _REASONS.get(type(job.error).__name__, "error")
         self.metrics.finished.labels(reason).inc()
         self.metrics.request.observe(now - job.began)
         if job.first is not None and job.counted > 1:
