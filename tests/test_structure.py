@@ -26,6 +26,7 @@ FLOORS = [
     {"evaluation"},
     {"checkpoints", "data", "generation", "engine"},
     {"tables", "plots", "models", "recipe"},
+    {"heads"},
     {"deductive", "modeling_pldr"},
     {"operator", "cache", "configuration_pldr", "tokenizer"},
     {"ops", "layouts", "files"},

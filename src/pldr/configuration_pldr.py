@@ -110,6 +110,9 @@ class PldrConfig(PreTrainedConfig):
         if kwargs.pop("head_dim", self.head_dim) != self.head_dim:
             raise ValueError("PldrConfig: head_dim must be hidden_size / num_attention_heads")
         kwargs.pop("auto_map", None)  # points at a hub folder's own code, which is never run
+        labels = kwargs.get("num_labels")
+        if labels is not None and not (type(labels) is int and 1 <= labels <= _MOST_LABELS):
+            raise ValueError(f"PldrConfig: num_labels must be an integer from 1 to {_MOST_LABELS}, got {labels!r}")
         before = set(vars(self))
         unknown = sorted(_HUGGING_FACE_REFUSED & set(kwargs))
         if not unknown:
@@ -225,8 +228,12 @@ _MOST = {
 # Numbers of the rotary table, which no stored tensor bounds: 512 MiB.
 _MOST_ROTARY = 1 << 27
 
-# Keys of transformers' base class that a PLDR-LLM has no use for: labels of a classifier, layers of several shapes.
-_HUGGING_FACE_REFUSED = frozenset({"num_labels", "per_layer_config"})
+# Classes of a classifier, each of which gets a name of its own.
+_MOST_LABELS = 1 << 16
+
+# Keys of transformers' base class that a PLDR-LLM has no use for: layers of several shapes.
+_HUGGING_FACE_REFUSED = frozenset({"per_layer_config"})
 # Keys that transformers itself writes into config.json or passes along, beyond PreTrainedConfig's declared fields.
 _HUGGING_FACE_EXTRAS = frozenset({"model_type", "transformers_version", "quantization_config", "torch_dtype",
-                                  "finetuning_task", "task_specific_params", "is_causal"})  # fmt: skip
+                                  "finetuning_task", "task_specific_params", "is_causal", "num_labels",
+                                  "classifier_dropout"})  # fmt: skip

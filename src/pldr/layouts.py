@@ -53,6 +53,13 @@ TENSOR_NAMES: list[tuple[str, str]] = [
     *((f"{_LAYER[0]}.self_attn.operator.{ours}", f"{_LAYER[1]}.mha1.plgatt_layer.{theirs}")
       for ours, theirs in _POWER_LAW),
 ]  # fmt: skip
+# Tensors of heads in place of `lm_head`: both layouts call them alike, as transformers does.
+_HEAD_NAMES = {
+    "ForSequenceClassification": ["score.weight"],
+    "ForTokenClassification": ["score.weight", "score.bias"],
+    "ForQuestionAnswering": ["qa_outputs.weight", "qa_outputs.bias"],
+    "ForMultipleChoice": ["score.weight"],
+}
 
 OUR_G = "model.layers.{}.self_attn.operator.G_LM"
 # [layers, 3, 1, heads, head_dim, head_dim]: A, A_LM and G_LM of each layer; attention reads the last alone.
@@ -70,7 +77,15 @@ def _rename(names: Iterable[str], source: int) -> dict[str, str]:
         template = ".".join("{}" if part.isdigit() else part for part in parts)
         if template in templates:
             renamed[name] = templates[template].format(*(part for part in parts if part.isdigit()))
+        elif any(name in names for names in _HEAD_NAMES.values()):
+            renamed[name] = name
     return renamed
+
+
+def head_of(config: "PldrConfig") -> str:
+    """What stands on the decoder stack, as the class names of both layouts end: "ForCausalLM" by default."""
+    named = (config.architectures or [""])[0]
+    return next((head for head in _HEAD_NAMES if named in (f"Pldr{head}", f"Pldrllm{head}")), "ForCausalLM")
 
 
 def published_to_ours(names: Iterable[str]) -> dict[str, str]:
@@ -87,6 +102,9 @@ def tensor_count(config: "PldrConfig") -> int:
     """How many tensors a model of this configuration has, without making it."""
     repeats = (config.num_hidden_layers, config.metric_learner_units, config.metric_learner_glus)
     counts = {ours: math.prod(repeats[: ours.count("{}")]) for ours, _ in TENSOR_NAMES}
+    if (head := head_of(config)) in _HEAD_NAMES:
+        counts = {ours: count for ours, count in counts.items() if not ours.startswith("lm_head")}
+        counts |= dict.fromkeys(_HEAD_NAMES[head], 1)
     if config.operator == "learned":
         return sum(counts.values())
     kept = sum(count for ours, count in counts.items() if ".operator." not in ours)
@@ -134,12 +152,24 @@ def hub_fields_to_ours(fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[
 
 
 def ours_to_hub_fields(config: "PldrConfig") -> dict[str, Any]:
-    """The hub layout's config.json of a configuration, with the names that the published remote code reads."""
+    """The hub layout's config.json of a configuration, with the names that the published remote code reads.
+
+    Raises:
+        ValueError: a head that the published code does not have.
+    """
+    head = head_of(config)
+    if head == "ForMultipleChoice":
+        raise ValueError(f"--to hub: the published code has no class {head}")
+    labels: dict[str, Any] = {}
+    if head != "ForCausalLM":
+        labels = {
+            name: getattr(config, name) for name in ("id2label", "label2id", "problem_type", "classifier_dropout")
+        }
     return {
-        "architectures": ["PldrllmForCausalLM"],
+        "architectures": [f"Pldrllm{head}"],
         "auto_map": {
             "AutoConfig": "configuration_pldrllm.PldrllmConfig",
-            "AutoModelForCausalLM": "modeling_pldrllm.PldrllmForCausalLM",
+            f"AutoModel{head}": f"modeling_pldrllm.Pldrllm{head}",
         },
         "model_type": "pldrllm",
         **{theirs: getattr(config, ours) for theirs, ours in _METRIC_LEARNER.items()},
@@ -156,6 +186,7 @@ def ours_to_hub_fields(config: "PldrConfig") -> dict[str, Any]:
         "cache_first_G": False,
         "reference_rope": config.rope_pairing == "adjacent",
         "custom_G_type": None if config.operator == "learned" else "external",
+        **{name: value for name, value in labels.items() if value is not None},
         # A field of ours, which the remote code does not read.
         **({"operator_trainable": True} if config.operator_trainable else {}),
     }  # fmt: skip
@@ -206,6 +237,8 @@ def ours_to_hyperparameters(config: "PldrConfig") -> dict[str, Any]:
     Raises:
         ValueError: a value that the published framework fixes to another.
     """
+    if (head := head_of(config)) != "ForCausalLM":
+        raise ValueError(f"--to reference: the published framework has no class {head}")
     for name, value in _REFERENCE_FIXED.items():
         if getattr(config, name) != value:
             raise ValueError(f"--to reference: {name}={getattr(config, name)} can not be expressed there, only {value}")

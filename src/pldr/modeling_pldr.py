@@ -242,7 +242,8 @@ class PldrPreTrainedModel(PreTrainedModel):
             init.uniform_(module.bias, -bound, bound)
         elif isinstance(module, nn.Linear):
             init.xavier_uniform_(module.weight)
-            init.zeros_(module.bias)
+            if module.bias is not None:  # a head may have none
+                init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight)
         elif isinstance(module, nn.LayerNorm):

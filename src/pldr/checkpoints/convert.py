@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerFast
 
 from pldr import layouts
-from pldr.checkpoints.load import load_model, load_predefined_G, load_with_tokenizer
+from pldr.checkpoints.load import load_model, load_predefined_G, load_with_head, load_with_tokenizer
 from pldr.files import check_output, one_line, read_text, whole_folder, write_json
-from pldr.modeling_pldr import PldrForCausalLM
+from pldr.modeling_pldr import PldrForCausalLM, PldrPreTrainedModel
 from pldr.operator import freeze, stored_operator
 from pldr.tables import Printable, Text
 from pldr.tokenizer import check_vocabulary, encode_prompt, load_tokenizer
@@ -34,7 +34,7 @@ def convert_checkpoint(
     g_lm: str | os.PathLike[str] | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
-) -> PldrForCausalLM:
+) -> PldrPreTrainedModel:
     """Rewrite a checkpoint of any layout in another one. Tensors are copied bit for bit.
 
     The published layouts know no factored operator: what is written there is its product, a predefined G_LM.
@@ -55,13 +55,12 @@ def convert_checkpoint(
     if to not in CHECKPOINT_LAYOUTS:
         raise ValueError(f"to: must be one of {', '.join(CHECKPOINT_LAYOUTS)}, got {to!r}")
     check_output(destination, overwrite=overwrite)
-    model = load_model(source, rope=rope, g_lm=g_lm)
+    model = load_with_head(source, rope=rope, g_lm=g_lm)
     found = _find_tokenizer(Path(source), tokenizer)
     if found is not None:
         check_vocabulary(found[0], model.config.vocab_size)
-    if to == "reference":
-        # Refuses what that layout can not say, before anything is written.
-        layouts.ours_to_hyperparameters(model.config)
+    if to != "pldr":  # refuses what that layout can not say, before anything is written
+        (layouts.ours_to_hyperparameters if to == "reference" else layouts.ours_to_hub_fields)(model.config)
     with whole_folder(destination, overwrite=overwrite) as folder:
         if to == "pldr":
             model.save_pretrained(folder)
@@ -88,7 +87,7 @@ def _find_tokenizer(
     return load_tokenizer(place), models[0] if len(models) == 1 else None
 
 
-def _write_hub(model: PldrForCausalLM, folder: Path) -> None:
+def _write_hub(model: PldrPreTrainedModel, folder: Path) -> None:
     """The hub layout: published tensor names, config.json in the remote code's terms."""
     state = {name: tensor.contiguous() for name, tensor in _published_state(model).items()}
     if model.config.operator != "learned":
@@ -104,7 +103,7 @@ def _write_hub(model: PldrForCausalLM, folder: Path) -> None:
     write_json(folder / "config.json", dict(sorted(fields.items())), indent=1)
 
 
-def _write_reference(model: PldrForCausalLM, folder: Path) -> None:
+def _write_reference(model: PldrPreTrainedModel, folder: Path) -> None:
     """The reference layout: a .pth, its hyperparameters as a Python file, and a predefined operator as a pickle."""
     # The published loader looks these two up; what they were at the end of training is not known here.
     unknown = {"loss": float("nan"), "accuracy": float("nan")}
@@ -121,7 +120,7 @@ def _write_reference(model: PldrForCausalLM, folder: Path) -> None:
             pickle.dump([layer[None].clone() for layer in stored_operator(model)], stream)
 
 
-def _published_state(model: PldrForCausalLM) -> dict[str, torch.Tensor]:
+def _published_state(model: PldrPreTrainedModel) -> dict[str, torch.Tensor]:
     """Under published names, on the CPU; all but an operator that is not learned, which the published layouts keep elsewhere."""
     state = model.state_dict()
     return {theirs: state[ours].detach().cpu() for ours, theirs in layouts.ours_to_published(state).items()}

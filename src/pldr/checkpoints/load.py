@@ -16,12 +16,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
-from pldr import layouts
+from pldr import heads, layouts
 from pldr.checkpoints.certificate import warn_unless_certified_weights
 from pldr.checkpoints.reference import find_reference_files, read_hyperparameters, read_pickled_tensors, read_pth
 from pldr.configuration_pldr import DTYPES, PldrConfig
 from pldr.files import CHECKSUMS, check_regular, one_line, read_json, read_sums, sha256
-from pldr.modeling_pldr import PldrForCausalLM
+from pldr.modeling_pldr import PldrForCausalLM, PldrPreTrainedModel
 from pldr.operator import check_operator_tensor, stored_operator
 from pldr.tokenizer import check_vocabulary, load_tokenizer
 
@@ -54,8 +54,24 @@ def load_model(
     Raises:
         OSError: the folder or a file in it is missing, or is no file: see `pldr.files.check_regular`.
         ValueError: damaged files; unknown, missing or mis-shaped tensors, listed; values that are not finite, or no
-            floating-point numbers; an adapter beside the weights.
+            floating-point numbers; an adapter beside the weights; a model with a head of another kind.
     """
+    model = load_with_head(path, dtype=dtype, device=device, rope=rope, g_lm=g_lm)
+    if not isinstance(model, PldrForCausalLM):
+        name = type(model).__name__
+        raise ValueError(f"{path}: is a {name}, not a language model; load it with pldr.{name}.from_pretrained")
+    return model
+
+
+def load_with_head(
+    path: str | os.PathLike[str],
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+    rope: str | None = None,
+    g_lm: str | os.PathLike[str] | None = None,
+) -> PldrPreTrainedModel:
+    """As `load_model`, whatever head the model has: the class that its config.json names."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such model folder")
@@ -76,7 +92,7 @@ def load_model(
 
 def _model_of(
     config: PldrConfig, state: dict[str, torch.Tensor], dtype: str | torch.dtype, path: Path
-) -> PldrForCausalLM:
+) -> PldrPreTrainedModel:
     """The model of tensors that `check_tensors` has found to be its own.
 
     Raises:
@@ -84,7 +100,7 @@ def _model_of(
     """
     stored = _check_one_dtype(state.values(), str(path))
     # Without a path the library looks at no file: no adapter, generation settings or other weights that may lie there.
-    model, report = PldrForCausalLM.from_pretrained(
+    model, report = class_of(config).from_pretrained(
         None,
         config=config,
         state_dict=state,
@@ -330,7 +346,7 @@ def check_tensors(stored: Mapping[str, tuple[int, ...]], config: PldrConfig, whe
     if asked > 2 * len(stored):  # so many that making them, or listing what is missing, is no use
         raise ValueError(f"{where}: the configuration asks for {asked:,} tensors, and {len(stored):,} are stored")
     with torch.device("meta"):
-        expected = {name: tuple(tensor.shape) for name, tensor in PldrForCausalLM(config).state_dict().items()}
+        expected = {name: tuple(tensor.shape) for name, tensor in class_of(config)(config).state_dict().items()}
     problems = [
         *_listed("missing", expected.keys() - stored.keys() - _optional(config)),
         *_listed("unknown", stored.keys() - expected.keys()),
@@ -342,6 +358,12 @@ def check_tensors(stored: Mapping[str, tuple[int, ...]], config: PldrConfig, whe
     ]  # fmt: skip
     if problems:
         raise ValueError(f"{where}: weights do not fit the configuration: {'; '.join(problems)}")
+
+
+def class_of(config: PldrConfig) -> type[PldrPreTrainedModel]:
+    """The class of a model by the head that its configuration names."""
+    head = layouts.head_of(config)
+    return PldrForCausalLM if head == "ForCausalLM" else getattr(heads, f"Pldr{head}")
 
 
 def _optional(config: PldrConfig) -> set[str]:
