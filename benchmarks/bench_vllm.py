@@ -1,8 +1,8 @@
-"""Tokens a second in vLLM, of one request and of many at once, beside `pldr.Engine` in the same process.
+"""Tokens a second in vLLM, of one request and of many at once.
 
     VLLM_CPU_KVCACHE_SPACE=1 python benchmarks/bench_vllm.py [MODEL] [--requests 1 16 64] [--new 64] [--output FILE]
 
-Greedy continuations of equal length, without the cache of prefixes, in float32. Those of vLLM must be those of the engine, or nothing is
+Greedy continuations of equal length, without the cache of prefixes, in float32. They must be those of `pldr.Engine`, or nothing is
 measured. A learned operator is frozen first. `make test-vllm` makes an environment that has vLLM.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 
 from conditions import conditions, record
 
-from pldr import HELD_OUT, STORIES, Engine, Options, freeze_checkpoint, load_model, load_tokenizer
+from pldr import HELD_OUT, STORIES, Engine, freeze_checkpoint, load_model, load_tokenizer
 
 
 def beginnings(model: Path, count: int) -> list[list[int]]:
@@ -29,13 +29,10 @@ def beginnings(model: Path, count: int) -> list[list[int]]:
     return [ids[start : start + 16] for start in range(0, 40 * count, 40)]
 
 
-def seconds(work: Callable[[], Any], repeats: int) -> list[float]:
-    taken = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        taken.append(time.perf_counter() - start)
-    return taken
+def seconds(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
 
 
 def measure(model: Path, requests: list[int], new: int, repeats: int) -> dict[str, Any]:
@@ -46,8 +43,8 @@ def measure(model: Path, requests: list[int], new: int, repeats: int) -> dict[st
     import vllm
 
     prompts = beginnings(model, max(requests))
-    engine = Engine(load_model(model), max_batch=max(requests))
-    options = Options(max_new_tokens=new, ignore_end=True)
+    completions = Engine(load_model(model)).generate(prompts, max_new_tokens=new, ignore_end=True)
+    expected = [completion.token_ids for completion in completions]
     server = vllm.LLM(
         str(model),
         dtype="float32",
@@ -61,17 +58,12 @@ def measure(model: Path, requests: list[int], new: int, repeats: int) -> dict[st
         asked = [{"prompt_token_ids": prompt} for prompt in prompts[:count]]
         return [list(done.outputs[0].token_ids) for done in server.generate(asked, greedy, use_tqdm=False)]
 
-    def by_engine(count: int) -> list[list[int]]:
-        return [completion.token_ids for completion in engine.generate(prompts[:count], options)]
-
-    if by_vllm(max(requests)) != by_engine(max(requests)):
+    if by_vllm(max(requests)) != expected:
         raise SystemExit("vLLM's continuations are not those of the engine")
     rates = {}
-    for name, work in (("vllm", by_vllm), ("engine", by_engine)):
-        for count in requests:
-            taken = seconds(lambda work=work, count=count: work(count), repeats)
-            per_second = [count * new / each for each in taken]
-            rates[f"{name} {count}"] = {"tokens/s": statistics.median(per_second), "all": per_second}
+    for count in requests:
+        per_second = [count * new / seconds(lambda count=count: by_vllm(count)) for _ in range(repeats)]
+        rates[count] = {"tokens/s": statistics.median(per_second), "all": per_second}
     return {"rates": rates, "new": new, "vllm": vllm.__version__, **conditions()}
 
 
