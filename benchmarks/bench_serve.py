@@ -165,13 +165,13 @@ def parted_at_a_tie(engine: Engine, prompt: str, text: str, expected: str, new: 
     return False
 
 
-def measure(url: str, name: str, model: Path, prompts: list[str], arguments: argparse.Namespace) -> dict:
+def measure(url: str, name: str, model: Path, prompts: list[str], requests: int, arguments: argparse.Namespace) -> dict:
     """One request at a time, then many; every text compared."""
     alone, seconds = asyncio.run(load(url, name, prompts, arguments.new, 1))
     assert all(answer.text is not None for answer in alone), "a request alone failed"
     expected = {prompt: answer.text for prompt, answer in zip(prompts, alone, strict=True)}
     dice = random.Random(1)
-    asked = [dice.choice(prompts) for _ in range(arguments.requests)]
+    asked = [dice.choice(prompts) for _ in range(requests)]
     many, took = asyncio.run(load(url, name, asked, arguments.new, arguments.clients))
     failed = sum(answer.text is None for answer in many)
     others = [(prompt, answer.text) for prompt, answer in zip(asked, many, strict=True)
@@ -227,7 +227,8 @@ def main() -> None:
     parser.add_argument("model", nargs="?", type=Path, default=STORIES)
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--requests", type=int, default=2000)
-    parser.add_argument("--prompts", type=int, default=100)
+    parser.add_argument("--peer-requests", type=int, default=256, help="of the servers beside the first")
+    parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--port", type=int, default=8765)
     parser.add_argument("--peers", default="", help="transformers, vllm: with a frozen form of the model")
@@ -249,7 +250,14 @@ def main() -> None:
                 name = model.name if server == "pldr" else str(model)
                 asyncio.run(load(url, name, prompts, arguments.new, arguments.clients))  # warm: every row of the cache
                 warm = memory(process)
-                results[title] = measure(url, name, model, prompts, arguments)
+                results[title] = measure(
+                    url,
+                    name,
+                    model,
+                    prompts,
+                    arguments.requests if title == "pldr" else arguments.peer_requests,
+                    arguments,
+                )
                 results[title] |= {"memory_before": warm, "memory_after": memory(process)}
                 if title == "pldr":
                     results[title]["sigterm"] = terminated_under_load(

@@ -102,6 +102,12 @@ class Service:
             message = f"The model {one_line(ValueError(asked), 64)!r} does not exist; this server has {self.name!r}."
             raise ApiError(404, message, "model", "model_not_found")
 
+    def check_count(self, prompts: int, choices: int = 1) -> None:
+        """Raises ApiError: more texts in one request than would ever find a place together."""
+        if prompts * choices > self.worker.most:
+            message = f"at most {self.worker.most} texts in one request, got {prompts * choices}"
+            raise ApiError(400, f"prompt, n: {message}", "n" if choices > 1 else "prompt")
+
     async def encode(self, prompt: str | list[int]) -> list[int]:
         """Raises ApiError: an empty text, or one that is not valid."""
         if not isinstance(prompt, str):
@@ -128,10 +134,6 @@ class Service:
         news: asyncio.Queue[News] = asyncio.Queue()
         deadline = time.monotonic() + self.limits.seconds
         choices = asked.choices
-        if len(prompts) * choices > self.worker.most:
-            raise ApiError(
-                400, f"n: at most {self.worker.most} texts in one request, got {len(prompts) * choices}", "n"
-            )
         made = []
         for index, ids in enumerate(ids for ids in prompts for _ in range(choices)):
             most = self._most(asked, len(ids), default)
@@ -349,6 +351,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     @app.post("/v1/completions")
     async def completions(asked: CompletionRequest, http: Request) -> Response:
         service.check_model(asked.model)
+        service.check_count(len(asked.prompts), asked.choices)
         prompts = [await service.encode(prompt) for prompt in asked.prompts]
         texts = [
             prompt if isinstance(prompt, str) else service.tokenizer.decode(prompt, skip_special_tokens=True)
@@ -364,6 +367,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions")
     async def chat(asked: ChatRequest, http: Request) -> Response:
         service.check_model(asked.model)
+        service.check_count(1, asked.choices)
         prompt = await asyncio.to_thread(_from_chat, service, asked)
         alternatives = (asked.top_logprobs or 0) if asked.logprobs else None
         jobs = service.jobs(asked, [prompt], None, alternatives=alternatives)
