@@ -8,6 +8,8 @@ import random
 import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from functools import partial
@@ -389,6 +391,17 @@ def test_what_is_no_http_is_refused_and_a_client_that_leaves_is_forgotten(runnin
         connection.close()
         until(lambda: metric(http, "pldr_requests_running") == 0)
     assert metric(http, 'pldr_finished_total{reason="cancelled"}') == 8
+
+
+@pytest.mark.slow
+def test_malformed_requests_by_the_hundred():
+    """A short run of the campaign, which has its own server: every answer is the right one, and the server as well as before."""
+    pytest.importorskip("aiohttp", reason="of the benchmarks")
+    script = Path(__file__).parents[1] / "benchmarks" / "faults_serve.py"
+    command = [sys.executable, str(script), "--requests", "400", "--rounds", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1])["wrong"] == []
 
 
 # --- many at once ---------------------------------------------------------------------------------------------------
