@@ -122,12 +122,12 @@ def warn_unless_certified_weights(folder: Path, tensors: dict[str, torch.Tensor]
     try:
         certificate = read_certificate(folder)
     except ValueError as error:
-        warnings.warn(str(error), stacklevel=3)
+        warnings.warn(str(error), stacklevel=4)
         return
     if certificate is not None and not is_about(certificate, tensors):
         warnings.warn(
             f"{folder}: the weights are not those of {FILE}, so that it says nothing about them; certify them again",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
