@@ -90,6 +90,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=20, help="steps before the first window")
     parser.add_argument("--windows", type=int, default=5, help="times that are taken")
     parser.add_argument("--steps", type=int, default=10, help="of a window")
+    both = ["learned", "constant"]
+    parser.add_argument("--operators", nargs="+", choices=both, default=both, help="of scaling")
+    parser.add_argument("--shardings", nargs="+", choices=SHARDINGS, default=SHARDINGS, help="of scaling")
     parser.add_argument("--no-compile", action="store_true", help="of scaling")
     parser.add_argument("--no-reshard", action="store_true", help="of scaling: keep sharded weights until the backward")
     parser.add_argument("--data", type=Path, help="benchmarks' published files, of eval; else a few made-up questions")
@@ -346,6 +349,7 @@ def measure_all(arguments: argparse.Namespace) -> bool:
     """One process, then two; each measures all that it can in one start."""
     options = [f"--{name}={getattr(arguments, name)}" for name in
                ("preset", "batch", "length", "warmup", "windows", "steps", "output")]  # fmt: skip
+    options += ["--operators", *arguments.operators, "--shardings", *arguments.shardings]
     options += ["--tiny"] * arguments.tiny + ["--no-compile"] * arguments.no_compile
     options += ["--no-reshard"] * arguments.no_reshard
     done = [start(count, __file__, "--part=scaling", f"--work={arguments.work}", *options) for count in (1, 2)]
@@ -359,8 +363,8 @@ def scaling_rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     state = PartialState(cpu=not torch.cuda.is_available())
     alone = {row["operator"]: row for row in read_json(arguments.output).get("scaling", [])}
     state.wait_for_everyone()  # before the first adds to it
-    for sharding in SHARDINGS if state.num_processes > 1 else ("none",):
-        for operator in ("learned", "constant"):
+    for sharding in arguments.shardings if state.num_processes > 1 else ("none",):
+        for operator in arguments.operators:
             row = {"operator": operator, "sharding": sharding, "processes": state.num_processes}
             row |= measure(arguments, operator, sharding)
             if state.num_processes > 1 and operator in alone:

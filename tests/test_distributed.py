@@ -173,7 +173,7 @@ def test_saving_in_the_background_changes_nothing(pairs):
     for saved in checkpoints(background):
         check_checkpoint(saved)
         files = {path.name for path in saved.glob("*.safetensors")}
-        assert len(files) == 7, "weights, moments and random states of both, and what the optimiser has once"
+        assert len(files) == 8, "weights, moments and random states of both, and what is whole"
         assert {read_sums(saved, SUMS)[name] for name in files} == {
             read_sums(at_once / saved.name, SUMS)[name] for name in files
         }

@@ -10,6 +10,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pldr.recipe import Recipe
+from pldr.training.parallel import local
 
 if TYPE_CHECKING:
     from pldr.training.trainer import PldrTrainer
@@ -77,7 +78,9 @@ class ClipByValue(TrainerCallback):
         self.bound = bound
 
     def on_pre_optimizer_step(self, *event: object, model: torch.nn.Module, **more: object) -> None:
-        torch.nn.utils.clip_grad_value_(model.parameters(), self.bound)
+        gradients = [local(p.grad) for p in model.parameters() if p.grad is not None]
+        torch._foreach_clamp_min_(gradients, -self.bound)
+        torch._foreach_clamp_max_(gradients, self.bound)
 
 
 class ProgressBar(TrainerCallback):

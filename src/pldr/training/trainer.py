@@ -2,8 +2,6 @@
 
 import math
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from pldr.deductive import dag_loss
 from pldr.evaluation.modes import operator_metrics
 from pldr.files import read_json, write_json
 from pldr.modeling_pldr import PldrForCausalLM
-from pldr.recipe import DistributedRecipe, Recipe
+from pldr.recipe import Recipe
 from pldr.training.callbacks import ClipByValue, Stops, tensorboard_callback
 from pldr.training.checkpoint import (
     RECIPE,
@@ -31,6 +29,16 @@ from pldr.training.checkpoint import (
     step_of,
 )
 from pldr.training.folder import add_to_log, described, log_lines
+from pldr.training.parallel import (
+    ShardedForward,
+    average_gradients,
+    clip_by_norm,
+    hide_from_ddp,
+    local,
+    separate,
+    shard,
+    whole_parameters,
+)
 from pldr.training.randomness import random_file, read_random_states, save_random_states, set_random_states
 
 # Held-out passages that an evaluation measures the operator on.
@@ -91,40 +99,6 @@ def compile_layers(model: PldrForCausalLM) -> None:
         layer.compile()
 
 
-def shard(model: PldrForCausalLM, recipe: DistributedRecipe, device: torch.device) -> None:
-    """Cut a model's parameters among the processes (FSDP2), in place: layer by layer, the head and the rest.
-
-    Parameters stay float32, whose range the power law needs; a step in bf16 runs under autocast, as in one process.
-    """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
-
-    processes = torch.distributed.get_world_size()
-    if recipe.sharding == "hybrid":
-        shape, names = (recipe.replicas, processes // recipe.replicas), ("replicate", "shard")
-        mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-    else:
-        mesh = init_device_mesh(device.type, (processes,))
-    policy = CPUOffloadPolicy() if recipe.cpu_offload else OffloadPolicy()
-    model.to(device)
-    for module in (*model.model.layers, model.lm_head, model):
-        # None lets torch decide: all but the whole model's own, which its backward needs at once.
-        fully_shard(module, mesh=mesh, reshard_after_forward=None if recipe.reshard else False, offload_policy=policy)
-
-
-class _ShardedForward(torch.nn.Module):
-    """A sharded model under autocast. Accelerate would do that, and wrap the model in DDP as well."""
-
-    def __init__(self, model: torch.nn.Module, autocast: Callable[[], AbstractContextManager[None]]) -> None:
-        super().__init__()
-        self.model = model
-        self._autocast = autocast
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with self._autocast():
-            return self.model(*args, **kwargs)
-
-
 class PldrTrainer(Trainer):
     """transformers' Trainer with the published optimisation: clipping by value, decay on every parameter, DAG loss.
 
@@ -154,6 +128,7 @@ class PldrTrainer(Trainer):
         self.broken_step = False  # its gradients are dropped
         self.dag_coefficients = recipe.optimization.dag_coefficients
         self._parameters: int | None = None
+        self._whole: list[torch.nn.Parameter] = []  # those that are averaged by themselves
         self.begun = time.perf_counter()  # where the steps of this call begin
         self.writer = CheckpointWriter(
             folder, PartialState(), keep=recipe.keep_checkpoints, background=recipe.async_save
@@ -177,15 +152,20 @@ class PldrTrainer(Trainer):
         return self.recipe.distributed.sharding != "none" and self.args.world_size > 1
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        if self.sharded and self.optimizer is None:
-            # First, because it replaces the parameters that the optimiser is made of.
-            shard(self.model, self.recipe.distributed, self.args.device)
-        return super().create_optimizer(*args, **kwargs)
+        if self.args.world_size > 1 and self.optimizer is None:
+            self._whole = whole_parameters(self.model)
+            if self.sharded:  # first, because it replaces the parameters that the optimiser is made of
+                shard(self.model, self.recipe.distributed, self.args.device, self._whole)
+            else:
+                hide_from_ddp(self.model, self._whole)
+        optimizer = super().create_optimizer(*args, **kwargs)
+        separate(optimizer)
+        return optimizer
 
     def _wrap_model(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
         if not self.sharded:
             return super()._wrap_model(model, *args, **kwargs)
-        return _ShardedForward(model, self.accelerator.autocast) if model is self.model else model
+        return ShardedForward(model, self.accelerator.autocast) if model is self.model else model
 
     def whole_model(self) -> PldrForCausalLM:
         """The model itself or, of a sharded one, a copy put together (on every process: they must all ask)."""
@@ -235,6 +215,8 @@ class PldrTrainer(Trainer):
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:  # all batches of the step are in
+            average_gradients(self._whole)
         if self.recipe.optimization.skip_nonfinite == 0:
             self._losses.append((self.state.global_step + 1, loss, inputs["row"]))
             return loss
@@ -273,11 +255,16 @@ class PldrTrainer(Trainer):
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         return [name for name, _ in model.named_parameters()]
 
+    def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:
+        if not self.sharded:
+            return super()._clip_grad_norm(model)
+        return clip_by_norm(model.parameters(), self.args.max_grad_norm)
+
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: torch.Tensor | None = None) -> torch.Tensor | None:
         # Without clipping by norm the Trainer would compute the norm for the log alone, at every step.
         if self.recipe.optimization.clip_norm is None or grad_norm is None:
             return None
-        return grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm
+        return grad_norm
 
     # --- data -------------------------------------------------------------------------------------------------------
 
@@ -398,8 +385,9 @@ class PldrTrainer(Trainer):
         Raises:
             FloatingPointError: a weight is NaN or infinite, on whichever process; such a checkpoint would be no good.
         """
-        parameters = [getattr(p, "to_local", lambda p=p: p)() for p in self.model.parameters()]
-        finite = torch.stack([torch.isfinite(p).all().to(self.args.device) for p in parameters]).all()
+        finite = torch.stack(
+            [torch.isfinite(local(p)).all().to(self.args.device) for p in self.model.parameters()]
+        ).all()
         if self.accelerator.reduce(finite.float(), "mean") < 1:
             raise FloatingPointError(
                 f"weights became NaN or infinite by step {self.state.global_step}; {self._last_checkpoint()}; {ADVICE}"
