@@ -199,7 +199,7 @@ def test_sharded_checkpoints_load_on_another_number_of_processes(alone, pairs, t
     copy = shutil.copytree(two, tmp_path / "copy")
     saved = copy / "checkpoint-12"
     assert sorted(file.name for file in saved.glob("*.safetensors")) == [
-        "model-1-of-2.safetensors", "model-2-of-2.safetensors", "optimizer-1-of-2.safetensors",
+        "model-1-of-2.safetensors", "model-2-of-2.safetensors", "model.safetensors", "optimizer-1-of-2.safetensors",
         "optimizer-2-of-2.safetensors", "optimizer.safetensors", "random-0.safetensors", "random-1.safetensors",
     ]  # fmt: skip
     merge_checkpoint(saved, tmp_path / "merged")
