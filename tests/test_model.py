@@ -11,7 +11,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from helpers import assert_close
 from pldr import PldrConfig, PldrForCausalLM
 from pldr.configuration_pldr import PRESETS
-from pldr.modeling_pldr import create_masks, eager_attention
+from pldr.masks import create_masks
+from pldr.modeling_pldr import eager_attention
 from pldr.operator import LearnedOperator
 from pldr.ops.reference import apply_rotary
 
@@ -197,7 +198,7 @@ def test_no_mask_is_built_where_causality_is_enough(small_model, ids, monkeypatc
         seen.append(create_causal_mask(**kwargs))
         return seen[-1]
 
-    monkeypatch.setattr("pldr.modeling_pldr.create_causal_mask", recording)
+    monkeypatch.setattr("pldr.masks.create_causal_mask", recording)
     with torch.no_grad():
         model(ids)
         model.generate(ids[:1], max_new_tokens=3, do_sample=False)
@@ -227,6 +228,62 @@ def test_context_length_is_enforced(small_model):
     cache = model(ids[:, :60]).past_key_values
     with pytest.raises(ValueError, match="65 tokens is longer"):
         model(ids[:, :5], past_key_values=cache)
+
+
+class TestPackedRows:
+    """Several sequences in one row, told apart by positions that begin anew."""
+
+    @pytest.mark.parametrize("attention", ["eager", "sdpa", pytest.param("flex_attention", marks=pytest.mark.slow)])
+    @pytest.mark.parametrize("operator", ["learned", "constant", "factored"])
+    def test_each_sequence_is_as_alone(self, small_model, operator, attention):
+        ranks = {"operator_ranks": [8, 16]} if operator == "factored" else {}
+        init = {} if operator == "learned" else {"operator_init": "random"}
+        model = small_model(operator=operator, **init, **ranks)
+        model.set_attn_implementation(attention)
+        rows = [(5, 11, 18), (20, 1, 13)]
+        ids = torch.randint(4, 97, (2, 34), generator=torch.Generator().manual_seed(6))
+        positions = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in rows])
+        with torch.no_grad():
+            output = model(ids, position_ids=positions)
+            assert output.past_key_values is None
+            for row, lengths in enumerate(rows):
+                packed, alone = output.logits[row].split(lengths), ids[row].split(lengths)
+                for logits, sequence in zip(packed, alone, strict=True):
+                    assert_close(logits, model(sequence[None]).logits[0], max_error=1e-5)
+
+    def test_gradients_of_a_learned_operator(self, small_model):
+        model = small_model()
+        ids = torch.randint(4, 97, (1, 30), generator=torch.Generator().manual_seed(6))
+        positions = torch.cat([torch.arange(12), torch.arange(18)])[None]
+        model(ids, position_ids=positions).logits.square().sum().backward()
+        packed = [parameter.grad.clone() for parameter in model.parameters()]
+        model.zero_grad()
+        sum(model(part).logits.square().sum() for part in ids.split([12, 18], dim=1)).backward()
+        for gradient, parameter in zip(packed, model.parameters(), strict=True):
+            assert_close(gradient, parameter.grad, rms_ratio=1e-4)
+
+    @pytest.mark.parametrize("operator", ["learned", "constant"])
+    def test_rows_may_be_longer_than_the_context(self, small_model, operator):
+        """Sequences may not."""
+        model = small_model(operator=operator)
+        ids = torch.full((1, 150), 5)
+        with torch.no_grad():
+            model(ids, position_ids=(torch.arange(150) % 50)[None])
+            padded = torch.ones_like(ids[:, :80])
+            padded[:, :30] = 0
+            assert_close(
+                model(ids[:, :80], attention_mask=padded).logits[:, 30:], model(ids[:, :50]).logits, max_error=1e-5
+            )
+        for positions in (torch.arange(150) % 65, torch.arange(149, -1, -1) + 1):
+            with pytest.raises(ValueError, match="longer than the context length"):
+                model(ids, position_ids=positions[None])
+        with pytest.raises(ValueError, match="input of 71 tokens is longer than the context length"):
+            model(ids[:, :1], position_ids=torch.tensor([[70]]))
+
+    def test_compiling_can_not_see_them(self, small_model, ids):
+        forward = torch.compile(small_model().forward, backend="eager", fullgraph=True)
+        with pytest.raises(Exception, match="pass attention_mask as well"):
+            forward(ids, position_ids=torch.arange(16)[None])
 
 
 def test_input_ids_or_embeddings(small_model, ids):

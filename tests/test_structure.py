@@ -28,7 +28,7 @@ FLOORS = [
     {"tables", "plots", "models", "recipe"},
     {"heads"},
     {"deductive", "modeling_pldr"},
-    {"operator", "cache", "configuration_pldr", "tokenizer"},
+    {"operator", "cache", "masks", "configuration_pldr", "tokenizer"},
     {"ops", "layouts", "files"},
 ]
 

@@ -1,7 +1,9 @@
 """PldrConfig: the shape of a PLDR-LLM, and the presets of the published models."""
 
 import math
+from collections.abc import Mapping
 from difflib import get_close_matches
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -75,6 +77,8 @@ class PldrConfig(PreTrainedConfig):
 
     model_type = "pldrllm"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "deductive_outputs"]
+    # Clients look whether it names code of the folder's own, and some of them without asking whether it is there.
+    auto_map: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     vocab_size: int = 32000
     hidden_size: int = 896

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
@@ -26,7 +27,6 @@ from transformers import initialization as init
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 from transformers.generation.configuration_utils import GenerationMode
-from transformers.masking_utils import create_causal_mask, create_recurrent_attention_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -36,8 +36,9 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from pldr import layouts
 from pldr.cache import OperatorOnlyLayer, check_operator_cache, make_cache, operator_state, set_g_cache
-from pldr.configuration_pldr import ATTENTIONS, PldrConfig
+from pldr.configuration_pldr import PldrConfig
 from pldr.files import write_sums
+from pldr.masks import create_masks, find_packed, positions_of
 from pldr.operator import (
     ConstantOperator,
     DeductiveOutputs,
@@ -312,7 +313,9 @@ class PldrModel(PldrPreTrainedModel):
                 static cache) are not looked at. A prepared mask is taken as it is: [B, 1, T, S] (then no token
                 counts as padding for G_LM), or the dict that `create_masks_for_generate` makes.
             position_ids: [B, T]; by default counted over the tokens that are not padding. Unlike in ordinary attention
-                they matter absolutely, not only through differences: G_LM sits between the two rotations.
+                they matter absolutely, not only through differences: G_LM sits between the two rotations. Where they begin
+                anew within a row, and neither a mask nor a cache is given, a row holds several sequences, none of which sees
+                another; nothing is cached then, and a learned operator's recorded outputs have one sequence a row.
             past_key_values: cache of earlier tokens; see `pldr.make_cache`.
             inputs_embeds: [B, T, M], in place of `input_ids`, before the scaling by sqrt(M).
             use_cache: make a cache where none is given.
@@ -320,38 +323,41 @@ class PldrModel(PldrPreTrainedModel):
             output_deductive_outputs, output_hidden_states, output_attentions: what else to return.
 
         Raises:
-            ValueError: not exactly one of `input_ids` and `inputs_embeds`; more positions than the context length; a
+            ValueError: not exactly one of `input_ids` and `inputs_embeds`; a sequence longer than the context length; a
                 mask that leaves out earlier tokens; a cache without a place for G_LM, or of another batch.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("pass exactly one of input_ids and inputs_embeds")
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
-
-        past_key_values = self._cache_for(past_key_values, use_cache, use_g_cache)
-        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-        tokens = inputs_embeds.shape[1]
-        # A static cache counts on the device; its size is checked when it is made. An engine that brings attention of its
-        # own packs many texts into a row, each with its own positions.
-        if isinstance(past_length, int) and self.config._attn_implementation in ATTENTIONS:
-            self._check_lengths(attention_mask, past_length, tokens)
-        if position_ids is None:
-            position_ids = self._default_positions(attention_mask, past_length, tokens, inputs_embeds.device)
+        hidden_states = self._embedded(input_ids, inputs_embeds)
+        packed = None
+        if position_ids is not None and attention_mask is None and past_key_values is None:
+            packed = find_packed(self.config, position_ids, len(hidden_states))
+        if packed is None:
+            past_key_values = self._cache_for(past_key_values, use_cache, use_g_cache)
+        elif position_ids is not None and self.config.operator == "learned":  # each has a G_LM of its own
+            attention_mask = packed.one_a_row(torch.ones_like(packed.place))
+            hidden_states, position_ids = packed.one_a_row(hidden_states), packed.one_a_row(position_ids)
+        position_ids = positions_of(self.config, hidden_states, attention_mask, past_key_values, position_ids)
         if isinstance(attention_mask, dict):
             masks = attention_mask
         else:
-            masks = create_masks(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
+            masks = create_masks(self.config, hidden_states, attention_mask, past_key_values, position_ids)
         if self.config.operator == "learned" and past_key_values is not None:
-            check_operator_cache(past_key_values, len(self.layers), inputs_embeds.shape[0])
+            check_operator_cache(past_key_values, len(self.layers), hidden_states.shape[0])
 
-        hidden_states = self.embed_norm(inputs_embeds * self.embed_scale)  # [B, T, M]
+        hidden_states = self.embed_norm(hidden_states * self.embed_scale)  # [B, T, M]
         position_embeddings = self.rotary_embedding(position_ids)
-        for layer in self.layers:
+        for layer in self.layers[: self.config.num_hidden_layers]:  # fewer, where a draft exits early
             hidden_states = layer(
                 hidden_states, position_embeddings=position_embeddings, attention_mask=masks["attention"],
                 padding_mask=masks["padding"], past_key_values=past_key_values, position_ids=position_ids, **kwargs,
             )  # fmt: skip
+        if packed is not None and self.config.operator == "learned":
+            hidden_states = packed.as_given(hidden_states)
         return PldrModelOutput(last_hidden_state=hidden_states, past_key_values=past_key_values)
+
+    def _embedded(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        return self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
 
     def _cache_for(self, given: Cache | None, use_cache: bool | None, use_g_cache: bool | None) -> Cache | None:
         """The cache that was given, or a new one where one is asked for."""
@@ -360,28 +366,6 @@ class PldrModel(PldrPreTrainedModel):
         if given is None and (use_cache or use_g_cache):
             return make_cache(self.config, kv=bool(use_cache), g=use_g_cache is not False)
         return given
-
-    def _check_lengths(self, attention_mask: Any, past_length: int, tokens: int) -> None:
-        if past_length + tokens > self.config.max_position_embeddings:
-            raise ValueError(
-                f"input of {past_length + tokens} tokens is longer than the context length "
-                f"max_position_embeddings={self.config.max_position_embeddings}"
-            )
-        is_plain = isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2
-        if is_plain and attention_mask.shape[1] < past_length + tokens:
-            raise ValueError(
-                f"attention_mask: covers {attention_mask.shape[1]} tokens, but there are {past_length} earlier and "
-                f"{tokens} new ones"
-            )
-
-    @staticmethod
-    def _default_positions(
-        attention_mask: Any, past_length: int | torch.Tensor, tokens: int, device: torch.device
-    ) -> torch.Tensor:
-        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
-            counted = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-            return _window(counted, past_length, tokens)
-        return torch.arange(tokens, device=device)[None] + past_length
 
 
 class LanguageModelHead(nn.Linear):
@@ -534,34 +518,6 @@ class PldrForCausalLM(PldrPreTrainedModel, GenerationMixin):
             set_g_cache(model_kwargs["past_key_values"], g)
 
 
-def create_masks(
-    config: PldrConfig,
-    inputs_embeds: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    past_key_values: Cache | None,
-    position_ids: torch.Tensor | None,
-) -> dict[str, torch.Tensor | None]:
-    """The two masks of a forward: "attention" (None where causality is all) and "padding" for G_LM ([B, T])."""
-    arguments = {
-        "config": config,
-        "inputs_embeds": inputs_embeds,
-        "attention_mask": attention_mask,
-        "past_key_values": past_key_values,
-        "position_ids": position_ids,
-    }
-    attention = create_causal_mask(**arguments)
-    if config.operator != "learned" or attention_mask is None or attention_mask.ndim != 2:
-        return {"attention": attention, "padding": None}
-    past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-    arguments["attention_mask"] = _window(attention_mask, past_length, inputs_embeds.shape[1])
-    return {"attention": attention, "padding": create_recurrent_attention_mask(**arguments)}
-
-
-def _window(values: torch.Tensor, past_length: int | torch.Tensor, tokens: int) -> torch.Tensor:
-    """The columns of the new tokens, [B, T], out of `values` [B, at least past_length + T]."""
-    return values.index_select(1, torch.arange(tokens, device=values.device) + past_length)
-
-
 # --- registration ---------------------------------------------------------------------------------------------------
 
 
@@ -597,3 +553,5 @@ register_checkpoint_conversion_mapping(
 AutoConfig.register("pldrllm", PldrConfig, exist_ok=True)
 AutoModel.register(PldrConfig, PldrModel)
 AutoModelForCausalLM.register(PldrConfig, PldrForCausalLM)
+# Where `transformers serve` and TRL look for the class that a config.json names.
+transformers.PldrModel, transformers.PldrForCausalLM = PldrModel, PldrForCausalLM
