@@ -7,19 +7,24 @@ VLLM ?= 0.32.0
 # Workers side by side, one thread each (tests/conftest.py); a file's tests stay together, and so do its fixtures.
 WORKERS := -n logical --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test test-slow test-all test-vllm test-oldest test-core wheel lint format lock audit environments clean
+.PHONY: demo test test-slow test-all test-vllm test-clients test-oldest test-core wheel lint format lock audit environments clean
 
 demo: .venv/installed
 	$(BIN)/pldr demo
 
 # The fast tests, which every change is tried with. The slow ones start processes of their own, and so run alone.
 test: .venv/installed
-	$(BIN)/python -m pytest -q -m "not slow" $(WORKERS)
+	$(BIN)/python -m pytest -q -m "not slow and not clients" $(WORKERS)
 
 test-slow: .venv/installed
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -m "slow and not clients"
 
-test-all: test test-slow $(if $(filter Linux,$(shell uname)),test-vllm)
+test-all: test test-slow test-clients $(if $(filter Linux,$(shell uname)),test-vllm)
+
+# Other people's programs with our models; what works goes into the table of docs/ecosystem.md.
+test-clients: .ci/envs/clients/installed
+	.ci/envs/clients/bin/python -m pytest -q tests/clients
+	.ci/envs/clients/bin/python tests/clients/table.py
 
 # The plugin in vLLM, on a CPU.
 test-vllm: .ci/envs/vllm/installed
@@ -27,7 +32,7 @@ test-vllm: .ci/envs/vllm/installed
 
 # The fast tests with the oldest versions that pyproject.toml allows.
 test-oldest: .ci/envs/oldest/installed
-	.ci/envs/oldest/bin/python -m pytest -q -m "not slow" $(WORKERS)
+	.ci/envs/oldest/bin/python -m pytest -q -m "not slow and not clients" $(WORKERS)
 
 # What needs no extras, on the wheel in an environment that holds nothing else.
 test-core: wheel .ci/envs/core/installed
@@ -82,10 +87,13 @@ environments: .venv/installed .ci/envs/oldest/installed .ci/envs/core/installed 
 .ci/envs/oldest/installed: VERSIONS := .ci/oldest.txt
 .ci/envs/oldest/installed: .ci/oldest.txt
 .ci/envs/oldest/installed: PACKAGES := --editable '.[train,eval,serve-light]' openai pytest pytest-xdist
+.ci/envs/clients/installed: VERSIONS := constraints-dev.txt
+.ci/envs/clients/installed: constraints-dev.txt .ci/clients.txt
+.ci/envs/clients/installed: PACKAGES := --editable '.[dev]' --requirement .ci/clients.txt
 .ci/envs/core/installed: VERSIONS := constraints-dev.txt
 .ci/envs/core/installed: constraints-dev.txt
 .ci/envs/core/installed: PACKAGES := pytest
-.venv/installed .ci/envs/oldest/installed .ci/envs/core/installed: pyproject.toml
+.venv/installed .ci/envs/oldest/installed .ci/envs/core/installed .ci/envs/clients/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "pldr needs Python 3.11 or newer; run: make PYTHON=python3.11 ...")'
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(if $(LOCKED),$(@D)/bin/python -m pip install --quiet $(LOCKED))
