@@ -1,14 +1,14 @@
 """Servers under load: `pldr serve`, and others with the same model where they can be started.
 
-    python benchmarks/bench_serve.py [MODEL] [--clients 64] [--requests 2000] [--new 64] [--peers transformers,vllm] [--output FILE]
+    python benchmarks/bench_serve.py [MODEL] [--servers pldr,frozen,transformers,vllm] [--clients 64] [--requests 2000] [--output FILE]
 
 Each server is started as a user starts it and asked for greedy streams over HTTP: first by one client, one request at a time, which
 gives the answers that are compared with; then by many clients at once. A request to `pldr serve` that fails, or whose text is not the one that
 the same prompt got alone, stops the run, unless the two part where the two most probable tokens are within 1e-5: a batch rounds otherwise. Then, of `pldr serve` alone: memory before and after, and SIGTERM in the midst of a load, after
 which every request that was accepted must have had its whole answer.
 
-Peers serve a frozen form of the model, as `pldr serve` does beside them. `transformers serve` looks for the model's class among its own,
-and is shown it. vLLM needs an environment of its own (--vllm-python).
+"pldr" serves the model, and the others a frozen form of it: "frozen" is `pldr serve` with that, beside `transformers serve` and vLLM, which
+needs an environment of its own (--vllm-python).
 """
 
 import argparse
@@ -33,15 +33,8 @@ from conditions import conditions, record
 from pldr import HELD_OUT, STORIES, Engine, freeze_checkpoint, load_model, load_tokenizer
 from pldr.engine.text import continuation
 
-TRANSFORMERS = """
-import sys
-from pldr.modeling_pldr import PldrForCausalLM
-from transformers.cli.serving import model_manager
-from transformers.cli.transformers import main
-sys.modules["transformers"].PldrForCausalLM = model_manager.transformers.PldrForCausalLM = PldrForCausalLM
-sys.argv = ["transformers", "serve", *sys.argv[1:]]
-main()
-"""
+# The command with our classes known to it, as `import pldr` in a program of one's own makes them known.
+TRANSFORMERS = "import pldr.modeling_pldr; from transformers.cli.transformers import main; main()"
 
 
 class Answer(NamedTuple):
@@ -56,20 +49,14 @@ def command(server: str, model: str, port: int, vllm_python: str) -> list[str]:
     match server:
         case "pldr":
             return [sys.executable, "-m", "pldr", "serve", model, "--port", str(port), "--backend", "engine"]
-        case "transformers":
-            return [
-                sys.executable,
-                "-c",
-                TRANSFORMERS,
-                model,
-                "--continuous-batching",
-                "--device",
-                "cpu",
-                "--port",
-                str(port),
-            ]
-        case "vllm":
-            return [vllm_python, "-m", "vllm.entrypoints.cli.main", "serve", model, "--port", str(port)]
+        case "transformers":  # by default its cache takes more than half of the memory, and is slower
+            cache = ["--cb-num-blocks", "512", "--cb-block-size", "32", "--cb-max-batch-tokens", "512"]
+            options = ["--continuous-batching", "--device", "cpu", "--port", str(port), *cache]
+            return [sys.executable, "-c", TRANSFORMERS, "serve", model, *options]
+        case "vllm":  # likewise
+            options = ["--port", str(port), "--dtype", "float32", "--gpu-memory-utilization", "0.1"]
+            words = ["env", "VLLM_CPU_KVCACHE_SPACE=1", "VLLM_NO_USAGE_STATS=1", vllm_python]
+            return [*words, "-m", "vllm.entrypoints.cli.main", "serve", model, *options]
     raise ValueError(server)
 
 
@@ -135,10 +122,14 @@ async def load(url: str, model: str, prompts: list[str], new: int, clients: int)
     return answers, time.perf_counter() - start
 
 
+def some_words() -> list[str]:
+    """Of the held-out excerpts."""
+    return " ".join(json.loads(line)["text"] for line in HELD_OUT.read_text(encoding="utf-8").splitlines()).split()
+
+
 def some_prompts(count: int) -> list[str]:
-    """Of 4 to 60 words, from the held-out excerpts."""
-    dice = random.Random(0)
-    words = " ".join(json.loads(line)["text"] for line in HELD_OUT.read_text(encoding="utf-8").splitlines()).split()
+    """Of 4 to 60 words."""
+    dice, words = random.Random(0), some_words()
     starts = [dice.randrange(len(words) - 60) for _ in range(count)]
     return [" ".join(words[start : start + dice.randint(4, 60)]) for start in starts]
 
@@ -228,23 +219,21 @@ def main() -> None:
     parser.add_argument("model", nargs="?", type=Path, default=STORIES)
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--requests", type=int, default=2000)
-    parser.add_argument("--peer-requests", type=int, default=256, help="of the servers beside the first")
+    parser.add_argument("--peer-requests", type=int, default=256, help="of the servers with the frozen form")
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--port", type=int, default=8765)
-    parser.add_argument("--peers", default="", help="transformers, vllm: with a frozen form of the model")
+    parser.add_argument("--servers", default="pldr", help="pldr, frozen, transformers, vllm")
     parser.add_argument("--vllm-python", default=sys.executable)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     prompts = some_prompts(arguments.prompts)
-    peers = [name for name in arguments.peers.split(",") if name]
-    results = {}
+    results: dict[str, dict] = {}
     with tempfile.TemporaryDirectory() as place:
         frozen = Path(place) / "frozen"
         freeze_checkpoint(arguments.model, frozen, prompts=prompts[:8])
-        runs = [("pldr", arguments.model, "pldr")]
-        runs += [("pldr, frozen", frozen, "pldr")] * bool(peers) + [(f"{name}, frozen", frozen, name) for name in peers]
-        for title, model, server in runs:
+        for title in arguments.servers.split(","):
+            model, server = (arguments.model if title == "pldr" else frozen), title.replace("frozen", "pldr")
             log, url = Path(place) / "log", f"http://127.0.0.1:{arguments.port}"
             words = command(server, str(model), arguments.port, arguments.vllm_python)
             with started(words, arguments.port, log) as process:
@@ -259,7 +248,8 @@ def main() -> None:
                         raise
                     results[title] = {"error": str(error)}  # a peer's own trouble is a result, too
                     continue
-                results[title] |= {"memory_before": warm, "memory_after": memory(process)}
+                if server == "pldr":
+                    results[title] |= {"memory_before": warm, "memory_after": memory(process)}
                 if title == "pldr":
                     results[title]["sigterm"] = terminated_under_load(
                         url, name, process, prompts * 5, log, arguments.clients
@@ -270,7 +260,7 @@ def main() -> None:
             assert sigterm is None or sigterm["whole_answers"] == sigterm["accepted"] >= sigterm["open_at_signal"], (
                 sigterm
             )
-    settings = {name: getattr(arguments, name) for name in ("clients", "requests", "prompts", "new")}
+    settings = {name: getattr(arguments, name) for name in ("clients", "requests", "peer_requests", "prompts", "new")}
     record(
         {"benchmark": "serve", "model": arguments.model.name} | settings | {"servers": results} | conditions(),
         arguments.output,

@@ -26,10 +26,10 @@ FLOORS = [
     {"evaluation"},
     {"checkpoints", "data", "generation", "engine"},
     {"tables", "plots", "models", "recipe"},
-    {"heads", "classes"},
+    {"heads"},
     {"deductive", "modeling_pldr"},
     {"operator", "cache", "masks", "configuration_pldr", "tokenizer"},
-    {"ops", "layouts", "files", "pictures", "registration"},
+    {"ops", "layouts", "files"},
 ]
 
 

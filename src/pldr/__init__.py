@@ -1,12 +1,10 @@
 """PLDR-LLMs: language models whose attention learns a tensor operator, G_LM.
 
-Public names are imported on first use, so that ``import pldr`` and ``pldr --help`` start without torch. After ``import pldr``
-transformers' Auto classes know ``model_type`` "pldrllm", and lm-evaluation-harness the model "pldr".
+Public names are imported on first use, so that ``import pldr`` and ``pldr --help`` start without torch. Using any name
+that touches the model also registers ``model_type`` "pldrllm" with the transformers Auto classes.
 """
 
 from importlib import import_module
-
-from pldr.registration import register
 
 __version__ = "0.1.0.dev0"
 
@@ -63,6 +61,3 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
-
-
-register()

@@ -7,6 +7,7 @@ side: it counts neither for G_LM nor for positions.
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
@@ -93,4 +94,5 @@ for _auto, _head in (
     (AutoModelForQuestionAnswering, PldrForQuestionAnswering),
     (AutoModelForMultipleChoice, PldrForMultipleChoice),
 ):
-    _auto.register(PldrConfig, _head, exist_ok=True)
+    _auto.register(PldrConfig, _head)
+    setattr(transformers, _head.__name__, _head)

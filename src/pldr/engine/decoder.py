@@ -312,6 +312,11 @@ class Decoder:
 
     # --- rows --------------------------------------------------------------------------------------------------------
 
+    def reserve(self) -> None:
+        """Take the memory of the caches now. On a CPU the system would else hand it out as rows are first written."""
+        for part in (*self.keys, *self.values):
+            part.zero_()
+
     def move(self, source: int, target: int) -> None:
         """Put a row in another's place, caches and operator with it."""
         learned = [G for G, layer in zip(self.operators, self.layers, strict=True) if layer.left is None]

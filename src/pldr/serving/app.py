@@ -70,6 +70,7 @@ class Service:
 
     def __post_init__(self) -> None:
         assert self.engine.tokenizer is not None
+        self.engine.decoder.reserve()  # a server is as large when it starts as it will be
         self.tokenizer, self.metrics = self.engine.tokenizer, Metrics()
         self.tokens, self.created = TokenTexts(self.tokenizer), int(time.time())
         self.worker = Worker(self.engine, self.metrics, self.limits.queue, self._tell)

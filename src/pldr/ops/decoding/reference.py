@@ -10,6 +10,9 @@ from torch.nn import functional as F
 
 from pldr.ops.reference import apply_rotary
 
+# Rows of a product that count as few: the tokens of a batch, rather than a prompt.
+_FEW_ROWS = 32
+
 
 class Norm(NamedTuple):
     """A LayerNorm's parameters: weight and bias [M], and epsilon."""
@@ -26,9 +29,11 @@ class Linear(NamedTuple):
     bias: torch.Tensor
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        few = x.device.type == "cpu" and len(x) <= _FEW_ROWS
+        if few and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
             # oneDNN reads weights at the memory's speed: of 32,000 x 896, for one row on two cores, 3.7 ms where the
-            # library behind F.linear (MKL, on an AMD EPYC) takes 8.2.
+            # library behind F.linear (MKL, on an AMD EPYC) takes 8.2. But it keeps code of its own for each number of rows,
+            # some 0.5 MB a product: of prompts of all lengths, hundreds of MB, for no gain in time.
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return F.linear(x, self.weight, self.bias)
 
