@@ -347,7 +347,6 @@ class TestCommand:
             (["--passages", "0"], "passages: must be at least 1, got 0"),
             (["--passages", "9999"], "passages of 64 tokens, 9999 are asked for"),
             (["--text-column", "story", "--device", "warp"], "device: warp can not be used here"),
-            (["--dtype", "int8"], "dtype: must be auto"),
             (["--html", "."], "html: . is a folder; name a file"),
         ],
     )
@@ -385,3 +384,10 @@ def test_data_may_be_one_name_or_several_texts_or_paths(folder, text, toy_tokeni
     assert inspect(made, text, tokenizer=toy_tokenizer, **settings).model == "model"
     for data in (str(text), text, [text]):
         assert list(evaluate(model, data, tokenizer=toy_tokenizer, window=16, calibration=data).texts) == [str(text)]
+
+
+def test_an_analysis_is_short_in_a_notebook():
+    analysis = analyse_operator(torch.randn(3, 2, 8, 8))
+    assert len(repr(analysis)) + len(repr(analysis.tensors["G_LM"])) < 300
+    assert len(repr(analysis.tensors)) < 300
+    assert analysis._repr_html_().count("data:image/png;base64,") == 3

@@ -315,3 +315,14 @@ class TestUnusualCalls:
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         model(ids, labels=ids, past_key_values=make_cache(model.config)).loss.backward()
         assert model.model.layers[0].self_attn.operator.exponent.grad.abs().sum() > 0
+
+
+def test_a_learned_operator_compiles_whole_with_a_static_cache(small_model, ids):
+    """The prompt's forward too, which makes the operator's state."""
+    model = small_model()
+    with torch.no_grad():
+        expected = model(ids).logits
+        forward = torch.compile(model.forward, fullgraph=True, backend="eager")
+        cache = make_cache(model.config, max_cache_len=32)
+        assert_close(forward(ids, past_key_values=cache).logits, expected, max_error=1e-5)
+        assert all(layer.has_operator_state for layer in cache.layers)

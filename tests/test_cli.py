@@ -119,9 +119,8 @@ class TestGenerate:
             (["the", "--top-k=-1"], "pldr: --top-k: must be 0 (all tokens) or more"),
             (["the", "--beams", "0"], "beams: must be at least 1"),
             (["the", "--beams", "2", "--stream"], "beam search knows its text only at the end"),
-            (["the", "--cache", "all"], "cache: must be one of kv+g, kv, g, none"),
-            (["the", "--stream", "--json"], "--stream and --json: choose one"),
-            (["the", "--dtype", "int8"], "dtype: must be auto"),
+            (["the", "--stream", "--json"], "--stream, --json and --prompts-file: choose one"),
+            (["the", "--prompts-file", "x"], "--prompts-file: holds the prompts; leave the other one out"),
             (["the", "--device", "warp"], "device: warp can not be used here"),
             (["bytes \udcff"], "prompt: not valid UTF-8"),
         ],
@@ -199,8 +198,6 @@ class TestFreezeConvertInfo:
     def test_convert_mistakes_write_nothing(self, run, tmp_path):
         for arguments, message in [
             (["nowhere"], "no such model folder"),
-            ([FIXTURES / "v51-small", "--to", "gguf"], "--to: must be one of pldr, hub, reference"),
-            ([FIXTURES / "v51-small", "--rope", "spiral"], "rope_pairing must be one of"),
             ([FIXTURES / "v51-small" / "hub", "--rope", "halves"], "apply to the reference layout only"),
         ]:
             fails(run("convert", arguments[0], tmp_path / "out", *arguments[1:]), message)
@@ -280,6 +277,16 @@ def test_wrong_usage_is_one_line_too(run):
     for arguments, message in (
         (["generate"], "Missing argument"),
         (["generate", "m", "p", "--top-p", "abc"], "Invalid value for '--top-p'"),
+        (["generate", "m", "p", "--cache", "all"], "'all' is not one of 'kv+g', 'kv', 'g', 'none'"),
+        (["generate", "m", "p", "--dtype", "int8"], "'int8' is not one of 'auto', 'float32', 'bfloat16'"),
+        (["convert", "m", "o", "--to", "gguf"], "'gguf' is not one of 'pldr', 'hub', 'reference'"),
+        (["convert", "m", "o", "--rope", "spiral"], "'spiral' is not one of 'adjacent', 'halves'"),
+        (["eval", "m", "--suite", "papers"], "Invalid value for '--suite'"),
+        (["eval", "m", "--mode", "warm"], "'warm' is not one of 'frozen', 'cached', 'learned'"),
+        (["serve", "--backend", "other"], "'other' is not one of 'auto', 'engine', 'vllm'"),
+        (["compress", "m", "o", "--weighting", "some"], "'some' is not one of 'moments', 'none'"),
+        (["reproduce", "gravity"], "'gravity' is not one of 'caching', 'invariance'"),
+        (["reproduce", "caching", "--size", "huge"], "'huge' is not one of 'tiny', 'small', 'paper'"),
         (["info", "m", "--nothing"], "No such option"),
         (["what"], "No such command 'what'"),
     ):
@@ -289,6 +296,43 @@ def test_wrong_usage_is_one_line_too(run):
         assert len(err.strip().splitlines()) == 1, err
         assert message in err
     assert run()[0] == 2
+
+
+def test_a_short_word_for_help(run):
+    for arguments in (["-h"], ["generate", "-h"], ["tokenizer", "-h"], ["tokenizer", "train", "-h"]):
+        code, out, _ = run(*arguments)
+        assert code == 0
+        assert "Usage: pldr" in out
+
+
+def test_many_prompts_from_a_file(run, folder, tmp_path):
+    prompts = ["the cat", "a mat and saw", "who ran to see him at her red house"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    code, out, _ = run("generate", folder, "--prompts-file", tmp_path / "prompts.txt", "--max-new-tokens", "6")
+    assert code == 0
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [line["prompt"] for line in lines] == prompts
+    for line in lines:
+        alone = json.loads(run("generate", folder, line["prompt"], "--max-new-tokens", "6", "--json")[1])
+        assert (line["text"], line["token_ids"]) == (alone["text"], alone["token_ids"])
+    for text, message in (
+        ("", "prompts: there are none"),
+        ("the cat\n\na mat", "prompt 2: prompt: is empty"),
+        ("the cat\n" + "cat " * 70, "prompt 2: prompt: "),
+    ):
+        (tmp_path / "prompts.txt").write_text(text)
+        fails(run("generate", folder, "--prompts-file", tmp_path / "prompts.txt"), message)
+    (tmp_path / "prompts.txt").write_text("the cat")
+    for option in (["--beams", "2"], ["--cache", "kv"]):
+        fails(
+            run("generate", folder, "--prompts-file", tmp_path / "prompts.txt", *option),
+            "leave --cache and --beams out",
+        )
+
+
+def test_an_adapter_folder_says_whose_it_is(run, tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "runs/laptop"}')
+    fails(run("info", tmp_path), "is an adapter alone, of runs/laptop; load that model, and the adapter with peft's")
 
 
 def test_a_bug_is_one_line_with_a_way_to_its_traceback(run, folder, monkeypatch):

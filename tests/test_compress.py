@@ -207,7 +207,6 @@ class TestCompress:
             (["--rank", "0"], "head_dim of 16, got 0"),
             (["--tolerance", "0"], "the bound must be positive"),
             (["--agreement", "2"], "between 0 and 1"),
-            (["--weighting", "some"], "weighting: must be one of moments, none, got 'some'"),
             (["--passages", "1"], "passages: must be at least 2"),
             (["--passages", "100000"], "passages of 16 tokens"),
         ):

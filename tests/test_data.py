@@ -65,7 +65,7 @@ class TestReading:
         file = tmp_path / f"books.jsonl{ending}"
         file.write_bytes(COMPRESS[ending](json_lines(TEXTS, "body")))
         assert list(read_documents([str(file)], "body")) == TEXTS
-        with pytest.raises(ValueError, match=r"books.*: line 1: no JSON object with 'text'"):
+        with pytest.raises(ValueError, match=r"books.*: line 1 \(with '.*'\): no JSON object with 'text'"):
             list(read_documents([str(file)]))
 
     @pytest.mark.parametrize("ending", COMPRESS)

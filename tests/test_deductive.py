@@ -74,3 +74,14 @@ def test_training_mode_is_kept(small_model, ids):
     model = small_model().train()
     deductive_outputs(model, ids)
     assert model.training
+
+
+def test_they_print_in_a_few_lines_and_are_pictures_in_a_notebook(small_model, ids):
+    outputs = deductive_outputs(small_model(), ids)
+    assert repr(outputs).startswith("DeductiveOutputs(A=[2, 3, 2, 16, 16] float32, A_LM=")
+    assert len(repr(outputs)) < 200
+    html = outputs._repr_html_()
+    assert html.count("data:image/png;base64,") == 2  # a row a layer
+    (_, layer) = small_model(operator="constant")(ids, output_deductive_outputs=True).deductive_outputs
+    assert repr(layer) == "DeductiveOutputs(A=None, A_LM=None, A_P=None, G_LM=[1, 2, 16, 16] float32)"
+    assert layer._repr_html_().count("<img") == 1

@@ -227,6 +227,35 @@ def test_requests_of_several_kinds_share_a_batch(model):
     assert len(set(requests[1].token_ids)) == 5, "a large penalty repeats nothing"
 
 
+def test_steps_that_were_begun_before_the_last_were_looked_at_change_nothing(model):
+    asked = [Options(max_new_tokens=9, ignore_end=True), Options(max_new_tokens=3, temperature=1.5, seed=3, ignore_end=True),
+             Options(max_new_tokens=6, repetition_penalty=1.8, ignore_end=True), Options(max_new_tokens=12, ignore_end=True),
+             Options(max_new_tokens=4, top_logprobs=2, logprobs=True, ignore_end=True)]  # fmt: skip
+    expected = [Engine(model).generate(prompt, options)[0] for prompt, options in zip(PROMPTS, asked, strict=True)]
+    end = expected[0].token_ids[4]  # one that ends by a token which nobody could foresee
+    asked[0] = Options(max_new_tokens=9, ignore_end=True, stop_ids=[end])
+    expected[0] = Engine(model).generate(PROMPTS[0], asked[0])[0]
+    engine = Engine(model, max_batch=4)
+    engine.overlaps = True
+    requests, begun, pairs = [], 0, list(zip(PROMPTS, asked, strict=True))
+    while pairs or any(request.finish_reason is None for request in requests):
+        requests += [engine.submit(*pairs.pop(0)) for _ in range(2) if pairs]
+        engine.step()
+        begun += engine._flight is not None
+        if len(requests) > 3 and len(requests[3].token_ids) == 5:
+            engine.cancel(requests[3])
+    assert begun >= 2
+    for request, alone in zip(requests, expected, strict=True):
+        if request is not requests[3]:
+            found = engine.completion(request)
+            assert (found.token_ids, found.finish_reason) == (alone.token_ids, alone.finish_reason)
+            assert found.top_logprobs is None or len(found.top_logprobs) == 4
+    assert requests[3].finish_reason == "cancelled"
+    assert requests[3].token_ids == expected[3].token_ids[:5]
+    engine.step()
+    assert engine._flight is None
+
+
 def test_a_row_keeps_nothing_of_the_request_before(model):
     engine = Engine(model, max_batch=2)
     engine.generate(PROMPTS[:2], max_new_tokens=4, temperature=2.0, repetition_penalty=1.9, seed=1)

@@ -218,7 +218,6 @@ def test_text_alone_in_every_mode(run, folder, tmp_path):
     ("arguments", "message"),
     [
         ([], "--tasks: name some, or a suite, or text files for their perplexity"),
-        (["--suite", "papers"], "suite: must be one of paper, got 'papers'"),
         (["--tasks", "piqq"], "no task 'piqq'; did you mean piqa"),
         (["--tasks", "piqa", "--limit", "0"], "limit: must be a number of questions"),
         (["--tasks", "piqa", "--limit", "2.7"], "limit: must be a number of questions"),
@@ -232,7 +231,6 @@ def test_text_alone_in_every_mode(run, folder, tmp_path):
         (["--perplexity"], "--perplexity: needs text files"),
         (["text.txt"], "--perplexity: needs text files, and they need it"),
         (["--perplexity", "text.txt", "--batch-size", "none"], "--batch-size: must be a positive number or auto"),
-        (["--perplexity", "text.txt", "--mode", "warm"], "mode: must be one of learned, cached, frozen"),
         (["--perplexity", "text.txt", "--calibration", "nowhere.txt"], "nowhere.txt"),
         (["--perplexity", "text.txt", "--stride", "65"], "stride: must be between 1 and the window of 64"),
         (["--perplexity", "text.txt", "--window", "65"], "window: must be between 1 and the context of 64"),

@@ -9,11 +9,11 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from helpers import assert_close
-from pldr import PldrConfig, PldrForCausalLM
+from pldr import PldrConfig, PldrForCausalLM, freeze
 from pldr.configuration_pldr import PRESETS
 from pldr.masks import create_masks
 from pldr.modeling_pldr import eager_attention
-from pldr.operator import LearnedOperator
+from pldr.operator import LearnedOperator, factor
 from pldr.ops.reference import apply_rotary
 
 PUBLISHED_PARAMETERS = {
@@ -152,9 +152,78 @@ def test_save_and_load(small_model, ids, tmp_path, operator):
         assert torch.equal(model(ids).logits, loaded.eval()(ids).logits)
 
 
-def test_external_operator_must_come_with_the_weights(small_config):
+def test_external_operator_must_come_with_the_weights(small_model, tmp_path):
+    model = freeze(small_model(), torch.arange(4, 20))
+    state = {name: tensor for name, tensor in model.state_dict().items() if "layers.1.self_attn.operator" not in name}
+    model.save_pretrained(tmp_path, state_dict=state)
     with pytest.raises(ValueError, match="G_LM must come with the weights"):
-        PldrForCausalLM(small_config(operator="constant", operator_init="external"))
+        PldrForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("operator", ["constant", "factored"])
+def test_a_frozen_model_is_made_first_and_filled_later(small_model, tmp_path, ids, operator):
+    """from_config, accelerate's empty weights, and loading onto a device map."""
+    accelerate = pytest.importorskip("accelerate", reason="extra train")
+    model = freeze(small_model(), torch.arange(4, 20))
+    if operator == "factored":
+        model = factor(model, [torch.randn(2, 2, 16, rank).unbind() for rank in (8, 16)])
+    model.save_pretrained(tmp_path)
+    made = AutoModelForCausalLM.from_config(model.config).eval()
+    with torch.no_grad():
+        expected = model(ids).logits
+        assert made(ids).logits.isnan().all()  # G_LM is nobody's yet
+        made.load_state_dict(model.state_dict())
+        assert torch.equal(made(ids).logits, expected)
+        for include_buffers in (False, True):
+            with accelerate.init_empty_weights(include_buffers=include_buffers):
+                empty = AutoModelForCausalLM.from_config(model.config)
+            assert empty.lm_head.weight.is_meta
+            if not include_buffers:
+                filled = accelerate.load_checkpoint_and_dispatch(empty, tmp_path, device_map={"": "cpu"}).eval()
+                assert torch.equal(filled(ids).logits, expected)
+        placed = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu")
+        assert torch.equal(placed(ids).logits, expected)
+
+
+def test_initialisation_meets_a_linear_without_bias(small_config):
+    model = PldrForCausalLM(small_config())
+    model.model.layers[0].mlp.up_proj = torch.nn.Linear(32, 85, bias=False)
+    before = model.model.layers[0].mlp.up_proj.weight.clone()
+    model._init_weights(model.model.layers[0].mlp.up_proj)
+    assert not torch.equal(model.model.layers[0].mlp.up_proj.weight, before)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", pytest.param("flex_attention", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("operator", ["learned", "constant", "factored"])
+def test_a_padded_batch_has_one_answer(small_model, ids, operator, implementation):
+    """Right-padded, left-padded or with holes in its mask: what is no padding comes out as in eager attention."""
+    fields = {} if operator == "learned" else {"operator_init": "random"}
+    fields |= {"operator_ranks": [8, 16]} if operator == "factored" else {}
+    model = small_model(operator=operator, **fields)
+    mask = torch.ones_like(ids)
+    mask[0, :5], mask[1, 9:], mask[2, 4:7] = 0, 0, 0
+    with torch.no_grad():
+        model.set_attn_implementation("eager")
+        expected = model(ids, attention_mask=mask).logits[mask.bool()]
+        model.set_attn_implementation(implementation)
+        assert_close(model(ids, attention_mask=mask).logits[mask.bool()], expected, max_error=1e-5)
+        alone = model(ids[1:2, :9]).logits[0]
+        assert_close(model(ids, attention_mask=mask).logits[1, :9], alone, max_error=1e-5)
+
+
+def test_a_draft_may_end_before_the_last_layer(small_model, ids):
+    """transformers sets the number of layers for an early exit, and after an error does not set it back."""
+    model = small_model(operator="constant", num_hidden_layers=4)
+    with torch.no_grad():
+        expected = model(ids, output_hidden_states=True, use_cache=False).hidden_states[2]
+        model.config.num_hidden_layers = 2
+        assert torch.equal(model.model(ids, use_cache=False).last_hidden_state, expected)
+        assert torch.equal(model.generate(ids, max_new_tokens=3, do_sample=False)[:, :16], ids)
+        model.config.num_hidden_layers = 4
+        tokens = model.generate(ids[:1], max_new_tokens=8, do_sample=False)
+        early = model.generate(ids[:1], max_new_tokens=8, do_sample=False, assistant_early_exit=2)
+        assert torch.equal(tokens, early)
+        assert model.config.num_hidden_layers == 4
 
 
 def test_meta_device_then_materialised(small_model, small_config, ids):

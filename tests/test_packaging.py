@@ -82,6 +82,16 @@ class TestWheel:
             "Homepage", "Source", "Issues", "Changelog", "Documentation"
         }  # fmt: skip
 
+    def test_the_package_page_shows_its_pictures(self, wheel):
+        text = zipfile.ZipFile(wheel).read(f"pldr-{pldr.__version__}.dist-info/METADATA").decode()
+        assert HeaderParser().parsestr(text)["Author"]
+        pictures = re.findall(r"!\[[^\]]*\]\(([^)]*)\)", text)
+        assert len(pictures) == 2
+        for picture in pictures:
+            path = picture.removeprefix("https://raw.githubusercontent.com/pldr-llm/pldr/main/")
+            assert path != picture
+            assert (ROOT / path).is_file()
+
 
 class TestImports:
     def test_the_package_alone_is_light(self):

@@ -237,8 +237,6 @@ def test_table():
 
 
 def test_errors(run, tmp_path):
-    fails(run("reproduce", "gravity"), "no claim 'gravity'; choose one of caching, invariance")
-    fails(run("reproduce", "caching", "--size", "huge"), "size: must be one of tiny, small, paper")
     fails(run("reproduce", "caching", "--train", "x"), "give both or neither")
     fails(run("reproduce", "caching", "--parallel", "0"), "at least 1")
     fails(run("reproduce", "caching", "--device", "warp"), "device: warp can not be used here")

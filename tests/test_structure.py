@@ -26,10 +26,10 @@ FLOORS = [
     {"evaluation"},
     {"checkpoints", "data", "generation", "engine"},
     {"tables", "plots", "models", "recipe"},
-    {"heads"},
+    {"heads", "classes"},
     {"deductive", "modeling_pldr"},
     {"operator", "cache", "masks", "configuration_pldr", "tokenizer"},
-    {"ops", "layouts", "files"},
+    {"ops", "layouts", "files", "pictures", "registration"},
 ]
 
 

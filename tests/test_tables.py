@@ -145,7 +145,9 @@ class TestPrintable:
         assert html.startswith("<pre>")
         assert "<b>" not in html
         assert "&lt;b&gt;&amp;[red]x[/red]" in html
-        assert lines_of(unescape(re.sub(r"<[^>]*>", "", html))) == lines_of(str(result))
+        text, _, pictures = html.partition("</pre>")
+        assert lines_of(unescape(re.sub(r"<[^>]*>", "", text))) == lines_of(str(result))
+        assert "data:image/png" in pictures
 
     def test_what_is_around_it_does_not_matter(self, monkeypatch):
         """In a notebook rich would display by itself, and a terminal has its own width."""

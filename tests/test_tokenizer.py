@@ -10,8 +10,11 @@ import unicodedata
 import pytest
 import sentencepiece
 from tokenizers import normalizers
+from transformers import AutoTokenizer
 
 from helpers import WORDS, shared
+from pldr import STORIES, convert_checkpoint
+from pldr.checkpoints.load import load_with_tokenizer
 from pldr.tokenizer import _check_table, check_text, check_vocabulary, encode, load_tokenizer, train_sentencepiece
 
 TRICKY = [
@@ -365,3 +368,13 @@ def test_bpe_gives_the_ids_of_sentencepiece(tmp_path, text):
 def test_unknown_model_type(tmp_path):
     with pytest.raises(ValueError, match="must be unigram or bpe, got 'word'"):
         train_sentencepiece(["a b"], tmp_path / "x.model", 300, "word")
+
+
+def test_its_longest_text_is_the_models_context(folder, tmp_path):
+    """Where it is loaded with a model, and where it is written beside one."""
+    _, tokenizer = load_with_tokenizer(folder)
+    assert tokenizer.model_max_length == 64
+    convert_checkpoint(folder, tmp_path / "converted")
+    assert AutoTokenizer.from_pretrained(tmp_path / "converted").model_max_length == 64
+    assert len(tokenizer("cat " * 100, truncation=True).input_ids) == 64
+    assert AutoTokenizer.from_pretrained(STORIES).model_max_length == 1024

@@ -1,10 +1,12 @@
 """PLDR-LLMs: language models whose attention learns a tensor operator, G_LM.
 
-Public names are imported on first use, so that ``import pldr`` and ``pldr --help`` start without torch. Using any name
-that touches the model also registers ``model_type`` "pldrllm" with the transformers Auto classes.
+Public names are imported on first use, so that ``import pldr`` and ``pldr --help`` start without torch. After ``import pldr``
+transformers' Auto classes know ``model_type`` "pldrllm", and lm-evaluation-harness the model "pldr".
 """
 
 from importlib import import_module
+
+from pldr.registration import register
 
 __version__ = "0.1.0.dev0"
 
@@ -61,3 +63,6 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+register()

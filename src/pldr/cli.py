@@ -7,12 +7,12 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from typer import Argument, Option
 
-from pldr.files import one_line, printable, require, to_json
+from pldr.files import one_line, printable, read_text, require, to_json
 from pldr.training import TrainingInterrupted
 
 if TYPE_CHECKING:
@@ -20,27 +20,35 @@ if TYPE_CHECKING:
 
 _EXPECTED = (ValueError, OSError, FloatingPointError, ModuleNotFoundError)
 
+_HELP = {"help_option_names": ["-h", "--help"]}
+
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
+    context_settings=_HELP,
     help="Train, run and study PLDR-LLMs.",
 )
-tokenizer_app = typer.Typer(no_args_is_help=True, help="Tokenizers.")
+tokenizer_app = typer.Typer(no_args_is_help=True, context_settings=_HELP, help="Tokenizers.")
 app.add_typer(tokenizer_app, name="tokenizer")
 
-Model = Annotated[Path, Argument(help="Model folder (this library's, hub or reference layout) or .pth file.")]
+Model = Annotated[
+    Path, Argument(help="Model folder (this library's, hub or reference layout), .pth file, or OWNER/NAME.")
+]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace an output folder that is not empty.")]
 AsJson = Annotated[bool, Option("--json", help="Print one JSON object on standard output.")]
 Tokenizer = Annotated[Path | None, Option(help="Tokenizer folder or SentencePiece file, if not beside the model.")]
-Rope = Annotated[str | None, Option(help="RoPE of a reference checkpoint: adjacent (v51, default) or halves (v52).")]
+Rope = Annotated[
+    Literal["adjacent", "halves"] | None, Option(help="RoPE of a reference checkpoint: v51's (default) or v52's.")
+]
 OperatorFile = Annotated[
     Path | None, Option(help="File with a predefined G_LM (.safetensors, or a pickle of tensors).")
 ]
 TextColumn = Annotated[str, Option(help="Of JSON lines, Parquet files and hub data sets.")]
 Length = Annotated[int | None, Option(help="Tokens of a passage; 512, or the context if that is less.")]
 Device = Annotated[str | None, Option(help="Where to run, cpu (default) or for example cuda.")]
-Dtype = Annotated[str, Option(help="float32, bfloat16, or auto: as it is stored.")]
+Dtype = Annotated[Literal["auto", "float32", "bfloat16"], Option(help="Of the weights; auto: as they are stored.")]
+Quantize = Annotated[Literal["int8"] | None, Option(help="Weights of 8 bits, on a CPU.")]
 Strict = Annotated[bool, Option("--strict", help="Refuse bad rows of the data, rather than skip them.")]
 
 
@@ -65,9 +73,12 @@ def _version(
 def generate(
     model: Annotated[str, Argument(help="Model folder or .pth file; or, alone, the text to continue with our own.")],
     prompt: Annotated[str | None, Argument(help="Text to continue; - reads it from standard input.")] = None,
+    prompts_file: Annotated[
+        Path | None, Option(help="Texts to continue, one a line; prints one JSON object a line.")
+    ] = None,
     max_new_tokens: Annotated[int | None, Option(help="Most tokens to add; 64 by default.")] = None,
     cache: Annotated[
-        str | None, Option(help="The published cache modes: kv+g, kv, g or none; the engine by default.")
+        Literal["kv+g", "kv", "g", "none"] | None, Option(help="A published cache mode; the engine by default.")
     ] = None,
     temperature: Annotated[float | None, Option(help="Sampling temperature; greedy if none is set.")] = None,
     top_k: Annotated[int | None, Option(help="Sample among the k most probable tokens; 0 means all.")] = None,
@@ -83,38 +94,42 @@ def generate(
     g_lm: OperatorFile = None,
     device: Device = None,
     dtype: Dtype = "auto",
-    quantize: Annotated[str | None, Option(help="int8: weights of 8 bits, on a CPU.")] = None,
+    quantize: Quantize = None,
 ) -> None:
     """Continue a text, with the model named or with the small story model that ships with pldr."""
-    place, text = _model_and_prompt(model, prompt)
-    if stream and as_json:
-        raise ValueError("--stream and --json: choose one")
+    place, text = _model_and_prompt(model, prompt, prompts_file)
+    if stream and (as_json or prompts_file is not None):
+        raise ValueError("--stream, --json and --prompts-file: choose one")
+    if prompts_file is not None and (cache is not None or beams > 1):
+        raise ValueError("--prompts-file: is the engine's; leave --cache and --beams out")
     _quiet()
     from pldr.checkpoints.load import load_with_tokenizer
-    from pldr.generation import generate_text
+    from pldr.generation import generate_text, generate_texts
 
     loaded, text_tokenizer = load_with_tokenizer(place, tokenizer, device=device, dtype=dtype, rope=rope, g_lm=g_lm)
-    result = generate_text(
-        loaded, text_tokenizer, text, max_new_tokens=max_new_tokens, cache=cache, temperature=temperature,
-        top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty, beams=beams, stop=stop or (), seed=seed,
-        quantize=quantize,
-        on_text=(lambda piece: typer.echo(piece, nl=False)) if stream else None,
-    )  # fmt: skip
-    if as_json:
-        fields = {
-            "prompt": text,
-            "cache": cache or ("kv+g" if beams > 1 else "engine"),
-            "operator": loaded.config.operator,
-        } | vars(result)
-        typer.echo(to_json(fields | {"tokens_per_second": result.tokens_per_second}))
-    else:
-        typer.echo("" if stream else result.text)
+    settings: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed,
+        "repetition_penalty": repetition_penalty, "stop": stop or (), "quantize": quantize,
+    }  # fmt: skip
+    if prompts_file is not None:
+        for line in generate_texts(loaded, text_tokenizer, read_text(prompts_file).splitlines(), **settings):
+            typer.echo(to_json(line))
+        return
+    show = (lambda piece: typer.echo(piece, nl=False)) if stream else None
+    result = generate_text(loaded, text_tokenizer, text, cache=cache, beams=beams, on_text=show, **settings)
+    used = {"prompt": text, "cache": cache or ("kv+g" if beams > 1 else "engine"), "operator": loaded.config.operator}
+    facts = used | vars(result) | {"tokens_per_second": result.tokens_per_second}
+    typer.echo(to_json(facts) if as_json else "" if stream else result.text)
 
 
-def _model_and_prompt(model: str, prompt: str | None) -> tuple[Path, str]:
-    """Raises ValueError: one argument, and it is no text."""
+def _model_and_prompt(model: str, prompt: str | None, prompts_file: Path | None) -> tuple[Path, str]:
+    """Raises ValueError: one argument, and it is no text; or a prompt beside a file of them."""
     from pldr.models.shipped import STORIES
 
+    if prompts_file is not None:
+        if prompt is not None:
+            raise ValueError("--prompts-file: holds the prompts; leave the other one out")
+        return Path(model), ""
     if prompt is None:
         if os.path.exists(model):  # also of a text too long for a file name
             raise ValueError(f"generate: {model} is a model or a file; say what text it should continue")
@@ -152,7 +167,7 @@ def train_tokenizer(
     sources: Annotated[list[str], Argument(help="Text, .jsonl and .parquet files or patterns, hub:NAME.")],
     output: Annotated[Path, Option(help="Folder to write.")],
     vocab_size: Annotated[int, Option(help="Number of pieces.")] = 32000,
-    model: Annotated[str, Option(help="unigram (as published) or bpe.")] = "unigram",
+    model: Annotated[Literal["unigram", "bpe"], Option(help="unigram, as published, or bpe.")] = "unigram",
     text_column: TextColumn = "text",
     split: Annotated[str, Option(help="Of hub data sets.")] = "train",
     interval: Annotated[str, Option(help="Which documents: start:stop, by index or percent.")] = "",
@@ -182,7 +197,7 @@ def merge(
 def convert(
     source: Model,
     destination: Annotated[Path, Argument(help="Folder to write.")],
-    to: Annotated[str, Option(help="Layout to write: pldr, hub or reference.")] = "pldr",
+    to: Annotated[Literal["pldr", "hub", "reference"], Option(help="Layout to write.")] = "pldr",
     rope: Rope = None,
     g_lm: OperatorFile = None,
     tokenizer: Tokenizer = None,
@@ -219,7 +234,9 @@ def compress(
     tolerance: Annotated[float, Option(help="Bound on the loss difference (95%), nats per token.")] = 1e-4,
     agreement: Annotated[float, Option(help="Least fraction of the same greedy tokens.")] = 0.999,
     rank: Annotated[int | None, Option(help="Of every layer, in place of those that the bounds allow.")] = None,
-    weighting: Annotated[str, Option(help="moments: best for the scores of text; none: for G_LM itself.")] = "moments",
+    weighting: Annotated[
+        Literal["moments", "none"], Option(help="moments: best for the scores of text; none: for G_LM itself.")
+    ] = "moments",
     calibration: Annotated[
         list[str] | None, Option(help="Text to compress for and to prove it on; else excerpts that ship with pldr.")
     ] = None,
@@ -292,8 +309,12 @@ def certify(
 
 @_verb("reproduce caching")
 def reproduce(
-    claim: Annotated[str, Argument(help="caching, invariance, ablation, transfer, handoff, or all.")],
-    size: Annotated[str, Option(help="tiny (minutes on a CPU), small (minutes on a GPU) or paper.")] = "tiny",
+    claim: Annotated[
+        Literal["caching", "invariance", "ablation", "transfer", "handoff", "all"], Argument(help="What to look at.")
+    ],
+    size: Annotated[
+        Literal["tiny", "small", "paper"], Option(help="tiny: minutes on a CPU; small: minutes on a GPU.")
+    ] = "tiny",
     output: Annotated[Path, Option(help="Folder for pages, pictures, numbers and trained runs.")] = Path("reproduced"),
     train: Annotated[list[str] | None, Option("--train", help="Training text; may be repeated.")] = None,
     validation: Annotated[list[str] | None, Option(help="Held-out text; may be repeated.")] = None,
@@ -313,9 +334,9 @@ def evaluate(
     model: Model,
     files: Annotated[list[Path] | None, Argument(help="Text files, with --perplexity.")] = None,
     tasks: Annotated[list[str] | None, Option(help="Tasks of lm-evaluation-harness, comma-separated.")] = None,
-    suite: Annotated[str | None, Option(help="paper: its eight benchmarks, and their average.")] = None,
+    suite: Annotated[Literal["paper"] | None, Option(help="The paper's eight benchmarks, and their average.")] = None,
     perplexity: Annotated[bool, Option("--perplexity", help="Measure perplexity on the files.")] = False,
-    mode: Annotated[str, Option(help="Where G_LM comes from: frozen, cached or learned.")] = "frozen",
+    mode: Annotated[Literal["frozen", "cached", "learned"], Option(help="Where G_LM comes from.")] = "frozen",
     compare: Annotated[bool, Option("--compare", help="Run all three, and compare every answer.")] = False,
     data_dir: Annotated[Path | None, Option(help="Benchmarks' published files, in place of the hub.")] = None,
     limit: Annotated[float | None, Option(help="Questions of each task; below 1, their share.")] = None,
@@ -351,7 +372,9 @@ def serve(
     vllm_arguments: Annotated[list[str] | None, Argument(help="Of vllm serve, behind --.")] = None,
     host: Annotated[str, Option(help="Where to listen; 0.0.0.0 for every network.")] = "127.0.0.1",
     port: Annotated[int, Option(help="0 takes a free one.")] = 8000,
-    backend: Annotated[str, Option(help="vllm, engine (our own), or auto: vLLM where it is installed.")] = "auto",
+    backend: Annotated[
+        Literal["auto", "engine", "vllm"], Option(help="Our own engine, or vLLM; auto: vLLM where it is installed.")
+    ] = "auto",
     api_key: Annotated[str | None, Option(help="That clients must show; PLDR_API_KEY by default.")] = None,
     served_name: Annotated[str | None, Option(help="As clients call the model; its folder's name by default.")] = None,
     require_certificate: Annotated[
@@ -371,7 +394,7 @@ def serve(
     g_lm: OperatorFile = None,
     device: Device = None,
     dtype: Dtype = "auto",
-    quantize: Annotated[str | None, Option(help="int8: weights of 8 bits, on a CPU.")] = None,
+    quantize: Quantize = None,
 ) -> None:
     """Serve a model over HTTP as OpenAI's interface has it: with vLLM where it is installed, else with our own engine."""
     _call("serve", locals())

@@ -1,7 +1,7 @@
 """Text in, text out: one function for the command line and for scripts, with the input checked before any work."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ from pldr.tokenizer import check_vocabulary, encode_prompt
 
 # The published implementation's cache modes as (keys and values, G_LM).
 CACHE_MODES = {"kv+g": (True, True), "kv": (True, False), "g": (False, True), "none": (False, False)}
+# Texts that are continued side by side.
+_BATCH = 32
 
 
 @dataclass
@@ -101,6 +103,44 @@ def generate_text(
     found = _by_model(model, ids, *CACHE_MODES[cache or "kv+g"], settings)
     seconds = time.perf_counter() - start
     return Generation(continuation(tokenizer, ids, found), found, len(ids), seconds)
+
+
+def generate_texts(
+    model: PldrForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int | None = None,
+    quantize: str | None = None,
+    **settings: Any,
+) -> Iterator[dict[str, Any]]:
+    """Continue many texts at once, with the engine.
+
+    Args:
+        prompts: the texts; as many as you like.
+        max_new_tokens, quantize: see `generate_text`.
+        settings: of `pldr.Options`: temperature, top_k, top_p, seed, repetition_penalty, stop.
+
+    Yields:
+        Of each text in turn "prompt", "text", "token_ids", "prompt_tokens" and "finish_reason".
+
+    Raises:
+        ValueError: there is none; one is empty or longer than the context (it is named); see `generate_text`.
+    """
+    if not prompts:
+        raise ValueError("prompts: there are none; give at least one")
+    engine = Engine(model, tokenizer, max_batch=min(len(prompts), _BATCH), quantize=quantize)
+    for number, prompt in enumerate(prompts, 1):
+        try:
+            new_tokens(len(encode_prompt(tokenizer, prompt)), model.config.max_position_embeddings, max_new_tokens)
+        except ValueError as error:
+            raise ValueError(f"prompt {number}: {error}") from None
+    found = engine.generate(list(prompts), Options(max_new_tokens=max_new_tokens, **settings))
+    for prompt, completion in zip(prompts, found, strict=True):
+        yield {
+            "prompt": prompt, "text": completion.text, "token_ids": completion.token_ids,
+            "prompt_tokens": completion.prompt_tokens, "finish_reason": completion.finish_reason,
+        }  # fmt: skip
 
 
 def _by_model(model: PldrForCausalLM, ids: list[int], kv: bool, g: bool, settings: dict[str, Any]) -> list[int]:

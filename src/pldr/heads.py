@@ -7,7 +7,6 @@ side: it counts neither for G_LM nor for positions.
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
@@ -94,5 +93,4 @@ for _auto, _head in (
     (AutoModelForQuestionAnswering, PldrForQuestionAnswering),
     (AutoModelForMultipleChoice, PldrForMultipleChoice),
 ):
-    _auto.register(PldrConfig, _head)
-    setattr(transformers, _head.__name__, _head)
+    _auto.register(PldrConfig, _head, exist_ok=True)

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
@@ -50,6 +49,7 @@ from pldr.operator import (
 )
 from pldr.ops import reference
 from pldr.ops.cross_entropy import linear_cross_entropy
+from pldr.registration import name_classes
 
 _CACHE_DECIDES = "use_g_cache: the given past_key_values decides; choose with pldr.make_cache(g=…)"
 
@@ -243,7 +243,7 @@ class PldrPreTrainedModel(PreTrainedModel):
             init.uniform_(module.bias, -bound, bound)
         elif isinstance(module, nn.Linear):
             init.xavier_uniform_(module.weight)
-            if module.bias is not None:  # a head may have none
+            if module.bias is not None:  # a head may have none, and a client's own linear
                 init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight)
@@ -256,7 +256,8 @@ class PldrPreTrainedModel(PreTrainedModel):
             for bias in (module.metric_bias, module.energy_bias):
                 init.zeros_(bias)
         elif isinstance(module, (ConstantOperator, FactoredOperator)):
-            init_constant(module, self.config)
+            has_weights = any(getattr(tensor, "_is_hf_initialized", False) for tensor in self.parameters())
+            init_constant(module, self.config, has_weights=has_weights)
         elif isinstance(module, RotaryEmbedding):
             init.copy_(module.table, module.compute())
 
@@ -551,7 +552,6 @@ register_checkpoint_conversion_mapping(
     ],
 )
 AutoConfig.register("pldrllm", PldrConfig, exist_ok=True)
-AutoModel.register(PldrConfig, PldrModel)
-AutoModelForCausalLM.register(PldrConfig, PldrForCausalLM)
-# Where `transformers serve` and TRL look for the class that a config.json names.
-transformers.PldrModel, transformers.PldrForCausalLM = PldrModel, PldrForCausalLM
+AutoModel.register(PldrConfig, PldrModel, exist_ok=True)
+AutoModelForCausalLM.register(PldrConfig, PldrForCausalLM, exist_ok=True)
+name_classes()  # in the module that there is now: transformers makes it twice

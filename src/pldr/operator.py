@@ -20,6 +20,7 @@ from pldr.cache import OperatorState
 from pldr.configuration_pldr import PldrConfig
 from pldr.ops import reference
 from pldr.ops.aligned import gated_linear_unit
+from pldr.pictures import layers_html
 
 if TYPE_CHECKING:
     from pldr.modeling_pldr import PldrAttention, PldrForCausalLM
@@ -39,6 +40,19 @@ class DeductiveOutputs(NamedTuple):
     A_LM: torch.Tensor | None
     A_P: torch.Tensor | None
     G_LM: torch.Tensor
+
+    def __repr__(self) -> str:
+        shown = (f"{name}={_shape(value)}" for name, value in self._asdict().items())
+        return f"DeductiveOutputs({', '.join(shown)})"
+
+    def _repr_html_(self) -> str:
+        """For a notebook: the shapes, and G_LM of the first sequence as pictures."""
+        layers = self.G_LM[None] if self.G_LM.dim() == 4 else self.G_LM
+        return layers_html("G_LM", layers[:, 0].detach(), [repr(self)])
+
+
+def _shape(tensor: torch.Tensor | None) -> str:
+    return "None" if tensor is None else f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
 class GatedLinearUnit(nn.Module):
@@ -218,24 +232,29 @@ def make_operator(config: PldrConfig, layer_idx: int) -> LearnedOperator | Const
     return LearnedOperator(config) if config.operator == "learned" else ConstantOperator(config)
 
 
-def init_constant(operator: ConstantOperator | FactoredOperator, config: PldrConfig) -> None:
+def init_constant(operator: ConstantOperator | FactoredOperator, config: PldrConfig, *, has_weights: bool) -> None:
     """A G_LM as `operator_init` says: the identity, standard normal, or (of the identity) its nearest of lower rank.
 
-    Tensors that came with the weights stay as they are.
+    Tensors that came with the weights stay as they are. Those that are to come with the weights are NaN till then.
+
+    Args:
+        has_weights: the weights have come.
 
     Raises:
-        ValueError: the configuration says that they come with the weights, and they did not.
+        ValueError: the configuration says that G_LM comes with the weights, and it did not.
     """
     tensors = [operator.G_LM] if isinstance(operator, ConstantOperator) else [operator.left, operator.right]
     for tensor in tensors:
         if getattr(tensor, "_is_hf_initialized", False):
             continue
-        if config.operator_init == "external":
+        if config.operator_init == "external" and not has_weights:
+            init.constant_(tensor, float("nan"))
+        elif config.operator_init == "external":
             raise ValueError(
                 "operator_init='external': G_LM must come with the weights, and they hold none; build the model with "
                 "operator_init='identity' and hand the tensor to pldr.freeze(model, G_LM=…)"
             )
-        if config.operator_init == "identity":
+        elif config.operator_init == "identity":
             init.copy_(tensor, torch.eye(*tensor.shape[1:], device=tensor.device))
         else:
             # The product of two factors sums over r columns: so its entries have a variance of 1 as well.

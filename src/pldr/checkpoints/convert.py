@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerFast
 
 from pldr import layouts
+from pldr.checkpoints.hub import local_path
 from pldr.checkpoints.load import load_model, load_predefined_G, load_with_head, load_with_tokenizer
 from pldr.files import check_output, one_line, read_text, whole_folder, write_json
 from pldr.modeling_pldr import PldrForCausalLM, PldrPreTrainedModel
@@ -55,10 +56,12 @@ def convert_checkpoint(
     if to not in CHECKPOINT_LAYOUTS:
         raise ValueError(f"to: must be one of {', '.join(CHECKPOINT_LAYOUTS)}, got {to!r}")
     check_output(destination, overwrite=overwrite)
+    source = local_path(source)
     model = load_with_head(source, rope=rope, g_lm=g_lm)
-    found = _find_tokenizer(Path(source), tokenizer)
+    found = _find_tokenizer(source, tokenizer)
     if found is not None:
         check_vocabulary(found[0], model.config.vocab_size)
+        found[0].model_max_length = model.config.max_position_embeddings
     if to != "pldr":  # refuses what that layout can not say, before anything is written
         (layouts.ours_to_hyperparameters if to == "reference" else layouts.ours_to_hub_fields)(model.config)
     with whole_folder(destination, overwrite=overwrite) as folder:
@@ -188,8 +191,9 @@ def freeze_checkpoint(
     if bool(texts) == (g_lm is not None):
         raise ValueError("freeze: pass either prompts or a prompts_file (with some text), or else g_lm")
     found: PreTrainedTokenizerFast | None = None
-    if texts or tokenizer is not None or _find_tokenizer(Path(model), None) is not None:
-        loaded, found = load_with_tokenizer(Path(model), tokenizer, rope=rope)
+    model = local_path(model)
+    if texts or tokenizer is not None or _find_tokenizer(model, None) is not None:
+        loaded, found = load_with_tokenizer(model, tokenizer, rope=rope)
     else:
         loaded = load_model(model, rope=rope)
     before = loaded.num_parameters()

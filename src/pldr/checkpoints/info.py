@@ -2,13 +2,13 @@
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import RenderableType
 
 from pldr.checkpoints.certificate import is_about, read_certificate
+from pldr.checkpoints.hub import local_path
 from pldr.checkpoints.load import load_model
 from pldr.modeling_pldr import PldrForCausalLM
 from pldr.tables import Printable, facts_view
@@ -49,9 +49,10 @@ def info(
     """
     if isinstance(model, PldrForCausalLM):
         return Info(model_facts(model))
-    loaded = load_model(model, rope=rope, g_lm=g_lm)
+    path = local_path(model)
+    loaded = load_model(path, rope=rope, g_lm=g_lm)
     facts = model_facts(loaded)
-    certificate = read_certificate(Path(model))
+    certificate = read_certificate(path)
     if certificate is not None:
         facts |= {"certificate": certificate, "certified_weights": is_about(certificate, loaded.state_dict())}
     return Info(facts)

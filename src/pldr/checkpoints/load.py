@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pldr import heads, layouts
 from pldr.checkpoints.certificate import warn_unless_certified_weights
+from pldr.checkpoints.hub import local_path
 from pldr.checkpoints.reference import find_reference_files, read_hyperparameters, read_pickled_tensors, read_pth
 from pldr.configuration_pldr import DTYPES, PldrConfig
 from pldr.files import CHECKSUMS, check_regular, one_line, read_json, read_sums, sha256
@@ -44,7 +45,7 @@ def load_model(
 
     Args:
         path: a folder in this library's or the hub's layout, a folder in the reference layout, or a ``.pth`` file with
-            its ``*hyperparameters.py`` beside it.
+            its ``*hyperparameters.py`` beside it; or the name of a model on the hub, OWNER/NAME or OWNER/NAME@REVISION.
         dtype: of the weights; "auto": what config.json says, or as they are stored.
         device: where to put the model.
         rope: for a reference checkpoint of a v52 model, "halves"; that layout does not say. Others say so themselves.
@@ -72,7 +73,7 @@ def load_with_head(
     g_lm: str | os.PathLike[str] | None = None,
 ) -> PldrPreTrainedModel:
     """As `load_model`, whatever head the model has: the class that its config.json names."""
-    path = Path(path)
+    path = local_path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such model folder")
     check_regular(path)
@@ -82,6 +83,12 @@ def load_with_head(
         config, state = read_folder(path)
     elif path.suffix == ".pth" or (path.is_dir() and any(path.glob("*.pth"))):
         config, state = _read_reference(path, rope, g_lm)
+    elif path.is_dir() and (path / _ADAPTER).is_file():
+        base = read_json(path / _ADAPTER, {}).get("base_model_name_or_path")
+        raise ValueError(
+            f"{path}: is an adapter alone, of {base}; load that model, and the adapter with peft's PeftModel.from_pretrained; "
+            "what its merge_and_unload gives can be saved and read here"
+        )
     else:
         raise FileNotFoundError(f"{path}: neither config.json nor a .pth file; this is not a model folder")
     model = _model_of(config, state, dtype, path)
@@ -152,11 +159,14 @@ def load_with_tokenizer(
             raise ValueError("tokenizer: a model that is loaded already has none beside it; pass it, or its folder")
         loaded = _placed(model, usable or model.device, dtype)
     else:
+        model = local_path(model)
         loaded = load_model(model, dtype=dtype, device=usable or "cpu", rope=rope, g_lm=g_lm)
         if tokenizer is None:
-            tokenizer = Path(model) if Path(model).is_dir() else Path(model).parent
+            tokenizer = model if model.is_dir() else model.parent
     if isinstance(tokenizer, (str, os.PathLike)):
-        tokenizer = load_tokenizer(tokenizer)
+        read = load_tokenizer(local_path(tokenizer))
+        read.model_max_length = loaded.config.max_position_embeddings
+        tokenizer = read
     check_vocabulary(tokenizer, loaded.config.vocab_size)
     return loaded, tokenizer
 

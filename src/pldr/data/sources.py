@@ -14,6 +14,7 @@ import json
 import lzma
 import os
 import re
+import reprlib
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -343,7 +344,12 @@ def _read_json_lines(file: Path, column: str, bad: BadRows) -> Iterator[Piece]:
                 if isinstance(row, dict) and column in row:
                     yield from _checked(row[column], place, column, bad)
                 else:
-                    yield bad.add(place, f"no JSON object with {column!r}")
+                    yield bad.add(f"{place}{_names(row)}", f"no JSON object with {column!r}")
+
+
+def _names(row: Any) -> str:
+    """The columns that there are."""
+    return f" (with {reprlib.repr(sorted(row)).strip('[]')})" if isinstance(row, dict) and row else ""
 
 
 def _lines(stream: io.BufferedReader) -> Iterator[bytes]:

@@ -147,6 +147,25 @@ class Request:
             self.finish_reason = "stop"
 
 
+class _Flight:
+    """Steps that the device was given, and the copy of what comes of them."""
+
+    def __init__(self, requests: Sequence[Request], steps: int, tokens: torch.Tensor, logprobs: torch.Tensor) -> None:
+        self.requests, self.steps = list(requests), steps
+        on_device = tokens.is_cuda
+        self._tokens, self._logprobs = (
+            torch.empty(part.shape, dtype=part.dtype, pin_memory=on_device).copy_(part, non_blocking=True)
+            for part in (tokens, logprobs)
+        )
+        self._end = torch.cuda.current_stream(tokens.device).record_event() if on_device else None
+
+    def arrived(self) -> tuple[list[Request], torch.Tensor, torch.Tensor]:
+        """Wait for them: requests N, tokens and log-probabilities [N, steps] on the host."""
+        if self._end is not None:
+            self._end.synchronize()
+        return self.requests, self._tokens, self._logprobs
+
+
 class Engine:
     """A model that continues texts, many at once.
 
@@ -155,6 +174,7 @@ class Engine:
 
     Attributes:
         running, waiting: the requests that hold a row of the caches, and those that wait for one.
+        overlaps: whether the device is given the next steps before the last ones are looked at.
 
     Args:
         model: with any operator. A learned operator's G_LM is computed from each prompt and kept (KV and G), as `generate`
@@ -194,9 +214,11 @@ class Engine:
             check_vocabulary(tokenizer, model.config.vocab_size)
         self.config, self.tokenizer = model.config, tokenizer
         self.decoder = Decoder(model, max_batch, max_length or context, quantize=quantize, graphs=graphs)
+        self.overlaps = self.decoder.graphs
         self.running: list[Request] = []
         self.waiting: deque[Request] = deque()
         self._joining: list[Request] = []
+        self._flight: _Flight | None = None
 
     # --- for a list of prompts ---------------------------------------------------------------------------------------
 
@@ -330,21 +352,35 @@ class Engine:
             self.join()
             if self.running:
                 self._go_on(most)
+            else:
+                self._flight = None
         except BaseException as error:
             # How far the caches came is not known: whoever was in the step ends with it, and the others can go on.
             for request in (*self._joining, *self.running):
                 if request.finish_reason is None:
                     request.finish_reason = "error"
                     request.error = error if isinstance(error, Exception) else RuntimeError("a step was broken off")
-            self._joining = []
+            self._joining, self._flight = [], None
             raise
         finally:
             self._leave()
 
     def _go_on(self, most: int) -> None:
+        flight, self._flight = self._flight or self._launch(most), None
+        # The device goes on while the host looks at what came; not where somebody waits for a place.
+        if self.overlaps and not self.waiting and not any(request.options.top_logprobs for request in self.running):
+            self._flight = self._launch(most, flight)
+        if flight is not None:
+            self._hand_out(*flight.arrived())
+
+    def _launch(self, most: int, before: _Flight | None = None) -> _Flight | None:
+        """Give the device the next steps; `before` are those that it has not ended yet. None where nobody needs more."""
         # A recorded graph leaves no logits behind.
         eager = any(request.options.top_logprobs for request in self.running)
-        needed = max(request.remaining for request in self.running)
+        coming = dict.fromkeys(before.requests, before.steps) if before is not None else {}
+        needed = max(request.remaining - coming.get(request, 0) for request in self.running)
+        if needed < 1:
+            return None
         wanted = min(max(most, 1), needed, _STREAMED_STEPS if self.waiting else STEPS)
         steps = 1 if eager else self._steps(wanted)
         draw = any(request.draws for request in self.running)
@@ -352,7 +388,7 @@ class Engine:
             uniform = torch.stack([request.uniforms(steps) for request in self.running])
             self.decoder.choice.uniform[: len(self.running), :steps] = uniform.to(self.decoder.device)
         tokens, logprobs = self.decoder.run(len(self.running), steps, draw=draw, eager=eager)
-        self._hand_out(self.running, tokens, logprobs)
+        return _Flight(self.running, steps, tokens, logprobs)
 
     def _steps(self, wanted: int) -> int:
         """How many steps at once: a token that comes after the last one is lost work, which on a CPU counts."""
@@ -362,7 +398,8 @@ class Engine:
         wanted = any(request.options.logprobs for request in requests)
         probabilities = logprobs.tolist() if wanted else [[]] * len(requests)
         for request, new, its_own in zip(requests, tokens.tolist(), probabilities, strict=True):
-            request.add(new, its_own)
+            if request.finish_reason is None:  # else it has ended since
+                request.add(new, its_own)
         most = max(request.options.top_logprobs for request in requests)
         if most:
             for request, found in zip(requests, _most_probable(self.decoder.newest, most), strict=True):

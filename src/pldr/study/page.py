@@ -7,11 +7,8 @@ that one image serves both themes.
 Shapes: L layers, H heads, D head dimension.
 """
 
-import base64
 import itertools
 import math
-import struct
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +19,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pldr import __version__
 from pldr.deductive import RANK_TOLERANCES
-from pldr.study.statistics import Analysis, Scale, Statistics
+from pldr.pictures import GAP, Scale, signed_png
+from pldr.study.statistics import Analysis, Statistics
 from pldr.tables import COLUMNS, layer_rows, number
 
-_POSITIVE, _NEGATIVE = (222, 92, 32), (38, 124, 222)  # seen on white and on black alike
-_GAP = 4  # pixels between heads
 _WIDEST = 1000  # pixels of a row of heads, where it can be that small
 _SPECTRUM_FLOOR = 1e-10
 _VARIATION_FLOOR = 1e-8
@@ -311,41 +307,13 @@ def _growth(name: str, statistics: Statistics, lengths: Sequence[int], colours: 
 def _pictures(statistics: Statistics) -> dict[str, Any]:
     """A PNG a layer, in base64, and how large to show it."""
     _, heads, dim, _ = statistics.example.shape
-    stride = dim + _GAP
+    stride = dim + GAP
     factor = max(1, min(_WIDEST // (heads * stride), 160 // stride))
     return {
-        "images": [_signed_png(layer, statistics.scale) for layer in statistics.example],
+        "images": [signed_png(layer, statistics.scale) for layer in statistics.example],
         "heads": heads,
         "step": stride * factor,
         "height": dim * factor,
-        "gap": _GAP * factor,
+        "gap": GAP * factor,
         "ticks": _ticks(statistics.scale),
     }
-
-
-def _signed_png(tensors: torch.Tensor, scale: Scale) -> str:
-    """The heads [H, D, D] of a layer side by side, base64: hue for the sign, opacity for the place on the scale.
-
-    A palette of 255 colours keeps it small: index 0 is between the heads, 1 to 255 run from -1 to 1.
-    """
-    heads, dim, _ = tensors.shape
-    index = (scale.position(tensors) * 127).round().long() + 128  # [H, D, D], 1 to 255
-    padded = torch.nn.functional.pad(index, (0, _GAP))  # [H, D, D + gap]
-    rows = padded.transpose(0, 1).reshape(dim, heads * (dim + _GAP)).to(torch.uint8).numpy()
-    colours, opacities = bytes((0, 0, 0)), bytes((0,))
-    for step in range(-127, 128):
-        colours += bytes(_POSITIVE if step > 0 else _NEGATIVE)
-        opacities += bytes((round(255 * abs(step) / 127),))
-    header = struct.pack(">IIBBBBB", rows.shape[1], rows.shape[0], 8, 3, 0, 0, 0)  # 8 bits a pixel, palette
-    lines = b"".join(b"\0" + row.tobytes() for row in rows)  # each line unfiltered
-    chunks = (
-        (b"IHDR", header),
-        (b"PLTE", colours),
-        (b"tRNS", opacities),
-        (b"IDAT", zlib.compress(lines, 9)),
-        (b"IEND", b""),
-    )
-    png = b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
-    )
-    return base64.b64encode(png).decode("ascii")

@@ -3,9 +3,8 @@
 Shapes: L layers, B passages, H heads, D head dimension, T tokens of a passage, N lengths.
 """
 
-import math
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from rich.console import RenderableType
@@ -14,39 +13,15 @@ from pldr.deductive import RANK_TOLERANCES, deductive_outputs, log_determinant, 
 from pldr.files import json_safe
 from pldr.modeling_pldr import PldrForCausalLM
 from pldr.operator import DeductiveOutputs
+from pldr.pictures import Scale, layers_html
 from pldr.tables import Printable, analysis_view
 
 _BINS = 41
-# A scale is never more than this many times finer around zero than at its ends: about three decades either way.
-_MOST_COMPRESSED = 1e3
 # Passages of one forward.
 _BATCH = 4
 
 
-class Scale(NamedTuple):
-    """A scale of values, symmetric around zero: even near zero, logarithmic far from it.
-
-    position(x) = asinh(x / linear) / asinh(bound / linear), from -1 to 1. It shows tensors with a few large values, as
-    power laws make them, and is nearly even where there are none.
-
-    Attributes:
-        bound: the largest magnitude of the tensor.
-        linear: below it the scale is even; the median magnitude.
-    """
-
-    bound: float
-    linear: float
-
-    def position(self, values: torch.Tensor) -> torch.Tensor:
-        """Where on the scale values lie, -1 to 1, float64."""
-        return torch.asinh(values.double() / self.linear) / math.asinh(self.bound / self.linear)
-
-    def value(self, position: float) -> float:
-        """The value at a position, -1 to 1."""
-        return self.linear * math.sinh(position * math.asinh(self.bound / self.linear))
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Statistics:
     """Of one deductive output X [L, B, H, D, D]. Everything is float64; NaN stands where a number does not exist.
 
@@ -87,6 +62,10 @@ class Statistics:
     scale: Scale
     example: torch.Tensor
 
+    def __repr__(self) -> str:
+        layers, heads, dim, _ = self.example.shape
+        return f"Statistics({layers} layers, {heads} heads of {dim} dimensions, values up to ±{self.scale.bound:.3g})"
+
 
 @dataclass(frozen=True, repr=False)
 class Analysis(Printable):
@@ -118,6 +97,9 @@ class Analysis(Printable):
 
     def __rich__(self) -> RenderableType:
         return analysis_view(self)
+
+    def _repr_html_(self) -> str:
+        return super()._repr_html_() + layers_html("G_LM", self.tensors["G_LM"].example)
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the pictures' tensors, as plain numbers; null where a number is infinite or does not exist."""
@@ -191,9 +173,7 @@ def summarise(X: torch.Tensor, name: str, *, constant: bool = False, growth: tor
         ValueError: a value that is not finite (tensor, layer and head named).
     """
     _check_finite(X, name)
-    bound, median = float(X.abs().max()), float(X[:, 0].abs().median())
-    bound = bound or 1.0  # nothing but zeros
-    scale = Scale(bound, max(median, bound / _MOST_COMPRESSED))
+    scale = Scale.of(X, X[:, 0])
     # Layer by layer, so that little of it is held in float64 at once.
     rows = [_summarise_layer(layer.double(), scale, constant) for layer in X]
     columns = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}

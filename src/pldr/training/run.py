@@ -251,6 +251,7 @@ def _write_model(model: PldrForCausalLM, tokenizer: PreTrainedTokenizerFast, fol
     # A name that `pldr.files.sweep` knows, where the process is killed.
     with tempfile.TemporaryDirectory(prefix=f".model.partial-{process_mark()}-", dir=folder) as partial_folder:
         model.save_pretrained(partial_folder)
+        tokenizer.model_max_length = model.config.max_position_embeddings
         tokenizer.save_pretrained(partial_folder)
         settle(Path(partial_folder))
         for file in sorted(Path(partial_folder).iterdir(), key=lambda file: file.name == "config.json"):
