@@ -521,7 +521,7 @@ class TestTrain:
 OVERRIDES = [
     "_clip_grad_norm", "_get_grad_norm", "_get_output_dir", "_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_rng_state",
     "_load_scaler", "_save_checkpoint", "_save_optimizer_and_scheduler", "_save_rng_state", "_wrap_model", "compute_loss", "create_optimizer", "evaluate", "floating_point_ops",
-    "get_decay_parameter_names", "get_train_dataloader", "log", "save_model", "training_step",
+    "get_train_dataloader", "log", "save_model", "training_step",
 ]  # fmt: skip
 
 

@@ -71,14 +71,11 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def separate(optimizer: torch.optim.Optimizer) -> None:
-    """Put sharded and whole parameters into groups of their own: an optimiser's kernels take one kind at a time."""
-    for group in list(optimizer.param_groups):
-        whole = [p for p in group["params"] if local(p) is p]
-        sharded = [p for p in group["params"] if local(p) is not p]
-        if whole and sharded:
-            group["params"] = sharded
-            optimizer.add_param_group({**group, "params": whole})
+def by_kind(parameters: Iterable[torch.nn.Parameter]) -> list[list[torch.nn.Parameter]]:
+    """Whole ones and sharded ones, apart, as the groups of an optimiser: its fused kernels take one kind at a time."""
+    parameters = list(parameters)
+    whole, sharded = [p for p in parameters if local(p) is p], [p for p in parameters if local(p) is not p]
+    return [kind for kind in (whole, sharded) if kind]
 
 
 @torch.no_grad()
@@ -100,12 +97,10 @@ def clip_by_norm(parameters: Iterable[torch.nn.Parameter], bound: float) -> torc
     Returns:
         The norm before that, of the whole model on every process.
     """
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    whole, sharded = [g for g in gradients if local(g) is g], [g for g in gradients if local(g) is not g]
-    kinds = [kind for kind in (whole, sharded) if kind]
+    kinds = [[p.grad for p in kind if p.grad is not None] for kind in by_kind(parameters)]
     norms = [torch.nn.utils.get_total_norm(kind) for kind in kinds]
     total = torch.linalg.vector_norm(
-        torch.stack([(n.full_tensor() if hasattr(n, "full_tensor") else n).to(gradients[0].device) for n in norms])
+        torch.stack([(n.full_tensor() if hasattr(n, "full_tensor") else n).to(kinds[0][0].device) for n in norms])
     )
     scale = (bound / (total + 1e-6)).clamp(max=1.0)
     for kind in kinds:

@@ -32,10 +32,10 @@ from pldr.training.folder import add_to_log, described, log_lines
 from pldr.training.parallel import (
     ShardedForward,
     average_gradients,
+    by_kind,
     clip_by_norm,
     hide_from_ddp,
     local,
-    separate,
     shard,
     whole_parameters,
 )
@@ -60,10 +60,6 @@ def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": o.final_rate},
         warmup_steps=o.warmup_steps,
-        weight_decay=o.weight_decay,
-        adam_beta1=o.beta1,
-        adam_beta2=o.beta2,
-        adam_epsilon=o.epsilon,
         max_grad_norm=o.clip_norm or 0.0,
         bf16=o.precision == "bf16",
         use_cpu=not torch.cuda.is_available(),
@@ -114,6 +110,7 @@ class PldrTrainer(Trainer):
     """
 
     model: PldrForCausalLM  # never wrapped; `model_wrapped` is
+    optimizer: Any  # accelerate wraps it
 
     def __init__(self, recipe: Recipe, folder: Path, *, start: Path | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -152,15 +149,20 @@ class PldrTrainer(Trainer):
         return self.recipe.distributed.sharding != "none" and self.args.world_size > 1
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        if self.args.world_size > 1 and self.optimizer is None:
-            self._whole = whole_parameters(self.model)
-            if self.sharded:  # first, because it replaces the parameters that the optimiser is made of
-                shard(self.model, self.recipe.distributed, self.args.device, self._whole)
-            else:
-                hide_from_ddp(self.model, self._whole)
-        optimizer = super().create_optimizer(*args, **kwargs)
-        separate(optimizer)
-        return optimizer
+        """AdamW of the recipe; decay on every parameter. The Trainer's own steps them one by one where only some are cut."""
+        if self.optimizer is None:
+            o = self.recipe.optimization
+            if self.args.world_size > 1:
+                self._whole = whole_parameters(self.model)
+                if self.sharded:  # first, because it replaces the parameters that the optimiser is made of
+                    shard(self.model, self.recipe.distributed, self.args.device, self._whole)
+                else:
+                    hide_from_ddp(self.model, self._whole)
+            groups = [{"params": kind} for kind in by_kind(p for p in self.model.parameters() if p.requires_grad)]
+            self.optimizer = torch.optim.AdamW(
+                groups, o.learning_rate, (o.beta1, o.beta2), o.epsilon, o.weight_decay, fused=True
+            )
+        return self.optimizer
 
     def _wrap_model(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
         if not self.sharded:
@@ -251,9 +253,6 @@ class PldrTrainer(Trainer):
 
     def _where(self, step: int, rows: torch.Tensor) -> str:
         return f"step {step} (data rows {', '.join(map(str, rows.tolist()))}); {self._last_checkpoint()}; {ADVICE}"
-
-    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
-        return [name for name, _ in model.named_parameters()]
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:
         if not self.sharded:
