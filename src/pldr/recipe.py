@@ -145,7 +145,7 @@ class DistributedRecipe:
 
     Attributes:
         sharding: "none": every process holds the whole model (DDP); "full": weights, gradients and optimiser are cut
-            among all processes (FSDP2); "hybrid": cut within each of `replicas` groups.
+            among all processes (FSDP2), but for those of the operators; "hybrid": cut within each of `replicas` groups.
         replicas: groups of hybrid sharding; as many as there are machines, usually.
         reshard: gather a layer's sharded weights for its forward, and again for its backward; false keeps them in between,
             for speed, where all of them fit.
