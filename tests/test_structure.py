@@ -28,7 +28,7 @@ FLOORS = [
     {"tables", "plots", "models", "recipe"},
     {"heads", "classes"},
     {"deductive", "modeling_pldr"},
-    {"operator", "cache", "masks", "configuration_pldr", "tokenizer"},
+    {"operator", "cache", "masks", "batching", "configuration_pldr", "tokenizer"},
     {"ops", "layouts", "files", "pictures", "registration"},
 ]
 

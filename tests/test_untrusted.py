@@ -374,14 +374,16 @@ def test_sizes_that_no_tensor_has(folder, fields, message):
 def test_a_configuration_names_no_kernel():
     for name in ("eager", "sdpa", "flex_attention"):
         assert PldrConfig(attn_implementation=name)._attn_implementation == name
-    for name in ("owner/kernel", "flash_attention_2", {"": "owner/kernel"}):
+    for name in ("owner/kernel", {"": "owner/kernel"}):
         with pytest.raises(ValueError, match="attn_implementation must be one of"):
             PldrConfig(attn_implementation=name)
+    with pytest.raises(ValueError, match="attn_implementation='flash_attention_2' needs the package flash_attn"):
+        PldrConfig(attn_implementation="flash_attention_2")
 
 
 def test_a_recipe_names_no_kernel(run, write_recipe):
     fails(run("train", write_recipe(model={"config": {"attn_implementation": "owner/kernel"}})),
-          "attn_implementation must be one of ('eager', 'sdpa', 'flex_attention'), got 'owner/kernel'")  # fmt: skip
+          "attn_implementation must be one of ('eager', 'sdpa', 'flex_attention', 'flash_attention_2', 'flash_attention_3'), got 'owner/kernel'")  # fmt: skip
 
 
 # --- names ----------------------------------------------------------------------------------------------------------

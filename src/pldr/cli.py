@@ -198,6 +198,10 @@ def convert(
     source: Model,
     destination: Annotated[Path, Argument(help="Folder to write.")],
     to: Annotated[Literal["pldr", "hub", "reference"], Option(help="Layout to write.")] = "pldr",
+    with_code: Annotated[
+        bool,
+        Option("--with-code", help="Of the hub layout: the model's code too, for people who have transformers alone."),
+    ] = False,
     rope: Rope = None,
     g_lm: OperatorFile = None,
     tokenizer: Tokenizer = None,

@@ -1,13 +1,12 @@
 """PldrConfig: the shape of a PLDR-LLM, and the presets of the published models."""
 
 import math
-from collections.abc import Mapping
 from difflib import get_close_matches
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from pldr.layouts import hub_fields_to_ours
 
@@ -19,8 +18,12 @@ OPERATOR_INITS = ("identity", "random", "external")
 ROPE_PAIRINGS = ("adjacent", "halves")
 # Of weights.
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-# By any other name transformers may fetch a kernel and run it.
+# By any other name transformers may fetch a kernel and run it; and by these, where the package of the name is not installed.
 ATTENTIONS = ("eager", "sdpa", "flex_attention")
+_FLASH = {
+    "flash_attention_2": ("flash_attn", is_flash_attn_2_available),
+    "flash_attention_3": ("flash_attn_interface", is_flash_attn_3_available),
+}
 
 _V51_110M = {"num_hidden_layers": 5, "num_attention_heads": 14, "hidden_size": 896, "intermediate_size": 2389}
 _V51_104M = {"num_hidden_layers": 7, "num_attention_heads": 12, "hidden_size": 768, "intermediate_size": 2048}
@@ -77,8 +80,6 @@ class PldrConfig(PreTrainedConfig):
 
     model_type = "pldrllm"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "deductive_outputs"]
-    # Clients look whether it names code of the folder's own, and some of them without asking whether it is there.
-    auto_map: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     vocab_size: int = 32000
     hidden_size: int = 896
@@ -113,7 +114,9 @@ class PldrConfig(PreTrainedConfig):
             self.intermediate_size = self.hidden_size * 8 // 3
         if kwargs.pop("head_dim", self.head_dim) != self.head_dim:
             raise ValueError("PldrConfig: head_dim must be hidden_size / num_attention_heads")
-        kwargs.pop("auto_map", None)  # points at a hub folder's own code, which is never run
+        # Names a hub folder's own code, which is never run. Some clients look into it without asking whether it is there.
+        self.auto_map: dict[str, str] = {}
+        kwargs.pop("auto_map", None)
         labels = kwargs.get("num_labels")
         if labels is not None and not (type(labels) is int and 1 <= labels <= _MOST_LABELS):
             raise ValueError(f"PldrConfig: num_labels must be an integer from 1 to {_MOST_LABELS}, got {labels!r}")
@@ -128,10 +131,7 @@ class PldrConfig(PreTrainedConfig):
             close = get_close_matches(unknown[0], [name for name in before if not name.startswith("_")], n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"PldrConfig: unknown field(s) {', '.join(unknown)}{hint}")
-        if self._attn_implementation not in (None, *ATTENTIONS):
-            raise ValueError(
-                f"PldrConfig: attn_implementation must be one of {ATTENTIONS}, got {self._attn_implementation!r}"
-            )
+        self._check_attention()
         self.validate_architecture()
 
     @classmethod
@@ -148,6 +148,10 @@ class PldrConfig(PreTrainedConfig):
         if name not in PRESETS:
             raise ValueError(f"preset: {name!r} is not a published model; choose one of {', '.join(PRESETS)}")
         return cls(**(PRESETS[name] | overrides))
+
+    def to_dict(self) -> dict[str, Any]:
+        fields = super().to_dict()
+        return fields if fields.get("auto_map") else {name: fields[name] for name in fields if name != "auto_map"}
 
     @property
     def head_dim(self) -> int:
@@ -192,6 +196,17 @@ class PldrConfig(PreTrainedConfig):
         for name in ("layer_norm_eps", "rope_theta"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"PldrConfig: {name} must be positive and finite, got {getattr(self, name)}")
+
+    def _check_attention(self) -> None:
+        name = self._attn_implementation
+        if name in _FLASH:
+            package, is_available = _FLASH[name]
+            if not is_available():
+                raise ValueError(
+                    f"PldrConfig: attn_implementation={name!r} needs the package {package} and a CUDA device"
+                )
+        elif name not in (None, *ATTENTIONS):
+            raise ValueError(f"PldrConfig: attn_implementation must be one of {(*ATTENTIONS, *_FLASH)}, got {name!r}")
 
     def check_ranks(self, ranks: list[int]) -> None:
         """

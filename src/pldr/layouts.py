@@ -163,14 +163,10 @@ def ours_to_hub_fields(config: "PldrConfig") -> dict[str, Any]:
     labels: dict[str, Any] = {}
     if head != "ForCausalLM":
         labels = {
-            name: getattr(config, name) for name in ("id2label", "label2id", "problem_type", "classifier_dropout")
+            name: getattr(config, name, None) for name in ("id2label", "label2id", "problem_type", "classifier_dropout")
         }
     return {
         "architectures": [f"Pldrllm{head}"],
-        "auto_map": {
-            "AutoConfig": "configuration_pldrllm.PldrllmConfig",
-            f"AutoModel{head}": f"modeling_pldrllm.Pldrllm{head}",
-        },
         "model_type": "pldrllm",
         **{theirs: getattr(config, ours) for theirs, ours in _METRIC_LEARNER.items()},
         **_HUB_FIXED,

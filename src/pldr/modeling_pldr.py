@@ -25,15 +25,15 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Cache, Gen
 from transformers import initialization as init
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
-from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from pldr import layouts
+from pldr.batching import limit_requests
 from pldr.cache import OperatorOnlyLayer, check_operator_cache, make_cache, operator_state, set_g_cache
 from pldr.configuration_pldr import PldrConfig
 from pldr.files import write_sums
@@ -122,6 +122,10 @@ class PldrAttention(nn.Module):
 
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)  # [B, H, S, D or r] and [B, H, S, D]
+
+        # A cache of pages has one width for keys and values, and so has FlashAttention; zeros add nothing to scores.
+        if key.shape[-1] < self.head_dim and ("cache" in kwargs or is_flash_attention_requested(self.config)):
+            query, key = (F.pad(x, (0, self.head_dim - x.shape[-1])) for x in (query, key))
 
         attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention
@@ -216,6 +220,7 @@ class PldrPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["PldrDecoderLayer"]  # noqa: RUF012 (transformers' own form)
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
+    _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
@@ -342,7 +347,7 @@ class PldrModel(PldrPreTrainedModel):
         else:
             masks = create_masks(self.config, hidden_states, attention_mask, past_key_values, position_ids)
         if self.config.operator == "learned" and past_key_values is not None:
-            check_operator_cache(past_key_values, len(self.layers), hidden_states.shape[0])
+            check_operator_cache(past_key_values, self.config.num_hidden_layers, hidden_states.shape[0])
 
         hidden_states = self.embed_norm(hidden_states * self.embed_scale)  # [B, T, M]
         position_embeddings = self.rotary_embedding(position_ids)
@@ -487,17 +492,13 @@ class PldrForCausalLM(PldrPreTrainedModel, GenerationMixin):
         g = kv if use_g_cache is None else use_g_cache
         cache = model_kwargs.get("past_key_values")
         if self.config.operator == "learned":
-            # In both cases the first forward is not the prompt, so that the wrong G_LM would be kept.
-            if generation_config.prefill_chunk_size is not None:
-                raise ValueError(
-                    "prefill_chunk_size: a learned G_LM needs the whole prompt at once; freeze the model first "
-                    "(pldr.freeze), or leave the setting out"
-                )
-            if generation_mode == GenerationMode.ASSISTED_GENERATION:
-                raise ValueError(
-                    "assisted decoding: its first forward holds guessed tokens, which must not enter a learned G_LM; "
-                    "freeze the model first (pldr.freeze)"
-                )
+            # The first forward would not be the prompt, so that the wrong G_LM would be kept; or none could be.
+            for name, why in (("prefill_chunk_size", "needs the whole prompt at once"),
+                              ("cache_config", "has no place in a quantized cache")):  # fmt: skip
+                if getattr(generation_config, name, None) is not None:
+                    raise ValueError(
+                        f"{name}: a learned G_LM {why}; freeze the model first (pldr.freeze), or leave the setting out"
+                    )
         context, static = self.config.max_position_embeddings, generation_config.cache_implementation == "static"
         if static and generation_config.max_length > context:
             raise ValueError(
@@ -517,6 +518,30 @@ class PldrForCausalLM(PldrPreTrainedModel, GenerationMixin):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
         if use_g_cache is not None:
             set_g_cache(model_kwargs["past_key_values"], g)
+
+    def _assisted_decoding(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        cache = kwargs.get("past_key_values")
+        if self.config.operator == "learned" and cache is not None and cache.get_seq_length() == 0:
+            # The first forward will hold guessed tokens as well, which must not enter G_LM: it is the prompt's.
+            mask = kwargs.get("attention_mask")
+            self(input_ids, attention_mask=mask, past_key_values=cache, logits_to_keep=1)
+            cache.crop(-input_ids.shape[1])
+            for layer in cache.layers:  # emptied, it would be computed anew
+                layer.has_operator_state = True
+        return super()._assisted_decoding(input_ids, *args, **kwargs)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' `ContinuousBatchingManager`, which `generate_batch` and `transformers serve` use as well.
+
+        Raises:
+            ValueError: a learned operator.
+        """
+        if self.config.operator == "learned":
+            raise ValueError(
+                "continuous batching: packs requests into one row, and a learned G_LM would be that of them all; freeze the "
+                "model first (pldr.freeze), or use pldr.Engine, which keeps a G_LM for each request"
+            )
+        return limit_requests(super().init_continuous_batching(*args, **kwargs), self.config.max_position_embeddings)
 
 
 # --- registration ---------------------------------------------------------------------------------------------------

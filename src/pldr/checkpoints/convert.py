@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerFast
 
 from pldr import layouts
+from pldr.checkpoints.code import auto_map, write_code
 from pldr.checkpoints.hub import local_path
 from pldr.checkpoints.load import load_model, load_predefined_G, load_with_head, load_with_tokenizer
 from pldr.files import check_output, one_line, read_text, whole_folder, write_json
@@ -34,6 +35,7 @@ def convert_checkpoint(
     rope: str | None = None,
     g_lm: str | os.PathLike[str] | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
+    with_code: bool = False,
     overwrite: bool = False,
 ) -> PldrPreTrainedModel:
     """Rewrite a checkpoint of any layout in another one. Tensors are copied bit for bit.
@@ -45,6 +47,8 @@ def convert_checkpoint(
         destination: folder to write; it appears only when whole.
         to: "pldr" (this library), "hub" (the published Hugging Face layout) or "reference" (the published framework's).
         tokenizer: tokenizer to put beside the weights; by default the source folder's, where it has one.
+        with_code: of the hub layout, write the code of the model classes as well, for people without this library; see
+            `pldr.checkpoints.code`.
         overwrite: replace a destination that is not empty.
 
     Returns:
@@ -55,6 +59,8 @@ def convert_checkpoint(
     """
     if to not in CHECKPOINT_LAYOUTS:
         raise ValueError(f"to: must be one of {', '.join(CHECKPOINT_LAYOUTS)}, got {to!r}")
+    if with_code and to != "hub":
+        raise ValueError("with_code: goes with to='hub' only")
     check_output(destination, overwrite=overwrite)
     source = local_path(source)
     model = load_with_head(source, rope=rope, g_lm=g_lm)
@@ -68,7 +74,7 @@ def convert_checkpoint(
         if to == "pldr":
             model.save_pretrained(folder)
         elif to == "hub":
-            _write_hub(model, folder)
+            _write_hub(model, folder, with_code)
         else:
             _write_reference(model, folder)
         if found is not None:
@@ -90,8 +96,8 @@ def _find_tokenizer(
     return load_tokenizer(place), models[0] if len(models) == 1 else None
 
 
-def _write_hub(model: PldrPreTrainedModel, folder: Path) -> None:
-    """The hub layout: published tensor names, config.json in the remote code's terms."""
+def _write_hub(model: PldrPreTrainedModel, folder: Path, with_code: bool) -> None:
+    """The hub layout: published tensor names, config.json in the remote code's terms; and that code, if it is asked for."""
     state = {name: tensor.contiguous() for name, tensor in _published_state(model).items()}
     if model.config.operator != "learned":
         G_LM = stored_operator(model)
@@ -103,6 +109,9 @@ def _write_hub(model: PldrPreTrainedModel, folder: Path) -> None:
     except SafetensorError as error:
         raise OSError(f"{folder / layouts.WEIGHTS}: could not be written ({error})") from None
     fields = layouts.ours_to_hub_fields(model.config) | {"dtype": str(model.dtype).removeprefix("torch.")}
+    if with_code:
+        fields["auto_map"] = auto_map(model.config)
+        write_code(folder)
     write_json(folder / "config.json", dict(sorted(fields.items())), indent=1)
 
 
