@@ -129,6 +129,34 @@ class TestPredefinedG:
         (tmp_path / "pairs.pkl").write_bytes(pickle.dumps([(torch.zeros(1, 2, 16, 16), layer) for layer in G_LM]))
         assert torch.equal(load_predefined_G(tmp_path / "pairs.pkl"), G_LM[:, 0])
 
+    def test_triples_of_a_dag_model(self, tmp_path):
+        """[A_LM, G_LM, A_P], of which the last is not the operator."""
+        A_LM, G_LM, A_P = torch.randn(3, 2, 1, 2, 16, 16)
+        (tmp_path / "triples.pkl").write_bytes(
+            pickle.dumps([list(layer) for layer in zip(A_LM, G_LM, A_P, strict=True)])
+        )
+        assert torch.equal(load_predefined_G(tmp_path / "triples.pkl"), G_LM[:, 0])
+
+    @pytest.mark.parametrize(
+        ("layer", "message"),
+        [
+            (torch.randn(2, 16, 16).tril().softmax(-1), None),  # a row that sums to 1 is nothing special
+            ((torch.zeros(2, 16, 16) - torch.inf).triu(1).softmax(-1), "these are attention weights"),
+            (torch.randn(2, 16, 8), r"must be .* a layer has \(2, 16, 8\)"),
+            ([torch.zeros(2, 8, 8), torch.zeros(2, 16, 16)], r"shapes \(2, 16, 16\) and \(2, 8, 8\)"),
+            ([torch.zeros(2, 16, 16)] * 4, "a layer holds 4 .*known are G_LM"),
+            ([torch.zeros(2, 16, 16), None], "a layer holds 2 .Tensor, NoneType.*known are G_LM"),
+            ([], "a layer holds 0 .nothing.*known are G_LM"),
+        ],
+    )
+    def test_what_else_a_pickle_may_hold_of_a_layer(self, tmp_path, layer, message):
+        (tmp_path / "layers.pkl").write_bytes(pickle.dumps([layer, layer]))
+        if message is None:
+            load_predefined_G(tmp_path / "layers.pkl")
+            return
+        with pytest.raises(ValueError, match=message):
+            load_predefined_G(tmp_path / "layers.pkl")
+
     @pytest.mark.parametrize(
         ("content", "message"),
         [

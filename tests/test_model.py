@@ -54,6 +54,7 @@ def test_unknown_preset():
         ({"attention_bias": False}, "attention_bias=False is not supported"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling=.* is not supported"),
         ({"custom_G_type": "learned"}, "custom_G_type must be null"),
+        ({"cache_first_G": True}, "cache_first_G=True is not supported.*pldr freeze"),
         ({"head_dim": 32}, "head_dim must be hidden_size"),
     ],
 )

@@ -1,8 +1,17 @@
 import pytest
 import torch
 
-from helpers import assert_close
-from pldr import ConstantOperator, LearnedOperator, PldrForCausalLM, deductive_outputs, freeze, load_model
+from helpers import assert_close, shared
+from pldr import (
+    ConstantOperator,
+    LearnedOperator,
+    PldrForCausalLM,
+    deductive_outputs,
+    freeze,
+    load_model,
+    load_predefined_G,
+)
+from pldr.operator import stored_operator
 from pldr.ops import reference
 
 
@@ -166,3 +175,31 @@ def test_freezing_leaves_the_configuration_of_others(small_config):
     assert other.config is config
     assert not any(getattr(module, "config", None) is config for module in one.modules())
     other(torch.arange(4, 12)[None])  # with a cache for a learned operator
+
+
+def test_uniform_is_the_published_random_operator_and_random_is_read_as_normal(small_model):
+    uniform = stored_operator(
+        small_model(operator="constant", operator_init="uniform", hidden_size=128, num_attention_heads=2)
+    )
+    assert 0 <= uniform.min() < uniform.max() <= 1
+    assert uniform.mean() == pytest.approx(0.5, abs=0.02)
+    assert uniform.std() == pytest.approx(12**-0.5, abs=0.01)
+    largest, following = torch.linalg.svdvals(uniform[0, 0])[:2]
+    assert largest == pytest.approx(32, abs=1)  # of 64 dimensions: that of the mean, 64/2
+    assert following < 6
+    torch.manual_seed(0)
+    normal = stored_operator(small_model(operator="constant", operator_init="normal"))
+    torch.manual_seed(0)
+    before = small_model(operator="constant", operator_init="random")
+    assert before.config.operator_init == "normal"
+    assert torch.equal(stored_operator(before), normal)
+    with pytest.raises(ValueError, match="operator_init='uniform' applies to"):
+        small_model(operator="factored", operator_init="uniform", operator_ranks=[8, 8], hidden_size=64)
+
+
+def test_the_papers_random_operator_is_uniform():
+    tensor = load_predefined_G(shared("data/G_LM-RANDOM_NORMAL-paper.pkl"))
+    assert 0 <= tensor.min() < tensor.max() <= 1
+    assert tensor.mean() == pytest.approx(0.4997, abs=1e-4)
+    assert tensor.std() == pytest.approx(0.2883, abs=1e-4)
+    assert torch.linalg.svdvals(tensor[0, 0])[:2].tolist() == pytest.approx([32.1, 4.5], abs=0.1)

@@ -68,9 +68,14 @@ def test_ablation_and_handoff_share_runs_and_compare_variants(lab):
     assert (first.folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     operators = {
         name: json.loads((first.runs / f"{name}-1" / "config.json").read_text())["operator"]
-        for name in ("learned", "transferred", "random", "identity")
+        for name in ("learned", "transferred", "uniform", "normal", "identity")
     }
-    assert [name for name, kind in operators.items() if kind == "constant"] == ["transferred", "random", "identity"]
+    assert [name for name, kind in operators.items() if kind == "constant"] == [
+        "transferred",
+        "uniform",
+        "normal",
+        "identity",
+    ]
 
     before = (first.runs / "learned-1" / "model.safetensors").stat().st_mtime_ns
     second = dataclasses.replace(lab("handoff"), size=dataclasses.replace(TOY, seeds=(1,)))

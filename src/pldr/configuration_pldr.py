@@ -14,7 +14,7 @@ from pldr.layouts import hub_fields_to_ours
 PLGA_LAYER_TYPE = "power_law_graph_attention"
 
 OPERATORS = ("learned", "constant", "factored")
-OPERATOR_INITS = ("identity", "random", "external")
+OPERATOR_INITS = ("identity", "uniform", "normal", "external")
 ROPE_PAIRINGS = ("adjacent", "halves")
 # Of weights.
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -61,7 +61,8 @@ class PldrConfig(PreTrainedConfig):
         operator: what produces G_LM: "learned" (a metric learner, from the queries), "constant" (a stored tensor) or
             "factored" (the product of two, in which queries and keys have fewer dimensions).
         operator_init: where the tensors of an operator that is not learned come from: "identity" (exactly scaled
-            dot-product attention; factored, of the first dimensions alone), "random" (standard normal) or "external" (with
+            dot-product attention; factored, of the first dimensions alone), "uniform" (on [0, 1], as the published tensor
+            that is called random normal is), "normal" (standard normal) or "external" (with
             the weights, or from `freeze` or `compress`).
         operator_trainable: whether those tensors are trainable parameters.
         operator_ranks: of a factored operator, the dimensions of queries and keys in each layer: multiples of 8.
@@ -109,6 +110,8 @@ class PldrConfig(PreTrainedConfig):
         translated, kwargs = hub_fields_to_ours(kwargs)
         for name, value in translated.items():
             setattr(self, name, value)
+        if self.operator_init == "random":  # in configurations written before there were two kinds
+            self.operator_init = "normal"
         self._check_sizes()  # before anything is derived from them
         if self.intermediate_size is None:
             self.intermediate_size = self.hidden_size * 8 // 3
@@ -187,6 +190,10 @@ class PldrConfig(PreTrainedConfig):
                 raise ValueError(f"PldrConfig: {name} must be one of {allowed}, got {getattr(self, name)!r}")
         if self.operator_trainable and self.operator == "learned":
             raise ValueError("PldrConfig: operator_trainable applies to operator='constant' and 'factored' only")
+        if self.operator == "factored" and self.operator_init == "uniform":
+            raise ValueError(
+                "PldrConfig: operator_init='uniform' applies to operator='constant' only; factor one (pldr compress)"
+            )
         if (self.operator == "factored") != (self.operator_ranks is not None):
             raise ValueError("PldrConfig: operator_ranks must be given for operator='factored', and for no other")
         if self.operator_ranks is not None:

@@ -118,9 +118,9 @@ _METRIC_LEARNER = {"A_dff": "metric_learner_width", "num_reslayerA": "metric_lea
                "num_denseA": "metric_learner_glus"}  # fmt: skip
 # What the published model fixes: any other value describes a model that this library does not implement.
 _HUB_FIXED = {"attention_bias": True, "glu_bias": True, "final_bias": True, "rope_scaling": None}
-# Settings of the hub code's own run time, with no meaning here: its init scale for untrained weights, whether it
-# returns every attention tensor, and whether it keeps the first prompt's G_LM for all later prompts (here: `freeze`).
-_HUB_RUNTIME = ("initializer_range", "output_pldr_attentions", "cache_first_G")
+# Settings of the hub code's own run time, with no meaning here: its init scale for untrained weights, and whether it
+# returns every attention tensor.
+_HUB_RUNTIME = ("initializer_range", "output_pldr_attentions")
 
 
 def hub_fields_to_ours(fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -138,6 +138,11 @@ def hub_fields_to_ours(fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[
         if rest.get(name, value) != value:
             raise ValueError(f"{name}={rest[name]!r} is not supported: a PLDR-LLM has {name}={value!r}")
         rest.pop(name, None)
+    if rest.pop("cache_first_G", False):
+        raise ValueError(
+            "cache_first_G=True is not supported: it gives every row and every later prompt the first one's G_LM; set it to "
+            "false and make that G_LM a constant (pldr freeze MODEL DST --prompt TEXT)"
+        )
     for name in _HUB_RUNTIME:
         rest.pop(name, None)
     if "reference_rope" in rest:
@@ -147,7 +152,8 @@ def hub_fields_to_ours(fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[
         if kind not in (None, "identity", "random", "external"):
             raise ValueError(f"custom_G_type must be null, identity, random or external, got {kind!r}")
         # A hub folder with a predefined G_LM always carries the tensor, whatever it was first made from.
-        ours |= {"operator": "learned"} if kind is None else {"operator": "constant", "operator_init": kind}
+        init = "identity" if kind == "identity" else "external"
+        ours |= {"operator": "learned"} if kind is None else {"operator": "constant", "operator_init": init}
     return ours, rest
 
 

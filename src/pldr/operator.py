@@ -233,7 +233,7 @@ def make_operator(config: PldrConfig, layer_idx: int) -> LearnedOperator | Const
 
 
 def init_constant(operator: ConstantOperator | FactoredOperator, config: PldrConfig, *, has_weights: bool) -> None:
-    """A G_LM as `operator_init` says: the identity, standard normal, or (of the identity) its nearest of lower rank.
+    """A G_LM as `operator_init` says: the identity (of a factored one, its nearest of lower rank), uniform or normal.
 
     Tensors that came with the weights stay as they are. Those that are to come with the weights are NaN till then.
 
@@ -256,6 +256,8 @@ def init_constant(operator: ConstantOperator | FactoredOperator, config: PldrCon
             )
         elif config.operator_init == "identity":
             init.copy_(tensor, torch.eye(*tensor.shape[1:], device=tensor.device))
+        elif config.operator_init == "uniform":
+            init.uniform_(tensor, 0.0, 1.0)
         else:
             # The product of two factors sums over r columns: so its entries have a variance of 1 as well.
             init.normal_(tensor, std=1.0 if len(tensors) == 1 else tensor.shape[-1] ** -0.25)

@@ -9,6 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -198,14 +199,14 @@ def load_predefined_G(path: str | os.PathLike[str]) -> torch.Tensor:
 
     Args:
         path: a model folder whose operator is not learned; ``.safetensors`` with one tensor or one called "G_LM"; else a
-            pickle of one tensor a layer, or of one (A_LM, G_LM) pair a layer.
+            pickle of what the published code keeps of a layer: G_LM, or [A_LM, G_LM], or a DAG model's [A_LM, G_LM, A_P].
 
     Returns:
         [L, H, D, D], on the CPU.
 
     Raises:
         OSError: see `pldr.files.check_regular`.
-        ValueError: anything but tensors in the file, or tensors of other dimensions.
+        ValueError: anything but tensors in the file, tensors of other dimensions, or attention weights.
     """
     path = Path(path)
     check_regular(path)
@@ -216,19 +217,51 @@ def load_predefined_G(path: str | os.PathLike[str]) -> torch.Tensor:
         return stored_operator(model)
     layers = _operator_among(path) if path.suffix == ".safetensors" else read_pickled_tensors(path)
     rows = isinstance(layers, (list, tuple)) or (isinstance(layers, torch.Tensor) and layers.dim() > 0 < layers.numel())
-    if not rows or not all(isinstance(row, (torch.Tensor, list, tuple)) for row in layers):
+    if not rows or not len(layers) or not all(isinstance(row, (torch.Tensor, list, tuple)) for row in layers):
         raise ValueError(f"{path}: not one tensor per layer")
-    picked = [layer[-1] if isinstance(layer, (tuple, list)) and layer else layer for layer in layers]
-    if not picked or not all(isinstance(layer, torch.Tensor) for layer in picked):
-        raise ValueError(f"{path}: not one tensor per layer")
+    picked = [_operator_of(layer, path) for layer in layers]
     squeezed = [layer[0] if layer.dim() == 4 and layer.shape[0] == 1 else layer for layer in picked]
-    if any(layer.dim() != 3 or layer.shape != squeezed[0].shape for layer in squeezed):
-        raise ValueError(f"{path}: G_LM must be [layers, heads, head_dim, head_dim]")
+    for shape in (tuple(layer.shape) for layer in squeezed):
+        if len(shape) != 3 or shape[1] != shape[2] or shape != tuple(squeezed[0].shape):
+            raise ValueError(f"{path}: G_LM must be [layers, heads, head_dim, head_dim], a layer has {shape}")
     _check_one_dtype(squeezed, str(path))
     G_LM = torch.stack(squeezed)
     for layer, head in (~torch.isfinite(G_LM).flatten(2).all(2)).nonzero().tolist():
         raise ValueError(f"{path}: G_LM: layer {layer}, head {head} holds NaN or infinite values")
+    if _are_attention_weights(G_LM):
+        raise ValueError(
+            f"{path}: these are attention weights (causal, rows that sum to 1), not G_LM; give what the model returns as its "
+            "deductive outputs"
+        )
     return G_LM
+
+
+def _operator_of(layer: Any, path: Path) -> torch.Tensor:
+    """G_LM in what a pickle holds of a layer, by the published structures.
+
+    Raises:
+        ValueError: another structure.
+    """
+    parts = layer if isinstance(layer, (tuple, list)) else [layer]
+    if not all(isinstance(part, torch.Tensor) for part in parts) or not 1 <= len(parts) <= 3:
+        held = ", ".join(type(part).__name__ for part in parts[:4]) or "nothing"
+        raise ValueError(
+            f"{path}: a layer holds {len(parts)} ({held}); known are G_LM, [A_LM, G_LM] and [A_LM, G_LM, A_P]"
+        )
+    G_LM = parts[min(1, len(parts) - 1)]
+    other = next((tuple(part.shape) for part in parts if part.shape != G_LM.shape), None)
+    if other is not None:
+        raise ValueError(
+            f"{path}: a layer holds tensors of shapes {tuple(G_LM.shape)} and {other}; A_LM, G_LM and A_P have one"
+        )
+    return G_LM
+
+
+def _are_attention_weights(tensors: torch.Tensor) -> bool:
+    """Whether [L, H, T, T] looks like what softmax leaves behind a causal mask; the identity does not."""
+    sums = tensors.double().sum(-1)
+    causal = bool((tensors >= 0).all()) and not bool(tensors.triu(1).any())
+    return causal and torch.allclose(sums, torch.ones_like(sums), atol=1e-2) and bool(tensors.tril(-1).any())
 
 
 def _operator_among(path: Path) -> torch.Tensor:

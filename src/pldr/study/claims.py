@@ -193,15 +193,22 @@ def transfer(lab: Lab) -> Finding:
     rows = lab.passages(tokenizer, lab.size.passages + 1)
     calibration, rows = rows[:1], rows[1:]
     G_LM = stored_operator(frozen_copy(model, calibration))
-    random = torch.randn(G_LM.shape, generator=torch.Generator().manual_seed(0)).to(G_LM)
+    generator = torch.Generator().manual_seed(0)
+    random = {
+        "normal": torch.randn(G_LM.shape, generator=generator).to(G_LM),
+        "uniform": torch.rand(G_LM.shape, generator=generator).to(G_LM),
+    }
     scale = G_LM.square().mean((-1, -2), keepdim=True).sqrt()
     own = "its own, frozen (v51Gi)"
     variants = {
         own: G_LM,
         "its own, heads in another order": G_LM.roll(1, 1),
         "identity": torch.eye(G_LM.shape[-1]).to(G_LM).expand_as(G_LM),
-        "random normal": random,
-        "random normal, scaled to its own RMS": random * scale,
+        **{f"random {kind}": value for kind, value in random.items()},
+        **{
+            f"random {kind}, scaled to its own RMS": value * scale / value.square().mean().sqrt()
+            for kind, value in random.items()
+        },
     }
     loss = mean_loss(model, rows)
     gain = mean_loss(model, rows.reshape(-1, 2)) - loss
@@ -289,7 +296,7 @@ def _grid(lab: Lab) -> tuple[tuple[float, ...], dict[str, tuple[tuple[float, ...
 
 
 def ablation(lab: Lab) -> Finding:
-    """Learned against transferred, random and identity operators, and DAG-regularised."""
+    """Learned against transferred, uniform, normal and identity operators, and DAG-regularised."""
     seeds = lab.size.seeds
     lab.train({f"learned-{seed}": {"seed": seed} for seed in seeds})
     healthy = [f"learned-{seed}" for seed in seeds if is_healthy(lab.measure(f"learned-{seed}"))]
@@ -306,13 +313,16 @@ def ablation(lab: Lab) -> Finding:
         "learned": {},
         "DAG-regularised": {f"optimization.dag_{name}": 0.05 for name in DAG_TENSORS},
         "transferred": {"model.G_LM": str(transferred)},
-        "random": {"model.config.operator": "constant", "model.config.operator_init": "random"},
-        "identity": {"model.config.operator": "constant", "model.config.operator_init": "identity"},
+        **{
+            init: {"model.config.operator": "constant", "model.config.operator_init": init}
+            for init in ("uniform", "normal", "identity")
+        },
     }
     return compare_runs(
         lab, "Operators train differently", _measure_variants(lab, variants), "learned",
         "Held-out loss of each kind of operator, the same recipe otherwise; transferred is the operator of the first "
-        "learned run that came through, frozen. Identity is ordinary attention.", judge=must_differ,
+        "learned run that came through, frozen. Uniform on [0, 1] is what the published random operator is. Identity is "
+        "ordinary attention.", judge=must_differ,
     )  # fmt: skip
 
 
