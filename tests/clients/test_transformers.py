@@ -1,10 +1,19 @@
-"""transformers itself: its Auto classes and pipelines."""
+"""transformers itself: its Auto classes, pipelines and ways to generate."""
 
-from transformers import pipeline
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig, pipeline
+from transformers.utils import is_flash_attn_2_available
 
+import pldr
 from pldr import load_model, load_tokenizer
 
 PROMPT = "Once upon a time there was"
+
+
+def greedy(model, ids, **settings):
+    """The new tokens of one prompt."""
+    return model.generate(torch.tensor([ids]), do_sample=False, eos_token_id=None, **settings)[0, len(ids) :].tolist()
 
 
 def test_pipeline(row, operator, model_folder):
@@ -17,3 +26,65 @@ def test_pipeline(row, operator, model_folder):
     # The pipeline decodes the new tokens alone, which loses the space before the first of them.
     assert answer["generated_text"] == PROMPT + tokenizer.decode(tokens, skip_special_tokens=True)
     assert len(tokens) == 12
+
+
+@pytest.mark.parametrize("operator", ["frozen", "factored"])
+def test_continuous_batching(row, operator, model_folder):
+    """Twenty prompts, more tokens than the context holds, one that is too long and one that runs into the context's end."""
+    row("transformers", "generate_batch (continuous batching)", operator)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(model_folder(operator)), load_tokenizer(pldr.STORIES)
+    text = "the king and the queen of the old town went to see a house by the sea and " * 20
+    prompts = [tokenizer(text[3 * i :]).input_ids[: 60 + 4 * i] for i in range(20)]
+    assert sum(map(len, prompts)) > 1024
+    expected = [greedy(model, ids, max_new_tokens=8) for ids in prompts]
+    last = tokenizer(text * 10).input_ids[:1020]
+    config = GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    results = list(
+        model.generate_batch(
+            [*prompts, [5] * 1024, last], config, continuous_batching_config=ContinuousBatchingConfig()
+        ).values()
+    )
+    assert [result.generated_tokens for result in results[:20]] == expected
+    assert "prompt of 1024 tokens leaves no room in the context length" in results[20].error
+    assert results[21].error is None
+    assert len(results[21].generated_tokens) == 4
+
+
+def test_continuous_batching_of_a_learned_operator(row, model_folder):
+    row(
+        "transformers", "generate_batch (continuous batching)", "learned",
+        refused="refused: a row of many requests has no G_LM of its own; freeze, or use `pldr.Engine`",
+    )  # fmt: skip
+    model = load_model(model_folder("learned"))
+    with pytest.raises(
+        ValueError, match=r"continuous batching: packs requests into one row.*pldr\.freeze.*pldr\.Engine"
+    ):
+        model.generate_batch([[5, 6, 7]], GenerationConfig(max_new_tokens=2))
+
+
+def test_assisted_decoding_with_a_frozen_draft(row, operator, model_folder):
+    """A frozen copy of the same model drafts; the answer is the model's own, whose G_LM is that of the prompt alone."""
+    row("transformers", "assisted decoding, a frozen copy drafts", operator)
+    model, draft = load_model(model_folder(operator)), load_model(model_folder("frozen"))
+    tokenizer, calls = load_tokenizer(pldr.STORIES), []
+    model.model.register_forward_hook(lambda *_: calls.append(1))
+    for text in (PROMPT, "The", "the king went to the sea and said to her"):
+        ids = tokenizer(text).input_ids
+        expected = greedy(model, ids, max_new_tokens=24)
+        calls.clear()
+        assert greedy(model, ids, max_new_tokens=24, assistant_model=draft) == expected
+        assert len(calls) < 20 if operator != "factored" else calls
+        assert greedy(model, ids, max_new_tokens=24, prompt_lookup_num_tokens=3) == expected
+
+
+@pytest.mark.skipif(is_flash_attn_2_available(), reason="FlashAttention is installed")
+def test_flash_attention_that_is_not_installed(row, operator, model_folder):
+    row(
+        "transformers",
+        "attn_implementation: FlashAttention 2, 3",
+        operator,
+        refused="needs its package and a GPU; not tried",
+    )
+    for name, package in (("flash_attention_2", "flash_attn"), ("flash_attention_3", "flash_attn_interface")):
+        with pytest.raises(Exception, match=f"attn_implementation='{name}' needs the package {package}"):
+            AutoModelForCausalLM.from_pretrained(model_folder(operator), attn_implementation=name)
