@@ -93,9 +93,7 @@ class StaticPlgaLayer(OperatorState, StaticLayer):
     def fill_operator_state(self, state: torch.Tensor) -> None:
         if self.operator_state is None or self.operator_state.shape != state.shape:
             self.operator_state = torch.empty_like(state, memory_format=torch.contiguous_format)
-            if (
-                not torch.compiler.is_compiling()
-            ):  # within a graph, which can not hold the call, the graph owns the tensor
+            if not torch.compiler.is_compiling():  # which knows no such call; its graphs hold what they make themselves
                 torch._dynamo.mark_static_address(self.operator_state)
         self._replace_operator_state(state)
         self.has_operator_state = True

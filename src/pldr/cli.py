@@ -257,6 +257,21 @@ def compress(
     _show("compress", locals())
 
 
+@_verb("export demo-output/stories-frozen runs/onnx")
+def export(
+    model: Model,
+    destination: Annotated[Path, Argument(help="Folder to write.")],
+    to: Annotated[str, Option(help="onnx, or torch: a program for torch.export.load.")] = "onnx",
+    tokenizer: Tokenizer = None,
+    rope: Rope = None,
+    g_lm: OperatorFile = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a frozen or factored model, with its KV-cache, as a graph for other runtimes."""
+    _show("export", locals())
+
+
 @_verb("info demo-output/stories-frozen")
 def info(model: Model, rope: Rope = None, g_lm: OperatorFile = None, as_json: AsJson = False) -> None:
     """Show a model's shape, parameters, operators and cache sizes."""
