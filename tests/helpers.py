@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
+
+from pldr.files import write_sums
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SHARED = Path(os.environ.get("PLDR_SHARED", Path(__file__).parents[2] / "shared"))
@@ -136,6 +140,57 @@ def yaml_task(name, rows, **settings):
         "output_type": "multiple_choice", "validation_split": "validation", "doc_to_text": "{{goal}}",
         "doc_to_target": "label", "doc_to_choice": "{{[sol1, sol2]}}", "metric_list": [{"metric": "acc"}],
     } | settings  # fmt: skip
+
+
+def quantised_by_hand(source: Path, destination: Path) -> dict[str, torch.Tensor]:
+    """A copy of a folder with its queries in int8, keys in fp8 and values in int4 (groups of 16), as torchao writes them.
+
+    Returns:
+        The numbers that these weights stand for, worked out one by one.
+    """
+    shutil.copytree(source, destination)
+    stored, written, metadata, expected = load_file(source / "model.safetensors"), {}, {"format": "pt"}, {}
+    kinds = {"q_proj": "Int8Tensor", "k_proj": "Float8Tensor", "v_proj": "Int4Tensor"}
+    for name, weight in stored.items():
+        kind = kinds.get(name.split(".")[-2]) if name.endswith("weight") else None
+        fields, parts = {"block_size": [1, weight.shape[-1]], "dtype": {"_type": "torch.dtype", "_data": "float32"}}, {}
+        if kind is None:
+            metadata[name], written[name] = json.dumps({"_type": "Tensor"}), weight
+            continue
+        scale = weight.abs().amax(1, keepdim=True) / 100
+        if kind == "Int4Tensor":
+            fields = {"block_size": [1, 16], "shape": list(weight.shape)}
+            scale, zero = torch.rand(2, weight.shape[1] // 16, weight.shape[0])
+            codes = torch.randint(-8, 8, weight.shape, dtype=torch.int8)
+            bytes_ = [[(row[i] & 15) + 16 * (row[i + 1] & 15) for i in range(0, len(row), 2)] for row in codes.tolist()]
+            parts = {
+                "qdata": torch.tensor(bytes_, dtype=torch.uint8).view(torch.int8),
+                "scale": scale,
+                "zero_point": zero,
+            }
+            expected[name] = torch.tensor(
+                [
+                    [codes[n, k] * scale[k // 16, n] + zero[k // 16, n] for k in range(weight.shape[1])]
+                    for n in range(weight.shape[0])
+                ]
+            )
+        elif kind == "Int8Tensor":
+            codes, zero = (weight / scale).round().to(torch.int8), torch.full_like(scale, 3, dtype=torch.int8)
+            parts = {"qdata": codes, "scale": scale, "zero_point": zero}
+            expected[name] = (codes.float() - 3) * scale
+        else:
+            parts = {"qdata": (weight / scale).to(torch.float8_e4m3fn), "scale": scale}
+            expected[name] = parts["qdata"].float() * scale
+        metadata[name] = json.dumps({"_type": kind, "_data": fields, "_tensor_data_names": list(parts)})
+        module, _, attribute = name.rpartition(".")
+        written |= {f"{module}._{attribute}_{part}": tensor for part, tensor in parts.items()}
+    metadata["tensor_names"] = json.dumps(list(stored))
+    save_file(written, destination / "model.safetensors", metadata)
+    config = json.loads((destination / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "torchao", "quant_type": {"default": {"_type": "anything"}}}
+    (destination / "config.json").write_text(json.dumps(config))
+    write_sums(destination, [destination / "model.safetensors"])
+    return expected
 
 
 def assert_close(actual, expected, *, max_error=None, rms_ratio=None, name="tensor"):

@@ -248,6 +248,24 @@ class TestStatic:
                 assert_close(logits, model(token, past_key_values=eager).logits, max_error=2e-5)
         assert len(graphs) == 1
 
+    @pytest.mark.parametrize("operator", ["learned", "constant"])
+    def test_the_prompt_compiles_too(self, small_model, ids, operator):
+        """From an empty cache, whose operator state the graph makes."""
+        model = small_model(operator=operator, operator_init="random")
+        expected = continuation(model, ids)
+        cache = make_cache(model.config, max_cache_len=16 + expected.shape[1])
+        forward = torch.compile(model, fullgraph=True, backend="eager")
+        tokens, new = [], ids
+        with torch.no_grad():
+            for step in range(expected.shape[1]):
+                positions = (torch.arange(16) if step == 0 else torch.tensor([15 + step])).expand(len(ids), -1)
+                embedded = model.model.embed_tokens(new)
+                masks = model.create_masks_for_generate(model.config, embedded, None, cache, positions)
+                logits = forward(new, attention_mask=masks, position_ids=positions, past_key_values=cache).logits
+                new = logits[:, -1:].argmax(-1)
+                tokens.append(new)
+        assert torch.equal(torch.cat(tokens, dim=1), expected)
+
 
 class TestUnusualCalls:
     @pytest.mark.parametrize("operator", ["learned", "constant"])

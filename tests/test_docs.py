@@ -20,7 +20,7 @@ import typer
 from safetensors.torch import save_file
 
 import pldr
-from helpers import FIXTURES, PUBLISHED, WORDS, serving, write_benchmarks
+from helpers import FIXTURES, PUBLISHED, WORDS, quantised_by_hand, serving, write_benchmarks
 from pldr import HELD_OUT, PldrConfig, PldrForCausalLM, convert_checkpoint, recipe
 from pldr.cli import app
 from pldr.files import read_text
@@ -44,6 +44,8 @@ NOT_RUN = {
     "export OPENAI_BASE_URL": "changes a shell; set for the Python behind it",
     "curl ": "the Python behind it asks the same",
     "vllm ": "needs vLLM; test_vllm.py starts its server",
+    "pldr export runs/frozen runs/onnx": "needs the extra; test_export.py of the clients runs it",
+    "pldr quantize": "needs the extra; test_torchao.py of the clients runs it",
     "docker ": "needs a daemon; test_serving.py reads the files",
     "pldr train v51-110M-1": "a data set of the hub, and a data-centre GPU; its recipe is read",
     "torchrun": "many GPUs; its recipe is read, and test_distributed.py runs two processes",
@@ -69,6 +71,8 @@ THERE = {
     "docs/certify.md": ["runs/mine", "held-out.jsonl"],
     "docs/compression.md": ["runs/mine", "held-out.jsonl"],
     "docs/checkpoints.md": ["PLDR-LLM-v51-110M-1", "v51", "v52", "v51G", "refinedweb.model"],
+    "docs/export.md": ["runs/mine"],
+    "docs/quantization.md": ["runs/mine", "runs/int8"],
     "docs/deductive-outputs.md": ["runs/mine", "books", "predefined_G_LM.safetensors"],
     "docs/evaluation.md": ["MODEL", "benchmarks-data", "test.txt", "valid.txt"],
     "docs/operators-and-caches.md": ["runs/mine", "predefined_G_LM.pkl"],
@@ -306,6 +310,9 @@ def make_thing(toy_model_file, toy_tokenizer, monkeypatch):
             case "runs/mine" | "runs/laptop" | "MODEL":
                 small_model().save_pretrained(place)
                 toy_tokenizer.save_pretrained(place)
+            case "runs/int8":
+                make("runs/mine", place.parent / "whole")
+                quantised_by_hand(place.parent / "whole", place)
             case "PLDR-LLM-v51-110M-1" | "v51":
                 make("MODEL", place.parent / f"before-{name}")
                 convert_checkpoint(place.parent / f"before-{name}", place, to="reference" if name == "v51" else "hub")

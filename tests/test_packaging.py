@@ -76,7 +76,15 @@ class TestWheel:
     def test_metadata(self, wheel):
         text = zipfile.ZipFile(wheel).read(f"pldr-{pldr.__version__}.dist-info/METADATA").decode()
         fields = HeaderParser().parsestr(text)
-        assert set(fields.get_all("Provides-Extra")) == {"train", "eval", "serve", "serve-light", "dev"}
+        assert set(fields.get_all("Provides-Extra")) == {
+            "train",
+            "eval",
+            "export",
+            "quantize",
+            "serve",
+            "serve-light",
+            "dev",
+        }
         assert fields["License-Expression"] == "Apache-2.0"
         assert {url.split(",")[0] for url in fields.get_all("Project-URL")} == {
             "Homepage", "Source", "Issues", "Changelog", "Documentation"

@@ -46,6 +46,7 @@ _PUBLIC = {
     "inspect": "study.inspect",
     "certify": "study.certify",
     "compress": "study.compress",
+    "quantize": "study.quantize",
     "reproduce": "study.claims",
     "run_demo": "study.demo",
     "serve": "serving.server",

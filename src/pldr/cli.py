@@ -257,6 +257,27 @@ def compress(
     _show("compress", locals())
 
 
+@_verb("quantize runs/laptop runs/int8 --to int8")
+def quantize(
+    model: Model,
+    destination: Annotated[Path, Argument(help="Folder to write.")],
+    to: Annotated[str, Option(help="int8, int4 or fp8.")] = "int8",
+    operator: Annotated[bool, Option("--operator", help="Quantise the metric learner, too.")] = False,
+    loss: Annotated[float, Option(help="Bound on the loss difference (95%), nats per token, of the verdict.")] = 0.01,
+    agreement: Annotated[float, Option(help="Least fraction of the same greedy tokens, of the verdict.")] = 0.98,
+    data: Annotated[list[str] | None, Option(help="Held-out text; else excerpts that ship with pldr.")] = None,
+    passages: Annotated[int, Option(help="Passages to compare on.")] = 16,
+    length: Length = None,
+    text_column: TextColumn = "text",
+    tokenizer: Tokenizer = None,
+    rope: Rope = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a model with weights of 8 or 4 bits on disk, with a certificate of what that changes."""
+    _show("quantize", locals())
+
+
 @_verb("export demo-output/stories-frozen runs/onnx")
 def export(
     model: Model,

@@ -113,7 +113,7 @@ def facts_view(facts: dict[str, Any]) -> RenderableType:
     if certificate := facts.get("certificate"):
         report = certificate["report"]
         verdict = "certified" if report["certified"] else "not certified"
-        mode = "factored" if "factored" in report["modes"] else "frozen"
+        mode = next(mode for mode in ("factored", "quantized", "frozen") if mode in report["modes"])
         difference = report["modes"][mode]["loss_difference"]
         about = f"{verdict} {certificate['date']}, {mode} {difference:+.1e} nats per token"
         rows.append(("certificate", about if facts["certified_weights"] else "of other weights; certify these again"))
@@ -183,6 +183,21 @@ def _comparison_rows(modes: dict[str, dict[str, Any]]) -> Iterator[list[str]]:
         ("largest logit difference", lambda m: f"{m['logit_difference']:.1e}"),
     ]
     yield from ([label, *map(cell, modes.values())] for label, cell in cells)
+
+
+def quantization_view(result: dict[str, Any]) -> RenderableType:
+    """What `Quantization.to_json` says."""
+    report = result["certificate"]["report"]
+    layers = ", ".join(f"{count} layers of {kind}" for kind, count in result["layers"].items())
+    return Group(
+        Text.assemble(
+            (result["folder"], "bold"),
+            f": {layers}, {result['bytes'] / 1e6:.1f} MB of weights (before: {result['bytes_before'] / 1e6:.1f} MB); "
+            f"{report['passages']} held-out passages, {report['tokens']:,} tokens, loss {report['loss']:.4f} nats per token before.",
+        ),
+        _table(["against the model before"], [report["weights"]], _comparison_rows(report["modes"])),
+        _verdict(report),
+    )
 
 
 def compression_view(result: dict[str, Any]) -> RenderableType:

@@ -64,11 +64,11 @@ class OnnxModel:
         return np.concatenate(written, axis=1)
 
 
-@pytest.mark.parametrize("operator", ["frozen", "factored"])
-def test_onnx_runtime(row, operator, model_folder, exported):
+@pytest.mark.parametrize("kind", ["frozen", "factored"])
+def test_onnx_runtime(row, kind, model_folder, exported):
     """The same logits, whole and step by step, and the same greedy texts of a batch that is padded on the left."""
-    row("onnxruntime", "`pldr export --to onnx`: logits and greedy text, with KV-cache", operator)
-    theirs, folder = OnnxModel(exported(operator, "onnx")), model_folder(operator)
+    row("onnxruntime", "`pldr export --to onnx`: logits and greedy text, with KV-cache", kind)
+    theirs, folder = OnnxModel(exported(kind, "onnx")), model_folder(kind)
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     config = model.config
     assert [value.name for value in theirs.past] == cache_names(config, "past_key_values")
@@ -93,11 +93,11 @@ def test_onnx_runtime(row, operator, model_folder, exported):
     assert theirs.greedy(ids.numpy(), mask.numpy(), NEW).tolist() == tokens[:, ids.shape[1] :].tolist()
 
 
-@pytest.mark.parametrize("operator", ["frozen", "factored"])
-def test_torch_without_our_code(row, operator, model_folder, exported):
+@pytest.mark.parametrize("kind", ["frozen", "factored"])
+def test_torch_without_our_code(row, kind, model_folder, exported):
     """The program runs where neither pldr nor transformers is imported, at sizes that it was not traced with."""
-    row("torch", "`pldr export --to torch`: `torch.export.load`, batch and length free", operator)
-    folder, model = exported(operator, "torch"), load_model(model_folder(operator))
+    row("torch", "`pldr export --to torch`: `torch.export.load`, batch and length free", kind)
+    folder, model = exported(kind, "torch"), load_model(model_folder(kind))
     code = """
 import sys, torch
 program = torch.export.load(sys.argv[1]).module()

@@ -18,8 +18,8 @@ from pldr import __version__
 from pldr.files import check_shape, one_line, read_json, write_json
 
 FILE = "certificate.json"
-# Of a frozen model, and of one with a factored operator.
-KIND, FACTORED_KIND = "pldr certificate 1", "pldr factored certificate 1"
+# Of a frozen model, of one with a factored operator, and of quantised weights.
+KIND, FACTORED_KIND, QUANTIZED_KIND = (f"pldr {kind}certificate 1" for kind in ("", "factored ", "quantized "))
 
 # What a certificate says, as `pldr.study.certify` writes it; see `pldr.files.check_shape`.
 _CHANGE = {"kl_mean": float, "agreement": float, "logit_difference": float}
@@ -48,6 +48,16 @@ _FACTORED_REPORT = {
     "reasons": [str],
     "certified": bool,
 }
+_QUANTIZED_REPORT = {
+    "weights": str,
+    "passages": int,
+    "tokens": int,
+    "loss": float,
+    "modes": {"quantized": _COMPARISON},
+    "thresholds": {"loss": float, "agreement": float},
+    "reasons": [str],
+    "certified": bool,
+}
 _CERTIFICATE = {
     "kind": KIND,
     **dict.fromkeys(("model", "weights", "frozen_weights", "device", "date", "dtype"), str),
@@ -55,7 +65,12 @@ _CERTIFICATE = {
     "versions": {},
     "report": _REPORT,
 }
-_FACTORED_CERTIFICATE = _CERTIFICATE | {"kind": FACTORED_KIND, "report": _FACTORED_REPORT}
+# By kind. That of quantised weights holds the one of the model that they were made of, or nothing.
+_CERTIFICATES = {
+    KIND: _CERTIFICATE,
+    FACTORED_KIND: _CERTIFICATE | {"kind": FACTORED_KIND, "report": _FACTORED_REPORT},
+    QUANTIZED_KIND: _CERTIFICATE | {"kind": QUANTIZED_KIND, "report": _QUANTIZED_REPORT, "source": {}},
+}
 
 
 def versions() -> dict[str, str]:
@@ -106,7 +121,7 @@ def read_certificate(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
         certificate = read_json(file)
         if certificate != with_checksum(certificate):
             raise ValueError("its contents do not match its checksum")
-        check_shape(certificate, _FACTORED_CERTIFICATE if certificate.get("kind") == FACTORED_KIND else _CERTIFICATE)
+        check_shape(certificate, _CERTIFICATES.get(certificate.get("kind"), _CERTIFICATE))
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file}: not a valid certificate ({one_line(error)}); certify the model again") from None
     return certificate
@@ -162,11 +177,24 @@ def certificate_to_serve(
                 problem = f"{folder}: has no certificate that its operator is one to trust; {_to_certify('ITS-SOURCE')}"
             elif tensors is not None and not is_about(certificate, tensors):
                 problem = f"{folder}: its certificate is about other weights; {_to_certify('ITS-SOURCE')}"
+            elif certificate["kind"] == QUANTIZED_KIND:
+                problem = _against_quantized(folder, certificate)
     if problem is None:
         return certificate
     if required:
         raise ValueError(problem)
     warnings.warn(problem, stacklevel=2)
+    return None
+
+
+def _against_quantized(folder: str | os.PathLike[str], certificate: dict[str, Any]) -> str | None:
+    if certificate["report"]["certified"] is not True:
+        return f"{folder}: its certificate says that quantisation changes too much: {'; '.join(certificate['report']['reasons'])}"
+    if not certificate["source"]:
+        return (
+            f"{folder}: its certificate is about the quantisation alone, not about the operator; "
+            f"{_to_certify('ITS-SOURCE')}, to quantise then"
+        )
     return None
 
 

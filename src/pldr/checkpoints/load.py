@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
 from pldr import heads, layouts
+from pldr.checkpoints import quantized
 from pldr.checkpoints.certificate import warn_unless_certified_weights
 from pldr.checkpoints.hub import local_path
 from pldr.checkpoints.reference import find_reference_files, read_hyperparameters, read_pickled_tensors, read_pth
@@ -40,6 +41,8 @@ def load_model(
     g_lm: str | os.PathLike[str] | None = None,
 ) -> PldrForCausalLM:
     """A model in evaluation mode from a folder in any of the three layouts, or not at all.
+
+    Weights that are quantised in files (`pldr quantize`) are read as the numbers that they stand for, in floating point.
 
     Unlike `from_pretrained`, which warns and goes on with random weights, every problem is an error here. A frozen
     model whose weights are no longer those of its certificate is loaded with a warning.
@@ -279,6 +282,14 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"{path}: damaged safetensors file ({one_line(error)})") from None
 
 
+def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Likewise, with quantised weights as plain ones."""
+    tensors = _read_safetensors(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+    return quantized.expanded(tensors, metadata, path) if quantized.NAMES in metadata else tensors
+
+
 # --- folders with a config.json -------------------------------------------------------------------------------------
 
 
@@ -296,9 +307,15 @@ def read_config(folder: Path) -> PldrConfig:
     # Settings that make transformers fetch and run more code (attention kernels, quantisation backends) are no part of
     # a PLDR-LLM; whoever wants them passes them to `from_pretrained` in person.
     fields = {name: value for name, value in fields.items() if not name.startswith("_")}
-    refused = sorted({"attn_implementation", "experts_implementation", "quantization_config"} & fields.keys())
+    refused = sorted({"attn_implementation", "experts_implementation"} & fields.keys())
     if refused:
         raise ValueError(f"{file}: {refused[0]} is not read from a file; remove it")
+    # Which weights are quantised, and how, stands with the weights; they are read as the numbers that they stand for.
+    method = fields.pop("quantization_config", None)
+    if method is not None and (not isinstance(method, dict) or method.get("quant_method") != quantized.METHOD):
+        raise ValueError(
+            f"{file}: quantization_config is read where its quant_method is {quantized.METHOD!r}; remove it"
+        )
     try:
         return PldrConfig.from_dict(fields)
     except (StrictDataclassError, ValueError, TypeError, AttributeError, RecursionError) as error:
@@ -337,7 +354,7 @@ def read_folder(folder: Path) -> tuple[PldrConfig, dict[str, torch.Tensor]]:
     config = read_config(folder)
     stored: dict[str, torch.Tensor] = {}
     for name in _weight_files(folder):
-        stored |= _read_safetensors(folder / name)
+        stored |= _read_weights(folder / name)
     state = under_our_names(stored, config, folder)
     check_tensors({name: tuple(tensor.shape) for name, tensor in state.items()}, config, str(folder))
     _check_sums(folder)

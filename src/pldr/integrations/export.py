@@ -152,9 +152,9 @@ def export(
             )
         exported.config.save_pretrained(folder)
         found.save_pretrained(folder)
-        if not isinstance(model, PldrForCausalLM) and (certificate := read_certificate(model)) is not None:
-            if is_about(certificate, stored.state_dict()):
-                write_certificate(folder, certificate)
+        certificate = None if isinstance(model, PldrForCausalLM) else read_certificate(model)
+        if certificate is not None and is_about(certificate, stored.state_dict()):
+            write_certificate(folder, certificate)
     return Exported(Path(destination) / FORMATS[to], stored.config.operator, difference, largest)
 
 
@@ -193,7 +193,10 @@ def _example(config: PldrConfig, *, batch: int, tokens: int, past: int) -> Input
     if batch > 1 < past + tokens:
         mask[-1, 0] = 0
     positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, past:].contiguous()
-    widths = [config.operator_ranks or [config.head_dim] * config.num_hidden_layers, [config.head_dim] * config.num_hidden_layers]
+    widths = [
+        config.operator_ranks or [config.head_dim] * config.num_hidden_layers,
+        [config.head_dim] * config.num_hidden_layers,
+    ]
     shapes = [(batch, config.num_attention_heads, past, width) for pair in zip(*widths, strict=True) for width in pair]
     return ids, mask, positions, [torch.randn(shape, generator=random) for shape in shapes]
 
@@ -221,7 +224,9 @@ def _onnx_runner(file: Path) -> Callable[..., list[torch.Tensor]]:
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     names = [value.name for value in session.get_inputs()]
 
-    def run(ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, past: list[torch.Tensor]) -> list[torch.Tensor]:
+    def run(
+        ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, past: list[torch.Tensor]
+    ) -> list[torch.Tensor]:
         feed = zip(names, (ids, mask, positions, *past), strict=True)
         return [torch.from_numpy(output) for output in session.run(None, {name: x.numpy() for name, x in feed})]
 

@@ -37,12 +37,17 @@ def check_model(model_config: "ModelConfig") -> None:
     """Called by vLLM in the process that the user started, before there are others; warns where there is no certificate.
 
     Raises:
-        ValueError: a learned operator; a folder that holds no whole model (see `pldr.load_model`); or
+        ValueError: a learned operator, or quantised weights; a folder that holds no whole model (see `pldr.load_model`); or
             `PLDR_REQUIRE_CERTIFICATE` is set, and there is no certificate about the weights.
     """
     model, config = model_config.model, model_config.hf_config
     if not isinstance(config, PldrConfig):
         raise ValueError(f"{model}: code that comes with a model is not run; leave out --trust-remote-code")
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"{model}: has quantised weights, which were not tried in vLLM; serve it with pldr serve {model} --backend engine, or "
+            "the model that it was made of"
+        )
     refuse_learned(model, config.operator)
     tensors = read_folder(Path(model))[1] if Path(model).is_dir() else None  # else it is a name on the hub
     certificate_to_serve(model, config.operator, tensors, required=os.environ.get(REQUIRE_CERTIFICATE) == "1")

@@ -398,7 +398,7 @@ def compare_modes(
     few = passages[:_CALIBRATION_COMPARED]
     alone = [_loss_difference(frozen_copy(model, row[None]), few, losses) for row in calibration]
     comparisons = {mode: sums.comparison() for mode, sums in compared.items()}
-    reasons = [reason for mode, found in comparisons.items() for reason in _against(mode, found, thresholds)]
+    reasons = [reason for mode, found in comparisons.items() for reason in against(mode, found, thresholds)]
     report = Report(
         passages=len(passages), tokens=passages.numel(), loss=float(np.mean([loss.mean().item() for loss in losses])),
         modes=comparisons, variation=variation(_operators(model, passages)).tolist(),
@@ -419,22 +419,33 @@ def compare_factored(
     progress: Callable[[Iterable[int]], Iterable[int]] = lambda items: items,
 ) -> FactoredReport:
     """Compare a factored form with the model that it came from, on passages [B, T], held out, B ≥ 2, T ≥ 4."""
-    sums, losses = _Sums(), []
-    for index in progress(range(len(passages))):
-        ids = passages[index : index + 1]
-        whole, short = (form.eval()(ids, use_cache=False).logits for form in (model, factored))
-        losses.append(losses_of(whole, ids).mean().item())
-        sums.add(whole, short, ids)
-    found = sums.comparison()
-    reasons = _against("factored", found, thresholds, worst=found.loss_interval[1])
+    found, loss = compare_forms(model, factored, passages, progress)
+    reasons = against("factored", found, thresholds, worst=found.loss_interval[1])
     ranks = factored.config.operator_ranks
     assert ranks is not None
     return FactoredReport(
         against="learned" if model.config.operator == "learned" else "frozen", passages=len(passages),
-        tokens=passages.numel(), loss=float(np.mean(losses)), modes={"factored": found}, ranks=ranks,
+        tokens=passages.numel(), loss=loss, modes={"factored": found}, ranks=ranks,
         head_ranks=[operator.head_ranks() for operator in factored.modules() if isinstance(operator, FactoredOperator)],
         thresholds=thresholds, reasons=reasons, certified=not reasons,
     )  # fmt: skip
+
+
+@torch.no_grad()
+def compare_forms(
+    model: PldrForCausalLM,
+    form: PldrForCausalLM,
+    passages: torch.Tensor,
+    progress: Callable[[Iterable[int]], Iterable[int]] = lambda items: items,
+) -> tuple[Comparison, float]:
+    """How a form of a model reads passages [B, T], each with its own operator, and the model's mean loss."""
+    sums, losses = _Sums(), []
+    for index in progress(range(len(passages))):
+        ids = passages[index : index + 1]
+        before, after = (each.eval()(ids, use_cache=False).logits for each in (model, form))
+        losses.append(losses_of(before, ids).mean().item())
+        sums.add(before, after, ids)
+    return sums.comparison(), float(np.mean(losses))
 
 
 def _operators(model: PldrForCausalLM, passages: torch.Tensor) -> torch.Tensor:
@@ -456,7 +467,7 @@ def _loss_difference(frozen: PldrForCausalLM, passages: torch.Tensor, losses: li
     return float(torch.stack(differences).mean())
 
 
-def _against(mode: str, found: Comparison, thresholds: Thresholds, worst: float | None = None) -> list[str]:
+def against(mode: str, found: Comparison, thresholds: Thresholds, worst: float | None = None) -> list[str]:
     """Reasons; `worst`: the loss difference that counts, by default the larger end of its interval, of either sign."""
     worst = max(abs(bound) for bound in found.loss_interval) if worst is None else worst
     reasons = []
