@@ -147,23 +147,39 @@ def quantize(
         layers = write_quantized(stored, folder, to, operator=operator)
         found.save_pretrained(folder)
         written = load_model(folder)
-        comparison, before = compare_forms(in_float32(stored), in_float32(written), rows)
-        reasons = against("quantized", comparison, thresholds)
-        report = QuantizedReport(
-            to, len(rows), rows.numel(), before, {"quantized": comparison}, thresholds, reasons, certified=not reasons
-        )
-        certificate = {
-            "kind": QUANTIZED_KIND, "model": Path(name_of(model)).resolve().name, "weights": weights_digest(stored.state_dict()),
-            "frozen_weights": weights_digest(written.state_dict()), "source": _certificate_of_source(model, stored),
-            "data": {"sources": sources or [HELD_OUT.name], "passages": len(rows), "length": rows.shape[1],
-                     "sha256": hashlib.sha256(rows.numpy().tobytes()).hexdigest()},
-            "device": "cpu", "date": time.strftime("%Y-%m-%d"), "dtype": "float32", "versions": versions(),
-            "report": dataclasses.asdict(report),
-        }  # fmt: skip
+        report = _report(stored, written, rows, to, thresholds)
+        certificate = _certificate(model, stored, written, report, sources or [HELD_OUT.name], rows)
         write_certificate(folder, certificate)
         size = (folder / layouts.WEIGHTS).stat().st_size
     whole = sum(tensor.numel() * tensor.element_size() for tensor in stored.state_dict().values())
     return Quantization(Path(destination), layers, size, whole, report, certificate)
+
+
+def _report(
+    stored: PldrForCausalLM, written: PldrForCausalLM, rows: torch.Tensor, to: str, thresholds: Thresholds
+) -> QuantizedReport:
+    comparison, before = compare_forms(in_float32(stored), in_float32(written), rows)
+    reasons = against("quantized", comparison, thresholds)
+    modes = {"quantized": comparison}
+    return QuantizedReport(to, len(rows), rows.numel(), before, modes, thresholds, reasons, certified=not reasons)
+
+
+def _certificate(
+    model: Any,
+    stored: PldrForCausalLM,
+    written: PldrForCausalLM,
+    report: QuantizedReport,
+    sources: list[str],
+    rows: torch.Tensor,
+) -> dict[str, Any]:
+    return {
+        "kind": QUANTIZED_KIND, "model": Path(name_of(model)).resolve().name, "weights": weights_digest(stored.state_dict()),
+        "frozen_weights": weights_digest(written.state_dict()), "source": _certificate_of_source(model, stored),
+        "data": {"sources": sources, "passages": len(rows), "length": rows.shape[1],
+                 "sha256": hashlib.sha256(rows.numpy().tobytes()).hexdigest()},
+        "device": "cpu", "date": time.strftime("%Y-%m-%d"), "dtype": "float32", "versions": versions(),
+        "report": dataclasses.asdict(report),
+    }  # fmt: skip
 
 
 def _certificate_of_source(model: Any, stored: PldrForCausalLM) -> dict[str, Any]:
