@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import aiohttp
+import psutil
 from conditions import conditions, record
 
 from pldr import HELD_OUT, STORIES, Engine, freeze_checkpoint, load_model, load_tokenizer
@@ -156,7 +157,15 @@ def parted_at_a_tie(engine: Engine, prompt: str, text: str, expected: str, new: 
     return False
 
 
-def measure(url: str, name: str, model: Path, prompts: list[str], requests: int, arguments: argparse.Namespace) -> dict:
+def measure(
+    url: str,
+    name: str,
+    model: Path,
+    process: subprocess.Popen,
+    prompts: list[str],
+    requests: int,
+    arguments: argparse.Namespace,
+) -> dict:
     """One request at a time, then many; every text compared."""
     alone, seconds = asyncio.run(load(url, name, prompts, arguments.new, 1))
     if any(answer.text is None for answer in alone):
@@ -164,7 +173,9 @@ def measure(url: str, name: str, model: Path, prompts: list[str], requests: int,
     expected = {prompt: answer.text for prompt, answer in zip(prompts, alone, strict=True)}
     dice = random.Random(1)
     asked = [dice.choice(prompts) for _ in range(requests)]
+    worked = processor_time(process)
     many, took = asyncio.run(load(url, name, asked, arguments.new, arguments.clients))
+    worked = processor_time(process) - worked
     failed = sum(answer.text is None for answer in many)
     others = [(prompt, answer.text) for prompt, answer in zip(asked, many, strict=True)
               if answer.text not in (None, expected[prompt])]  # fmt: skip
@@ -172,7 +183,7 @@ def measure(url: str, name: str, model: Path, prompts: list[str], requests: int,
     ties = sum(parted_at_a_tie(engine, prompt, text, expected[prompt], arguments.new) for prompt, text in others)
     one, load_of_many = summary(alone, seconds, arguments.new), summary(many, took, arguments.new)
     return {
-        "one_at_a_time": one, "many": load_of_many | {"clients": arguments.clients, "failed": failed, "other_text": len(others), "of_them_at_ties": ties},
+        "one_at_a_time": one, "many": load_of_many | {"clients": arguments.clients, "failed": failed, "other_text": len(others), "of_them_at_ties": ties, "processor_seconds_per_request": worked / requests},
         "throughput_ratio": load_of_many["requests_per_second"] / one["requests_per_second"],
     }  # fmt: skip
 
@@ -181,6 +192,12 @@ def memory(process: subprocess.Popen) -> int:
     """Resident bytes."""
     status = Path(f"/proc/{process.pid}/status").read_text()
     return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) * 1024  # type: ignore[index]
+
+
+def processor_time(process: subprocess.Popen) -> float:
+    """Seconds that a server and its processes have worked: what it needs, whatever else the machine does."""
+    root = psutil.Process(process.pid)
+    return sum(sum(one.cpu_times()[:2]) for one in (root, *root.children(recursive=True)))
 
 
 def terminated_under_load(
@@ -242,7 +259,7 @@ def main() -> None:
                 warm = memory(process)
                 count = arguments.requests if title == "pldr" else arguments.peer_requests
                 try:
-                    results[title] = measure(url, name, model, prompts, count, arguments)
+                    results[title] = measure(url, name, model, process, prompts, count, arguments)
                 except RuntimeError as error:
                     if server == "pldr":
                         raise
