@@ -1,6 +1,6 @@
 """Memory of `pldr serve` over as many requests as an hour brings at one a second, sent as fast as they are answered.
 
-    python benchmarks/soak_serve.py [MODEL] [--requests 3600] [--warm 300] [--clients 48] [--output FILE]
+    python benchmarks/soak_serve.py [MODEL] [--requests 3600] [--warm 100] [--clients 48] [--output FILE]
 
 Requests are of every kind, at random: prompts from a word to almost the whole context, one to 24 new tokens, greedy and drawn, whole and streamed,
 several choices, log-probabilities, echo, stops; one in twenty leaves before its end, and one in ten is none at all. Resident memory is read after
@@ -76,7 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model", nargs="?", type=Path, default=STORIES)
     parser.add_argument("--requests", type=int, default=3600)
-    parser.add_argument("--warm", type=int, default=300, help="requests before memory is compared")
+    parser.add_argument("--warm", type=int, default=100, help="requests before memory is compared")
     parser.add_argument("--clients", type=int, default=48)
     parser.add_argument("--port", type=int, default=8767)
     parser.add_argument("--output", type=Path)

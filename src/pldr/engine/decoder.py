@@ -20,6 +20,7 @@ from pldr.modeling_pldr import PldrDecoderLayer, PldrForCausalLM
 from pldr.operator import GatedLinearUnit, LearnedOperator, ResidualUnit
 from pldr.ops import decode, reference
 from pldr.ops.decode import Choice, Linear, Norm, Parts, State, Stream
+from pldr.ops.decoding.reference import FEW_ROWS
 from pldr.ops.quantized import quantized
 
 # Most steps of one `run`.
@@ -312,10 +313,23 @@ class Decoder:
 
     # --- rows --------------------------------------------------------------------------------------------------------
 
-    def reserve(self) -> None:
-        """Take the memory of the caches now. On a CPU the system would else hand it out as rows are first written."""
+    @torch.inference_mode()
+    def reserve(self, tokens: int) -> None:
+        """Take the memory now that would else be taken as texts come: on a CPU the system hands out the caches' as rows are
+        first written, and oneDNN keeps code for each number of rows.
+
+        Args:
+            tokens: of prompts that will be read together; at least one of the longest.
+        """
         for part in (*self.keys, *self.values):
             part.zero_()
+        if self.device.type == "cpu":
+            for rows in range(1, min(self.rows, FEW_ROWS) + 1):
+                self.run(rows, 1, draw=True)
+            longest = [0] * (self.length - 1)
+            self.prefill(0, [longest] * min(self.rows, max(1, tokens // len(longest))))
+            self.read(0, longest)
+            self.state.positions.zero_()
 
     def move(self, source: int, target: int) -> None:
         """Put a row in another's place, caches and operator with it."""

@@ -19,7 +19,7 @@ from pldr.serving.answers import DONE, Answer, ChatAnswer, CompletionAnswer, Tok
 from pldr.serving.guard import ARRIVAL, INTERNAL, Guard
 from pldr.serving.metrics import Metrics
 from pldr.serving.protocol import DEFAULT_TOKENS, ApiError, ChatRequest, CompletionRequest
-from pldr.serving.worker import Cancelled, Full, Job, News, Stopped, Worker
+from pldr.serving.worker import JOINING_TOKENS, Cancelled, Full, Job, News, Stopped, Worker
 from pldr.tokenizer import encode_prompt
 
 PATHS = {"/v1/completions", "/v1/chat/completions", "/v1/models", "/v1/pldr/operator", "/health", "/metrics"}
@@ -70,7 +70,7 @@ class Service:
 
     def __post_init__(self) -> None:
         assert self.engine.tokenizer is not None
-        self.engine.decoder.reserve()  # a server is as large when it starts as it will be
+        self.engine.decoder.reserve(JOINING_TOKENS)  # a server is as large when it starts as it will be
         self.tokenizer, self.metrics = self.engine.tokenizer, Metrics()
         self.tokens, self.created = TokenTexts(self.tokenizer), int(time.time())
         self.worker = Worker(self.engine, self.metrics, self.limits.queue, self._tell)

@@ -18,7 +18,7 @@ logger = logging.getLogger("pldr.serving")
 # Tokens of each sequence between two looks at what has come and gone; on a CPU the engine makes one at a time.
 _STEPS = 4
 # Prompts that join in one step, at most, and their tokens, but for one that is longer: the others wait for it with their next token.
-_JOINING, _JOINING_TOKENS = 8, 2048
+_JOINING, JOINING_TOKENS = 8, 2048
 # What a text ended by, where it was none of the engine's reasons.
 _REASONS = {"TimeoutError": "timeout", "Cancelled": "cancelled", "Stopped": "stopped"}
 # Seconds after which a step that has not ended counts as a failure.
@@ -183,7 +183,7 @@ class Worker:
         while self._waiting and len(self.engine.waiting) < places:
             request = self._waiting[0].request
             tokens += len(request.prompt)
-            if self.engine.waiting and tokens > _JOINING_TOKENS:
+            if self.engine.waiting and tokens > JOINING_TOKENS:
                 break
             self._waiting.popleft()
             if request.finish_reason is None:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from pldr.ops.reference import apply_rotary
 
 # Rows of a product that count as few: the tokens of a batch, rather than a prompt.
-_FEW_ROWS = 32
+FEW_ROWS = 32
 
 
 class Norm(NamedTuple):
@@ -29,7 +29,7 @@ class Linear(NamedTuple):
     bias: torch.Tensor
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        few = x.device.type == "cpu" and len(x) <= _FEW_ROWS
+        few = x.device.type == "cpu" and len(x) <= FEW_ROWS
         if few and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
             # oneDNN reads weights at the memory's speed: of 32,000 x 896, for one row on two cores, 3.7 ms where the
             # library behind F.linear (MKL, on an AMD EPYC) takes 8.2. But it keeps code of its own for each number of rows,
