@@ -78,7 +78,7 @@ def started(words: list[str], port: int, log: Path) -> Iterator[subprocess.Popen
 
 async def healthy(url: str, process: subprocess.Popen, log: Path) -> None:
     async with aiohttp.ClientSession() as session:
-        for _ in range(600):
+        for _ in range(1200):
             assert process.poll() is None, log.read_text()[-2000:]
             with contextlib.suppress(aiohttp.ClientError):
                 async with session.get(url) as response:

@@ -325,7 +325,7 @@ class Decoder:
             part.zero_()
         if self.device.type == "cpu":
             for rows in range(1, min(self.rows, FEW_ROWS) + 1):
-                self.run(rows, 1, draw=True)
+                self.run(rows, 1, draw=False)
             longest = [0] * (self.length - 1)
             self.prefill(0, [longest] * min(self.rows, max(1, tokens // len(longest))))
             self.read(0, longest)
