@@ -132,10 +132,7 @@ def quantize(
         ValueError, OSError: an option outside its range, too little text, or a model, tokenizer or destination that can not be
             used; nothing is written then.
     """
-    if to not in KINDS:
-        raise ValueError(f"to: must be one of {', '.join(KINDS)}, got {to!r}")
-    if passages < 2:
-        raise ValueError(f"passages: must be at least 2, got {passages}")
+    _check_options(to, passages)
     thresholds = Thresholds(loss, agreement)
     require("quantize", "torchao")
     check_output(destination, overwrite=overwrite)
@@ -153,6 +150,13 @@ def quantize(
         size = (folder / layouts.WEIGHTS).stat().st_size
     whole = sum(tensor.numel() * tensor.element_size() for tensor in stored.state_dict().values())
     return Quantization(Path(destination), layers, size, whole, report, certificate)
+
+
+def _check_options(to: str, passages: int) -> None:
+    if to not in KINDS:
+        raise ValueError(f"to: must be one of {', '.join(KINDS)}, got {to!r}")
+    if passages < 2:
+        raise ValueError(f"passages: must be at least 2, got {passages}")
 
 
 def _report(
