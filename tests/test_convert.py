@@ -356,7 +356,7 @@ class TestStrictness:
         fields = json.loads((folder / "config.json").read_text())
         for name, value in [("attn_implementation", "owner/kernel"), ("quantization_config", {"quant_method": "x"})]:
             (folder / "config.json").write_text(json.dumps(fields | {name: value}))
-            with pytest.raises(ValueError, match=f"{name} is not read from a file"):
+            with pytest.raises(ValueError, match=rf"{name} is (not read from a file|read where its quant_method is)"):
                 load_model(folder)
         (folder / "config.json").write_text(json.dumps(fields | {"_attn_implementation": "owner/kernel"}))
         assert load_model(folder).config._attn_implementation == "sdpa"

@@ -180,7 +180,8 @@ def test_functions_take_the_options_of_their_commands():
     commands |= typer.main.get_command(app).commands
     assert {verb for verb, _ in rows} == commands.keys() - {"tokenizer"}
     # What prints alone or is said in another way: files given, what a stream is for.
-    said = {"perplexity": "files", "stream": "on_text", "resume_from": "resume", "strict": "overrides"}
+    said = {"perplexity": "files", "stream": "on_text", "resume_from": "resume", "strict": "overrides",
+            "prompts_file": "prompt"}  # fmt: skip
     for verb, functions in rows:
         taken = {}
         for name in re.findall(r"`pldr\.(\w+)", functions):

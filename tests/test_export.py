@@ -1,4 +1,4 @@
-"""Export: what it refuses, and what stands in the folder. Other runtimes run it in clients/test_export.py."""
+"""Export: what it refuses, and what stands in the folder. Other runtimes run it in clients/test_onnx.py."""
 
 import pytest
 import torch

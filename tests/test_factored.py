@@ -91,8 +91,9 @@ class TestModel:
         assert torch.equal(G_LM[0], (eye * (torch.arange(16) < 8)).expand(2, 16, 16))
         drawn = deductive_outputs(small_model(**shape, operator_init="random"), ids).G_LM
         assert drawn.std(dim=(1, 2, 3, 4)).tolist() == pytest.approx([1, 1], abs=0.15)
-        with pytest.raises(ValueError, match="operator_init='external': G_LM must come with the weights"):
-            small_model(**shape, operator_init="external")
+        awaited = small_model(**shape, operator_init="external").model.layers[0].self_attn.operator
+        assert awaited.left.isnan().all()
+        assert awaited.right.isnan().all()
 
     def test_factors_that_are_trainable_are_trained(self, small_model, ids):
         fixed, trained = (factor(small_model(), random_factors(), trainable=flag) for flag in (False, True))

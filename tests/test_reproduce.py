@@ -53,7 +53,7 @@ def test_ablation_and_handoff_share_runs_and_compare_variants(lab):
     run_claim("ablation", first)
     text, numbers = page(first)
     rows = [line for line in text.splitlines() if line.startswith("| ")]
-    assert len(rows) == 2 + 5
+    assert len(rows) == 2 + 6
     # The DAG loss of an untrained operator may overflow, which the table then shows.
     assert all(" 2 of 2 " in row for row in rows[2:] if "DAG" not in row)
     summary = numbers["numbers"]["summary"]

@@ -121,7 +121,8 @@ def read_certificate(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
         certificate = read_json(file)
         if certificate != with_checksum(certificate):
             raise ValueError("its contents do not match its checksum")
-        check_shape(certificate, _CERTIFICATES.get(certificate.get("kind"), _CERTIFICATE))
+        kind = certificate.get("kind")
+        check_shape(certificate, _CERTIFICATES.get(kind, _CERTIFICATE) if isinstance(kind, str) else _CERTIFICATE)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file}: not a valid certificate ({one_line(error)}); certify the model again") from None
     return certificate
