@@ -41,7 +41,7 @@ def pairs():
 
 @torch.no_grad()
 def plainly(model, context, continuation, mode):
-    """The log-likelihood by one sequence at a time, token by token where G_LM is cached."""
+    """The log-likelihood by one sequence at a time, token by token where G_LM is cached; summed in float64, as scores are."""
     if mode == "cached":
         cache = make_cache(model.config)
         logits = [model(torch.tensor([context]), past_key_values=cache).logits[0, -1]]
@@ -51,7 +51,7 @@ def plainly(model, context, continuation, mode):
     else:
         ids = torch.tensor([[*context, *continuation]])
         logits = model(ids[:, :-1], use_cache=False).logits[0, len(context) - 1 :]
-    return logits.log_softmax(-1)[range(len(continuation)), continuation].sum().item()
+    return logits.log_softmax(-1)[range(len(continuation)), continuation].double().sum().item()
 
 
 def plain_model(model, mode, calibration):
