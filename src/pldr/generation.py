@@ -129,13 +129,15 @@ def generate_texts(
     """
     if not prompts:
         raise ValueError("prompts: there are none; give at least one")
-    engine = Engine(model, tokenizer, max_batch=min(len(prompts), _BATCH), quantize=quantize)
+    encoded = []
     for number, prompt in enumerate(prompts, 1):
         try:
-            new_tokens(len(encode_prompt(tokenizer, prompt)), model.config.max_position_embeddings, max_new_tokens)
+            encoded.append(encode_prompt(tokenizer, prompt))
+            new_tokens(len(encoded[-1]), model.config.max_position_embeddings, max_new_tokens)
         except ValueError as error:
             raise ValueError(f"prompt {number}: {error}") from None
-    found = engine.generate(list(prompts), Options(max_new_tokens=max_new_tokens, **settings))
+    engine = Engine(model, tokenizer, max_batch=min(len(prompts), _BATCH), quantize=quantize)
+    found = engine.generate(encoded, Options(max_new_tokens=max_new_tokens, **settings))
     for prompt, completion in zip(prompts, found, strict=True):
         yield {
             "prompt": prompt, "text": completion.text, "token_ids": completion.token_ids,
