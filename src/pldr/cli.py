@@ -261,7 +261,7 @@ def compress(
 def quantize(
     model: Model,
     destination: Annotated[Path, Argument(help="Folder to write.")],
-    to: Annotated[str, Option(help="int8, int4 or fp8.")] = "int8",
+    to: Annotated[Literal["int8", "int4", "fp8"], Option(help="Kind of the weights.")] = "int8",
     operator: Annotated[bool, Option("--operator", help="Quantise the metric learner, too.")] = False,
     loss: Annotated[float, Option(help="Bound on the loss difference (95%), nats per token, of the verdict.")] = 0.01,
     agreement: Annotated[float, Option(help="Least fraction of the same greedy tokens, of the verdict.")] = 0.98,
@@ -282,7 +282,9 @@ def quantize(
 def export(
     model: Model,
     destination: Annotated[Path, Argument(help="Folder to write.")],
-    to: Annotated[str, Option(help="onnx, or torch: a program for torch.export.load.")] = "onnx",
+    to: Annotated[
+        Literal["onnx", "torch"], Option(help="For ONNX Runtime and others, or for torch.export.load.")
+    ] = "onnx",
     tokenizer: Tokenizer = None,
     rope: Rope = None,
     g_lm: OperatorFile = None,

@@ -24,40 +24,27 @@ KIND, FACTORED_KIND, QUANTIZED_KIND = (f"pldr {kind}certificate 1" for kind in (
 # What a certificate says, as `pldr.study.certify` writes it; see `pldr.files.check_shape`.
 _CHANGE = {"kl_mean": float, "agreement": float, "logit_difference": float}
 _COMPARISON = _CHANGE | {"loss_difference": float, "loss_interval": [float], "kl_99": float, "kl_max": float}
-_REPORT = {
+_BASE_REPORT = {
     "passages": int,
     "tokens": int,
     "loss": float,
+    "thresholds": {"loss": float, "agreement": float},
+    "reasons": [str],
+    "certified": bool,
+}
+_REPORT = _BASE_REPORT | {
     "modes": {"cached": _COMPARISON, "frozen": _COMPARISON},
     "variation": [float],
     "calibration": {"loss_difference": [float], "spread": float},
     "causality": {"learned": _CHANGE, "frozen": _CHANGE},
-    "thresholds": {"loss": float, "agreement": float},
-    "reasons": [str],
-    "certified": bool,
 }
-_FACTORED_REPORT = {
-    "against": str,
-    "passages": int,
-    "tokens": int,
-    "loss": float,
+_FACTORED_REPORT = _BASE_REPORT | {
     "modes": {"factored": _COMPARISON},
+    "against": str,
     "ranks": [int],
     "head_ranks": [[int]],
-    "thresholds": {"loss": float, "agreement": float},
-    "reasons": [str],
-    "certified": bool,
 }
-_QUANTIZED_REPORT = {
-    "weights": str,
-    "passages": int,
-    "tokens": int,
-    "loss": float,
-    "modes": {"quantized": _COMPARISON},
-    "thresholds": {"loss": float, "agreement": float},
-    "reasons": [str],
-    "certified": bool,
-}
+_QUANTIZED_REPORT = _BASE_REPORT | {"modes": {"quantized": _COMPARISON}, "weights": str}
 _CERTIFICATE = {
     "kind": KIND,
     **dict.fromkeys(("model", "weights", "frozen_weights", "device", "date", "dtype"), str),

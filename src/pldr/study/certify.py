@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -91,61 +91,63 @@ class Comparison(Change):
     kl_max: float
 
 
-@dataclass(frozen=True)
-class Report:
-    """What caching and freezing change.
+@dataclass(frozen=True, kw_only=True)
+class BaseReport:
+    """What a change of the model changes in what it says, and whether that is little enough.
 
     Attributes:
+        kind: of the certificate that it makes.
         passages, tokens: that were compared.
-        loss: of the model, nats per token.
-        modes: "cached" (positions in the second half of each passage) and "frozen" (all positions).
-        variation: of G_LM over passages, layer by layer (`pldr.deductive.variation`).
-        calibration: frozen "loss_difference" by each calibration passage alone, on the first eight passages, and their
-            "spread".
-        causality: how much logits before the middle change when the tokens after it do, for a learned and a frozen G_LM.
+        loss: of the model before, nats per token.
+        modes: what was compared, by name.
         thresholds: what the verdict is about.
         reasons: against it.
         certified: the verdict: there are none.
     """
 
+    kind: ClassVar[str]
     passages: int
     tokens: int
     loss: float
     modes: dict[str, Comparison]
+    thresholds: Thresholds
+    reasons: list[str]
+    certified: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(BaseReport):
+    """What caching and freezing change; modes: "cached" (positions in the second half of each passage) and "frozen" (all).
+
+    Attributes:
+        variation: of G_LM over passages, layer by layer (`pldr.deductive.variation`).
+        calibration: frozen "loss_difference" by each calibration passage alone, on the first eight passages, and their
+            "spread".
+        causality: how much logits before the middle change when the tokens after it do, for a learned and a frozen G_LM.
+    """
+
+    kind = KIND
     variation: list[float]
     calibration: dict[str, Any]
     causality: dict[str, Change]
-    thresholds: Thresholds
-    reasons: list[str]
-    certified: bool
 
 
-@dataclass(frozen=True)
-class FactoredReport:
-    """What a factored operator changes.
+@dataclass(frozen=True, kw_only=True)
+class FactoredReport(BaseReport):
+    """What a factored operator changes; modes: "factored", all positions.
+
+    Of the interval of the loss difference, the upper end counts.
 
     Attributes:
         against: "learned" or "frozen": the operator of the model that it is compared with.
-        passages, tokens: that were compared.
-        loss: of that model, nats per token.
-        modes: "factored", all positions.
         ranks: dimensions of cached keys, layer by layer.
         head_ranks: of those the ones that each head uses, layer by layer.
-        thresholds: what the verdict is about; of the interval of the loss difference, the upper end counts.
-        reasons: against it.
-        certified: the verdict: there are none.
     """
 
+    kind = FACTORED_KIND
     against: str
-    passages: int
-    tokens: int
-    loss: float
-    modes: dict[str, Comparison]
     ranks: list[int]
     head_ranks: list[list[int]]
-    thresholds: Thresholds
-    reasons: list[str]
-    certified: bool
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ class Certificate(Printable):
 
     Attributes:
         model: name of the model.
-        weights, frozen_weights: digests of the model and of its frozen or factored form, as they are stored.
+        weights, frozen_weights: digests of the model and of its frozen, factored or quantised form, as they are stored.
         data: names of the data and whatever else tells it apart.
         device: where it was measured, in float32.
         date: when.
@@ -169,7 +171,7 @@ class Certificate(Printable):
     data: dict[str, Any]
     device: str
     date: str
-    report: Report | FactoredReport
+    report: BaseReport
     frozen: PldrForCausalLM = dataclasses.field(repr=False)
     tokenizer: PreTrainedTokenizerFast = dataclasses.field(repr=False)
 
@@ -180,7 +182,7 @@ class Certificate(Printable):
     def to_json(self) -> dict[str, Any]:
         """Plain numbers, lists and texts."""
         return {
-            "kind": FACTORED_KIND if isinstance(self.report, FactoredReport) else KIND,
+            "kind": self.report.kind,
             **{name: getattr(self, name) for name in ("model", "weights", "frozen_weights", "data", "device", "date")},
             "dtype": "float32",
             "versions": versions(),
@@ -260,7 +262,7 @@ def certify(
         raise ValueError(f"{frozen}: has another vocabulary than the model; it is not its frozen form")
     frozen_weights = None if constant is None else weights_digest(constant.state_dict())
     read, held_out = in_float32(stored), rows[calibration:].to(stored.device)
-    report: Report | FactoredReport
+    report: BaseReport
     if factored:
         assert constant is not None
         report = compare_factored(read, in_float32(constant), held_out, thresholds=thresholds, progress=_progress)
@@ -289,7 +291,7 @@ def certificate_of(
     stored: PldrForCausalLM,
     form: PldrForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
-    report: Report | FactoredReport,
+    report: BaseReport,
     *,
     sources: list[str],
     rows: torch.Tensor,
@@ -300,7 +302,7 @@ def certificate_of(
 
     Args:
         model: as it was given; `stored`: as it was loaded.
-        form: its frozen or factored form, and `frozen_weights`: its digest where it is stored in another dtype.
+        form: its frozen, factored or quantised form, and `frozen_weights`: its digest where it is stored in another dtype.
         tokenizer: of the model.
         report: what was measured.
         sources: of the passages `rows` [B, T], the first `calibration` of which were not held out.

@@ -2,9 +2,7 @@
 
 import copy
 import dataclasses
-import hashlib
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,18 +19,24 @@ from pldr.checkpoints.certificate import (
     QUANTIZED_KIND,
     is_about,
     read_certificate,
-    versions,
-    weights_digest,
     write_certificate,
 )
 from pldr.checkpoints.load import load_model, load_with_tokenizer
 from pldr.checkpoints.quantized import METHOD, packed_in_four_bits
 from pldr.data.sources import Source, names_of
-from pldr.evaluation.modes import keeps_training, name_of
+from pldr.evaluation.modes import keeps_training
 from pldr.files import check_output, read_json, require, whole_folder, write_json, write_sums
 from pldr.modeling_pldr import LanguageModelHead, PldrForCausalLM
 from pldr.models.shipped import HELD_OUT
-from pldr.study.certify import Comparison, Thresholds, against, compare_forms, in_float32, spread_passages
+from pldr.study.certify import (
+    BaseReport,
+    Thresholds,
+    against,
+    certificate_of,
+    compare_forms,
+    in_float32,
+    spread_passages,
+)
 from pldr.tables import Printable, quantization_view
 
 KINDS = ("int8", "int4", "fp8")
@@ -40,28 +44,16 @@ KINDS = ("int8", "int4", "fp8")
 GROUPS = (64, 32)
 
 
-@dataclass(frozen=True)
-class QuantizedReport:
-    """What quantised weights change.
+@dataclass(frozen=True, kw_only=True)
+class QuantizedReport(BaseReport):
+    """What quantised weights change; modes: "quantized", all positions, with the same operator as before.
 
     Attributes:
         weights: their kind, one of `KINDS`.
-        passages, tokens: that were compared.
-        loss: of the model as it was, nats per token.
-        modes: "quantized", all positions, with the same operator as before.
-        thresholds: what the verdict is about.
-        reasons: against it.
-        certified: the verdict: there are none.
     """
 
+    kind = QUANTIZED_KIND
     weights: str
-    passages: int
-    tokens: int
-    loss: float
-    modes: dict[str, Comparison]
-    thresholds: Thresholds
-    reasons: list[str]
-    certified: bool
 
 
 @dataclass(frozen=True)
@@ -137,15 +129,16 @@ def quantize(
     require("quantize", "torchao")
     check_output(destination, overwrite=overwrite)
     stored, found = load_with_tokenizer(model, tokenizer, rope=rope)
-    sources = names_of(data)
-    source = Source(sources, text_column) if sources else Source([str(HELD_OUT)])
+    source = Source(names_of(data) or [str(HELD_OUT)], text_column if data else "text")
+    sources = names_of(data) or [HELD_OUT.name]
     rows = spread_passages(source, found, stored, passages, length)
     with whole_folder(destination, overwrite=overwrite) as folder:
         layers = write_quantized(stored, folder, to, operator=operator)
         found.save_pretrained(folder)
         written = load_model(folder)
         report = _report(stored, written, rows, to, thresholds)
-        certificate = _certificate(model, stored, written, report, sources or [HELD_OUT.name], rows)
+        made = certificate_of(model, stored, written, found, report, sources=sources, rows=rows, calibration=0)
+        certificate = made.to_json() | {"source": _certificate_of_source(model, stored)}
         write_certificate(folder, certificate)
         size = (folder / layouts.WEIGHTS).stat().st_size
     whole = sum(tensor.numel() * tensor.element_size() for tensor in stored.state_dict().values())
@@ -164,26 +157,10 @@ def _report(
 ) -> QuantizedReport:
     comparison, before = compare_forms(in_float32(stored), in_float32(written), rows)
     reasons = against("quantized", comparison, thresholds)
-    modes = {"quantized": comparison}
-    return QuantizedReport(to, len(rows), rows.numel(), before, modes, thresholds, reasons, certified=not reasons)
-
-
-def _certificate(
-    model: Any,
-    stored: PldrForCausalLM,
-    written: PldrForCausalLM,
-    report: QuantizedReport,
-    sources: list[str],
-    rows: torch.Tensor,
-) -> dict[str, Any]:
-    return {
-        "kind": QUANTIZED_KIND, "model": Path(name_of(model)).resolve().name, "weights": weights_digest(stored.state_dict()),
-        "frozen_weights": weights_digest(written.state_dict()), "source": _certificate_of_source(model, stored),
-        "data": {"sources": sources, "passages": len(rows), "length": rows.shape[1],
-                 "sha256": hashlib.sha256(rows.numpy().tobytes()).hexdigest()},
-        "device": "cpu", "date": time.strftime("%Y-%m-%d"), "dtype": "float32", "versions": versions(),
-        "report": dataclasses.asdict(report),
-    }  # fmt: skip
+    return QuantizedReport(
+        weights=to, passages=len(rows), tokens=rows.numel(), loss=before, modes={"quantized": comparison},
+        thresholds=thresholds, reasons=reasons, certified=not reasons,
+    )  # fmt: skip
 
 
 def _certificate_of_source(model: Any, stored: PldrForCausalLM) -> dict[str, Any]:
