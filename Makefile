@@ -7,7 +7,7 @@ VLLM ?= 0.32.0
 # Workers side by side, one thread each (tests/conftest.py); a file's tests stay together, and so do its fixtures.
 WORKERS := -n logical --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test test-slow test-all test-vllm test-clients test-oldest test-core wheel lint format lock audit environments clean
+.PHONY: demo test test-slow test-all test-vllm test-clients test-docs test-oldest test-core docs wheel lint format lock audit environments clean
 
 demo: .venv/installed
 	$(BIN)/pldr demo
@@ -19,12 +19,20 @@ test: .venv/installed
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -q -m "slow and not clients"
 
-test-all: test test-slow test-clients $(if $(filter Linux,$(shell uname)),test-vllm)
+test-all: test test-slow test-clients test-docs $(if $(filter Linux,$(shell uname)),test-vllm)
 
 # Other people's programs with our models; what works goes into the table of docs/ecosystem.md.
 test-clients: .ci/envs/clients/installed $(if $(shell command -v npm),examples/browser/node_modules)
 	.ci/envs/clients/bin/python -m pytest -q tests/clients
 	.ci/envs/clients/bin/python tests/clients/table.py
+
+# The documentation site in site/; nothing is fetched, and a warning is an error. `python -m http.server -d site` shows it.
+docs: .ci/envs/docs/installed
+	NO_MKDOCS_2_WARNING=1 .ci/envs/docs/bin/python -m mkdocs build
+
+# The site's links, and the notebooks from beginning to end.
+test-docs: .ci/envs/docs/installed
+	.ci/envs/docs/bin/python -m pytest -q tests/test_site.py
 
 # The plugin in vLLM, on a CPU.
 test-vllm: .ci/envs/vllm/installed
@@ -90,10 +98,13 @@ environments: .venv/installed .ci/envs/oldest/installed .ci/envs/core/installed 
 .ci/envs/clients/installed: VERSIONS := constraints-dev.txt
 .ci/envs/clients/installed: constraints-dev.txt .ci/clients.txt
 .ci/envs/clients/installed: PACKAGES := --editable '.[dev]' --requirement .ci/clients.txt
+.ci/envs/docs/installed: VERSIONS := constraints-dev.txt
+.ci/envs/docs/installed: constraints-dev.txt .ci/docs.txt
+.ci/envs/docs/installed: PACKAGES := --editable '.[train,docs]' --requirement .ci/docs.txt pytest
 .ci/envs/core/installed: VERSIONS := constraints-dev.txt
 .ci/envs/core/installed: constraints-dev.txt
 .ci/envs/core/installed: PACKAGES := pytest
-.venv/installed .ci/envs/oldest/installed .ci/envs/core/installed .ci/envs/clients/installed: pyproject.toml
+.venv/installed .ci/envs/oldest/installed .ci/envs/core/installed .ci/envs/clients/installed .ci/envs/docs/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "pldr needs Python 3.11 or newer; run: make PYTHON=python3.11 ...")'
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(if $(LOCKED),$(@D)/bin/python -m pip install --quiet $(LOCKED))
@@ -117,4 +128,4 @@ examples/browser/node_modules: examples/browser/package.json
 	touch $@
 
 clean:
-	rm -rf .venv .ci/envs dist demo-output
+	rm -rf .venv .ci/envs dist demo-output site

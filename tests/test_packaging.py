@@ -83,6 +83,7 @@ class TestWheel:
             "quantize",
             "serve",
             "serve-light",
+            "docs",
             "dev",
         }
         assert fields["License-Expression"] == "Apache-2.0"
