@@ -15,6 +15,8 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from pldr import load_model
+from pldr.checkpoints.certificate import weights_digest, write_certificate
 from pldr.files import write_sums
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -191,6 +193,21 @@ def quantised_by_hand(source: Path, destination: Path) -> dict[str, torch.Tensor
     (destination / "config.json").write_text(json.dumps(config))
     write_sums(destination, [destination / "model.safetensors"])
     return expected
+
+
+def certify(folder):
+    """A certificate with nothing in it but what makes it one, about the weights in a folder."""
+    change = {"kl_mean": 0.0, "agreement": 1.0, "logit_difference": 0.0}
+    comparison = change | {"loss_difference": 0.0, "loss_interval": [0.0, 0.0], "kl_99": 0.0, "kl_max": 0.0}
+    report = {
+        "passages": 1, "tokens": 1, "loss": 1.0, "modes": {"cached": comparison, "frozen": comparison}, "variation": [0.0],
+        "calibration": {"loss_difference": [0.0], "spread": 0.0}, "causality": {"learned": change, "frozen": change},
+        "thresholds": {"loss": 0.1, "agreement": 0.9}, "reasons": [], "certified": True,
+    }  # fmt: skip
+    words = dict.fromkeys(("model", "weights", "device", "date", "dtype"), "x")
+    digest = weights_digest(load_model(folder).state_dict())
+    certificate = {"kind": "pldr certificate 1", "frozen_weights": digest, "data": {}, "versions": {}, "report": report}
+    write_certificate(folder, certificate | words)
 
 
 def assert_close(actual, expected, *, max_error=None, rms_ratio=None, name="tensor"):

@@ -20,8 +20,8 @@ import torch
 import typer
 import yaml
 
-from helpers import fails, serving
-from pldr import HELD_OUT, STORIES, Engine, Options, freeze
+from helpers import certify, fails, quantised_by_hand, serving
+from pldr import HELD_OUT, STORIES, Engine, Options, freeze, load_model
 from pldr.checkpoints.certificate import certificate_to_serve, refuse_learned
 from pldr.cli import app
 from pldr.serving import server
@@ -631,6 +631,22 @@ def _without(package, extra, *packages):
     raise ModuleNotFoundError(f"needs {package}: pip install 'pldr[{extra}]'")
 
 
+@pytest.fixture
+def made(small_model, toy_tokenizer, tmp_path):
+    """A folder with a model that has a constant operator, and its tokenizer."""
+    small_model(vocab_size=len(toy_tokenizer), operator="constant").save_pretrained(tmp_path / "made")
+    toy_tokenizer.save_pretrained(tmp_path / "made")
+    return tmp_path / "made"
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """What the embedded server would serve, rather than served."""
+    services = []
+    monkeypatch.setattr("pldr.serving.run.run", lambda service, *_: services.append(service))
+    return services
+
+
 class TestCertificate:
     def test_a_model_without_one_is_served_with_a_warning_or_not_at_all(self, tmp_path):
         with pytest.warns(UserWarning, match="has no certificate"):
@@ -647,6 +663,25 @@ class TestCertificate:
         fails(
             run("serve", "--port", 0, "--require-certificate"), "has a learned operator, which no certificate is about"
         )
+
+    def test_it_is_about_the_weights_as_they_are_stored_whatever_they_are_served_in(self, run, made, served):
+        certify(made)
+        flags = ("serve", made, "--port", 0, "--backend", "engine", "--require-certificate", "--dtype", "bfloat16")
+        assert run(*flags)[0] == 0
+        (service,) = served
+        assert service.operator["certificate"]["weights"] == "x"
+        assert service.operator["dtype"] == "bfloat16"
+        model = load_model(made)
+        with torch.no_grad():
+            model.lm_head.bias[0] += 1
+        model.save_pretrained(made)
+        fails(run(*flags), "its certificate is about other weights")
+
+    def test_of_a_model_on_the_hub_it_is_where_its_files_are(self, run, made, served, monkeypatch):
+        certify(made)
+        monkeypatch.setattr(server, "local_path", lambda path: made if str(path) == "owner/name" else path)
+        assert run("serve", "owner/name", "--port", 0, "--backend", "engine", "--require-certificate")[0] == 0
+        assert served[0].name == "name"
 
     def test_vllm_is_not_given_a_learned_operator(self, run, monkeypatch):
         with pytest.raises(ValueError, match=r"pldr certify X .*pldr freeze; or .*pldr serve X --backend engine"):
@@ -673,25 +708,31 @@ class TestWithVllm:
         monkeypatch.delenv("VLLM_API_KEY", raising=False)
         return commands
 
-    def test_arguments_are_handed_on(self, run, became, small_model, toy_tokenizer, tmp_path, monkeypatch):
-        small_model(vocab_size=len(toy_tokenizer), operator="constant").save_pretrained(tmp_path / "made")
-        toy_tokenizer.save_pretrained(tmp_path / "made")
+    def test_arguments_are_handed_on(self, run, became, made, monkeypatch):
         monkeypatch.setenv("PLDR_API_KEY", "k")
         monkeypatch.setenv("VLLM_API_KEY", "overwritten")
-        arguments = [tmp_path / "made", "--port", 0, "--max-length", 32, "--", "--tensor-parallel-size", 2]
+        arguments = [made, "--port", 0, "--max-length", 32, "--", "--tensor-parallel-size", 2]
         assert run("serve", *arguments)[0] == 0
         fails(run("serve", "--require-certificate", *arguments), "has no certificate")
         ((command, key),) = became
         assert command[1:4] == ["-m", "vllm.entrypoints.cli.main", "serve"]
         assert command[4:] == [
-            str(tmp_path / "made"), "--host", "127.0.0.1", "--port", "0", "--served-model-name", "made", "--dtype", "float32",
+            str(made), "--host", "127.0.0.1", "--port", "0", "--served-model-name", "made", "--dtype", "float32",
             "--max-model-len", "32", "--tensor-parallel-size", "2",
         ]  # fmt: skip
         assert key == "k"
-        fails(
-            run("serve", tmp_path / "made", "--port", 0, "--quantize", "int8"),
-            "--quantize: apply with --backend engine only",
-        )
+
+    @pytest.mark.parametrize("option", [("--quantize", "int8"), ("--max-queue", 0), ("--request-timeout", 9)])
+    def test_an_option_that_vllm_has_not_is_refused(self, run, became, made, option):
+        fails(run("serve", made, "--port", 0, *option), f"{option[0]}: apply with --backend engine only")
+
+    def test_what_vllm_does_not_read_is_served_by_the_engine(self, run, became, made, served, toy_tokenizer):
+        quantised = made.with_name("quantised")
+        quantised_by_hand(made, quantised)
+        assert run("serve", quantised, "--port", 0)[0] == 0
+        assert len(served) == 1
+        assert not became
+        fails(run("serve", quantised, "--port", 0, "--backend", "vllm"), "vLLM reads no quantised weights of ours")
 
 
 # --- what is deployed -----------------------------------------------------------------------------------------------

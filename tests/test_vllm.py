@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from helpers import certify
 from pldr import (
     HELD_OUT,
     STORIES,
@@ -28,7 +29,6 @@ from pldr import (
     load_model,
     load_tokenizer,
 )
-from pldr.checkpoints.certificate import weights_digest, write_certificate
 from pldr.integrations import vllm as plugin
 from pldr.operator import factor, stored_operator
 
@@ -77,21 +77,6 @@ def factored(frozen):
 
 def model_config(folder):
     return SimpleNamespace(model=str(folder), hf_config=PldrConfig.from_pretrained(folder))
-
-
-def certify(folder):
-    """A certificate with nothing in it but what makes it one, about the weights in a folder."""
-    change = {"kl_mean": 0.0, "agreement": 1.0, "logit_difference": 0.0}
-    comparison = change | {"loss_difference": 0.0, "loss_interval": [0.0, 0.0], "kl_99": 0.0, "kl_max": 0.0}
-    report = {
-        "passages": 1, "tokens": 1, "loss": 1.0, "modes": {"cached": comparison, "frozen": comparison}, "variation": [0.0],
-        "calibration": {"loss_difference": [0.0], "spread": 0.0}, "causality": {"learned": change, "frozen": change},
-        "thresholds": {"loss": 0.1, "agreement": 0.9}, "reasons": [], "certified": True,
-    }  # fmt: skip
-    words = dict.fromkeys(("model", "weights", "device", "date", "dtype"), "x")
-    digest = weights_digest(load_model(folder).state_dict())
-    certificate = {"kind": "pldr certificate 1", "frozen_weights": digest, "data": {}, "versions": {}, "report": report}
-    write_certificate(folder, certificate | words)
 
 
 class TestChecks:

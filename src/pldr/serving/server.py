@@ -4,16 +4,17 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
-from functools import partial
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import Any, NoReturn
 
 from pldr.checkpoints.certificate import certificate_to_serve, refuse_learned
+from pldr.checkpoints.hub import local_path
 from pldr.checkpoints.info import model_facts
 from pldr.checkpoints.load import load_with_tokenizer
 from pldr.engine import Engine
-from pldr.files import require
+from pldr.files import read_json, require
 from pldr.modeling_pldr import PldrForCausalLM
 from pldr.models.shipped import STORIES
 from pldr.serving.logs import log_to_standard_error
@@ -57,8 +58,8 @@ def serve(
         model: see `pldr.load_model`; the one that ships with pldr by default.
         vllm_arguments: further arguments of ``vllm serve``.
         host, port: where to listen; port 0 takes a free one, which the log names.
-        backend: "vllm" for vLLM's server, "engine" for the one in pldr; "auto" takes vLLM where it is installed and the
-            model's operator is not a learned one.
+        backend: "vllm" for vLLM's server, "engine" for the one in pldr; "auto" takes vLLM where it is installed and can
+            serve the model: not with a learned operator or quantised weights, nor in the reference layout.
         api_key: that clients must show; the environment's PLDR_API_KEY by default, and none where that is not set.
         served_name: as clients call the model; its folder's name by default.
         require_certificate: refuse a model without a certificate, rather than warn.
@@ -77,36 +78,45 @@ def serve(
             one is required, a port that is taken.
         ModuleNotFoundError: the extra is not installed.
     """
-    place = Path(STORIES if model is None else model)
+    asked = Path(STORIES if model is None else model)
     api_key = os.environ.get("PLDR_API_KEY") if api_key is None else api_key
     _check(backend, api_key, port, max_queue, max_tokens, max_body, request_timeout, shutdown_timeout)
     may_be_vllm = backend == "vllm" or (backend == "auto" and find_spec("vllm") is not None)
     require(*(("serve", "vllm") if may_be_vllm else ("serve-light", "fastapi", "uvicorn", "prometheus_client")))
     log_to_standard_error()
     listening = bound(host, port)
-    loaded, text_tokenizer = load_with_tokenizer(place, tokenizer, device=device, dtype=dtype, rope=rope, g_lm=g_lm)
-    operator, name = loaded.config.operator, served_name or place.absolute().name
-    weights = loaded.state_dict() if dtype == "auto" else None  # in another dtype they are others
-    certificate_of = partial(certificate_to_serve, place, operator, weights, required=require_certificate)
-    if backend == "vllm" or (may_be_vllm and operator != "learned"):
+    place = local_path(asked)
+    loaded, text_tokenizer = load_with_tokenizer(place, tokenizer, device=device, rope=rope, g_lm=g_lm)
+    operator, name = loaded.config.operator, served_name or asked.absolute().name
+    to_vllm = backend == "vllm" or (may_be_vllm and not only_engine(place, operator))
+    if to_vllm:
         refuse_learned(place, operator)
+        if only_engine(place, operator):
+            raise ValueError(
+                f"{place}: vLLM reads no quantised weights of ours, nor the reference layout; use --backend engine"
+            )
         _one_server_only("engine", max_tokens=max_tokens, tokenizer=tokenizer, rope=rope, g_lm=g_lm, device=device,
-                         quantize=quantize, log_prompts=log_prompts, allow_origin=allow_origin)  # fmt: skip
-        if require_certificate:  # else the plugin warns
-            certificate_of()
+                         quantize=quantize, log_prompts=log_prompts, allow_origin=allow_origin, max_queue=max_queue,
+                         max_body=max_body, request_timeout=request_timeout, shutdown_timeout=shutdown_timeout)  # fmt: skip
+    else:
+        _one_server_only("vllm", vllm_arguments=vllm_arguments)
+    certificate = None
+    if require_certificate or not to_vllm:  # else the plugin warns
+        certificate = certificate_to_serve(place, operator, loaded.state_dict(), required=require_certificate)
+    if to_vllm:
         listening.close()
-        stored = str(loaded.dtype).removeprefix("torch.")  # vLLM's own "auto" would round float32 to bf16
+        # vLLM's own "auto" would round float32 to bf16.
+        stored = str(loaded.dtype).removeprefix("torch.") if dtype == "auto" else dtype
         options = {"host": host, "port": port, "served-model-name": name, "dtype": stored, "max-num-seqs": max_batch,
                    "max-model-len": max_length}  # fmt: skip
         serve_with_vllm(place, options, vllm_arguments, api_key)
-    _one_server_only("vllm", vllm_arguments=vllm_arguments)
+    loaded, text_tokenizer = load_with_tokenizer(loaded, text_tokenizer, dtype=dtype)
     from pldr.serving.app import Limits, Service, make_app
     from pldr.serving.run import run
 
     if max_batch is None and loaded.device.type == "cpu":
         max_batch = _CPU_BATCH
     engine = Engine(loaded, text_tokenizer, max_batch=max_batch, max_length=max_length, quantize=quantize)
-    certificate = certificate_of()
     facts = {"model": name} | operator_facts(loaded, certificate)
     service = Service(name, engine, facts, Limits(max_queue, max_tokens, max_body, request_timeout), log_prompts)
     run(service, make_app(service, api_key=api_key, origins=allow_origin), listening, shutdown_timeout)
@@ -131,9 +141,17 @@ def _check(
 
 
 def _one_server_only(which: str, **settings: Any) -> None:
-    """Raises ValueError: settings of one server, and the other is to run."""
-    if given := [name for name, value in settings.items() if value not in (None, False, (), [])]:
+    """Raises ValueError: settings of one server that are not as they are by default, and the other is to run."""
+    defaults = signature(serve).parameters
+    given = [name for name, value in settings.items() if value not in (None, [], defaults[name].default)]
+    if given:
         raise ValueError(f"{', '.join(given)}: apply with --backend {which} only")
+
+
+def only_engine(model: Path, operator: str) -> bool:
+    """Whether vLLM could not serve a model: one with a learned operator or quantised weights, or in the reference layout."""
+    config = model / "config.json"
+    return operator == "learned" or not config.is_file() or "quantization_config" in read_json(config)
 
 
 def operator_facts(model: PldrForCausalLM, certificate: dict[str, Any] | None) -> dict[str, Any]:
