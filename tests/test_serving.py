@@ -280,9 +280,13 @@ def test_metrics_and_log(running, http, complete):
 # --- mistakes -------------------------------------------------------------------------------------------------------
 
 WRONG = [
-    ({}, "prompt", "prompt: Field required"),
-    ({"prompt": 3}, "prompt", "prompt: must be a text, a list of token ids, or a list of several"),
-    ({"prompt": [1, "a"]}, "prompt", "prompt: must be a text"),
+    ({}, "prompt", "prompt: is missing"),
+    ({"prompt": 3}, "prompt", "prompt: must be a text, a list of token ids, or a list of several of either, got 3"),
+    (
+        {"prompt": [1, "a"]},
+        "prompt",
+        "prompt: must be a text, a list of token ids, or a list of several of either, got a list",
+    ),
     ({"prompt": []}, "prompt", "prompt: must be a text"),
     ({"prompt": ""}, "prompt", "prompt: is empty"),
     ({"prompt": "\ud800"}, "prompt", "prompt: not valid UTF-8"),
@@ -292,17 +296,17 @@ WRONG = [
     ({"prompt": [5] * 1024}, "prompt", "prompt: 1024 tokens leave no room in the context of 1024"),
     ({"prompt": "a", "max_tokens": 2000}, "max_tokens", "max_tokens: must be between 1 and 1023"),
     ({"prompt": "a", "max_tokens": 0}, "max_tokens", "max_tokens: must be at least 1"),
-    ({"prompt": "a", "max_tokens": "3"}, "max_tokens", "max_tokens: Input should be a valid integer"),
-    ({"prompt": "a", "max_tokens": True}, "max_tokens", "max_tokens: Input should be a valid integer"),
+    ({"prompt": "a", "max_tokens": "3"}, "max_tokens", 'max_tokens: must be a valid integer, got "3"'),
+    ({"prompt": "a", "max_tokens": True}, "max_tokens", "max_tokens: must be a valid integer, got true"),
     ({"prompt": "a", "max_tokens": 10**400}, "max_tokens", "max_tokens: "),
-    ({"prompt": "a", "temperature": -1}, "temperature", "temperature: Input should be greater"),
+    ({"prompt": "a", "temperature": -1}, "temperature", "temperature: must be greater than or equal to 0, got -1"),
     ({"prompt": "a", "temperature": 1e-9}, "temperature", "temperature: must be positive"),
-    ({"prompt": "a", "temperature": float("nan")}, "temperature", "temperature: Input should be a finite number"),
-    ({"prompt": "a", "top_p": 0}, "top_p", "top_p: Input should be greater than 0"),
-    ({"prompt": "a", "n": 0}, "n", "n: Input should be greater"),
+    ({"prompt": "a", "temperature": float("nan")}, "temperature", "temperature: must be a finite number, got NaN"),
+    ({"prompt": "a", "top_p": 0}, "top_p", "top_p: must be greater than 0, got 0"),
+    ({"prompt": "a", "n": 0}, "n", "n: must be greater than or equal to 1, got 0"),
     ({"prompt": ["a"] * 3, "n": 128}, "n", "prompt, n: at most 288 texts in one request, got 384"),
     ({"prompt": ["a"] * 100_000}, "prompt", "at most 288 texts in one request, got 100000"),
-    ({"prompt": "a", "logprobs": 21}, "logprobs", "logprobs: Input should be less"),
+    ({"prompt": "a", "logprobs": 21}, "logprobs", "logprobs: must be less than or equal to 20, got 21"),
     ({"prompt": "a", "best_of": 2}, "best_of", "best_of: is not supported"),
     ({"prompt": "a", "suffix": "b"}, "suffix", "suffix: is not supported"),
     ({"prompt": "a", "presence_penalty": 0.5}, "presence_penalty", "presence_penalty: is not supported"),
@@ -310,11 +314,13 @@ WRONG = [
     ({"prompt": "a", "stop": [""]}, "stop", "stop: must be a text"),
     ({"prompt": "a", "stop": ["a"] * 17}, "stop", "stop: must be a text, or a list of at most 16"),
     ({"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options", "stream_options: is for streams"),
-    ({"prompt": "a", "seed": 2**63}, "seed", "seed: Input should be less"),
+    ({"prompt": "a", "seed": 2**63}, "seed", "seed: must be less than"),
     ({"prompt": "a", "repetition_penalty": 0}, "repetition_penalty", "repetition_penalty: must be between"),
     ({"prompt": "a", "colour": 1}, None, "Unrecognized request argument supplied: colour"),
-    ({"messages": []}, "messages", "messages: List should have at least 1 item"),
-    ({"messages": [{"role": "nobody", "content": "a"}]}, "messages", "messages.0.role: Input should be 'system'"),
+    ({"prompt": "a", "stop": "x" * 90_000, "user": 3}, "user", "user: must be a valid string, got 3"),
+    ({"prompt": "a", "n": "x" * 90_000}, "n", f'n: must be a valid integer, got "{"x" * 58}…'),
+    ({"messages": []}, "messages", "messages: must have at least 1 item"),
+    ({"messages": [{"role": "nobody", "content": "a"}]}, "messages", "messages.0.role: must be 'system'"),
     ({"messages": [{"role": "tool", "content": "a"}]}, "messages", "the chat template refuses them (no tools here)"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "messages.0."),
     ({"messages": MESSAGES, "top_logprobs": 2}, "top_logprobs", "top_logprobs: needs logprobs"),
@@ -350,6 +356,8 @@ def test_a_mistake_is_400_and_says_what_and_where(http, fields, param, message):
         (401, "POST", "/v1/completions", b"{}", {"authorization": "Bearer \u00e9"}),
         (401, "GET", "/v1/models", b"", {"authorization": ""}),
         (404, "GET", "/v2", b"", {}),
+        (404, "GET", "/openapi.json", b"", {}),
+        (404, "GET", "/docs", b"", {}),
         (404, "GET", "/v1/models/another", b"", {}),
         (404, "POST", "/v1/completions", b'{"prompt": "a", "model": "another"}', {}),
         (405, "GET", "/v1/completions", b"", {}),
@@ -362,6 +370,21 @@ def test_a_request_that_is_none(http, status, method, path, content, headers):
     assert answer.json()["error"].keys() == {"message", "type", "param", "code"}
     assert "Traceback" not in answer.text
     assert len(answer.text) < 1000
+
+
+def test_a_body_without_its_header_says_which(http):
+    """As curl sends it without -H."""
+    answer = http.post(
+        "/v1/completions", content=b'{"prompt": "a"}', headers={"content-type": "application/x-www-form-urlencoded"}
+    )
+    assert answer.status_code == 400
+    assert "come with the header Content-Type: application/json" in answer.json()["error"]["message"]
+
+
+def test_the_scheme_of_a_key_may_be_written_in_small_letters(http):
+    assert http.get("/v1/models", headers={"authorization": f"bearer {KEY}"}).status_code == 200
+    assert http.get("/v1/models", headers={"authorization": f"Basic {KEY}"}).status_code == 401
+    assert http.get("/v1/models", headers={"authorization": KEY}).status_code == 401
 
 
 def test_openais_client_knows_the_errors(client, complete):
@@ -618,6 +641,9 @@ def test_mistakes_at_the_command_line_are_one_line(run, monkeypatch, tmp_path):
     fails(run("serve", tmp_path / "none", "--port", 0), "no such model folder")
     fails(run("serve", "--port", 70000), "--port: must be between 0 and 65535")
     fails(run("serve", "--api-key", " "), "--api-key: must be printable ASCII")
+    fails(
+        run("serve", "--api-key", "a "), "--api-key: must be printable ASCII, not empty, and without spaces at its ends"
+    )
     fails(run("serve", "--max-queue", "-1"), "--max-queue: must be at least 0")
     fails(run("serve", "--request-timeout", "nan"), "--request-timeout: must be at least 0.1")
     fails(run("serve", "--max-batch", 0, "--port", 0), "--max-batch: must be at least 1")

@@ -18,7 +18,7 @@ from pldr.files import json_safe, one_line
 from pldr.serving.answers import DONE, Answer, ChatAnswer, CompletionAnswer, TokenTexts, event, usage
 from pldr.serving.guard import ARRIVAL, INTERNAL, Guard
 from pldr.serving.metrics import Metrics
-from pldr.serving.protocol import DEFAULT_TOKENS, ApiError, ChatRequest, CompletionRequest
+from pldr.serving.protocol import DEFAULT_TOKENS, ApiError, ChatRequest, CompletionRequest, mistake
 from pldr.serving.worker import JOINING_TOKENS, Cancelled, Full, Job, News, Stopped, Worker
 from pldr.tokenizer import encode_prompt
 
@@ -26,11 +26,6 @@ PATHS = {"/v1/completions", "/v1/chat/completions", "/v1/models", "/v1/pldr/oper
 
 # What a setting of the engine is called in a request.
 _NAMES = {"max_new_tokens": "max_tokens", "stop_ids": "stop_token_ids", "prompts": "prompt"}
-# What may be one of several things, of which pydantic would name the first.
-_EXPECTED = {
-    "prompt": "a text, a list of token ids, or a list of several of either",
-    "stop": "a text, or a list of at most 16",
-}
 
 
 @dataclass(frozen=True)
@@ -291,7 +286,7 @@ def make_app(service: Service, *, api_key: str | None = None, origins: Sequence[
         service.worker.close(True)
         await asyncio.to_thread(service.worker.join)
 
-    app = FastAPI(title="pldr", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="pldr", lifespan=lifespan, openapi_url=None)
     _add_errors(app)
     _add_generation(app, service)
     _add_facts(app, service)
@@ -330,22 +325,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(http: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        place = [str(part) for part in first["loc"] if part != "body"]
-        if first["type"] == "json_invalid":
-            return answered(
-                ApiError(400, f"the body is not valid JSON ({one_line(ValueError(first['ctx']['error']))})")
-            )
-        message = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "value_error":  # which names its field by itself
-            name = message.partition(":")[0]
-            return answered(ApiError(400, one_line(ValueError(message)), name if name.isidentifier() else None))
-        if place and place[0] in _EXPECTED and first["type"] != "missing":
-            return answered(ApiError(400, f"{place[0]}: must be {_EXPECTED[place[0]]}", place[0]))
-        where = ".".join(place)
-        return answered(
-            ApiError(400, one_line(ValueError(f"{where or 'body'}: {message}")), place[0] if place else None)
-        )
+        return answered(mistake(error.errors()[0]))
 
 
 def _add_generation(app: FastAPI, service: Service) -> None:

@@ -48,7 +48,7 @@ class Guard:
     ) -> None:
         self.app, self.metrics, self.most_bytes, self.paths = app, metrics, most_bytes, paths
         self.arrival, self.seconds = arrival, seconds
-        self._key = None if api_key is None else f"Bearer {api_key}".encode()
+        self._key = None if api_key is None else api_key.encode()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -90,7 +90,8 @@ class Guard:
         if self._key is None or not scope["path"].startswith("/v1"):
             return
         given = next((value for header, value in scope["headers"] if header == b"authorization"), b"")
-        if not hmac.compare_digest(given, self._key):
+        scheme, _, key = given.partition(b" ")
+        if scheme.lower() != b"bearer" or not hmac.compare_digest(key.strip(), self._key):
             message = "Incorrect API key provided." if given else "No API key provided: Authorization: Bearer KEY."
             raise ApiError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
 

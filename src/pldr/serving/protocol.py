@@ -4,6 +4,8 @@ Fields of OpenAI's that this server has nothing for are taken where they ask for
 has `top_k`, `repetition_penalty`, `stop_token_ids` and `ignore_eos`, called as vLLM calls them.
 """
 
+import json
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -17,6 +19,11 @@ MOST_CHOICES = 128
 # Tokens of a completion where a client does not say; OpenAI's own number. A chat goes on to its end.
 DEFAULT_TOKENS = 16
 
+# What may be one of several things, of which pydantic would name the first.
+_EXPECTED = {
+    "prompt": "a text, a list of token ids, or a list of several of either",
+    "stop": "a text, or a list of at most 16",
+}
 _TYPES = {401: "authentication_error", 404: "not_found_error", 500: "server_error", 503: "overloaded_error",
           504: "timeout_error"}  # fmt: skip
 
@@ -44,6 +51,34 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         kind = _TYPES.get(self.status, "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def mistake(error: Mapping[str, Any]) -> ApiError:
+    """The first thing that pydantic or FastAPI finds wrong with a request: which field, the rule, and what was there."""
+    place = [str(part) for part in error["loc"] if part != "body"]
+    kind, message = error["type"], error["msg"]
+    if kind == "json_invalid":
+        return ApiError(400, f"the body is not valid JSON ({one_line(ValueError(error['ctx']['error']))})")
+    if kind == "value_error":  # of a validator of this file's, which names the field by itself
+        message = one_line(ValueError(message.removeprefix("Value error, ")))
+        name = message.partition(":")[0]
+        return ApiError(400, message, name if name.isidentifier() else None)
+    if not place:
+        return ApiError(400, "the body must be a JSON object, and come with the header Content-Type: application/json")
+    if kind == "missing":
+        return ApiError(400, f"{'.'.join(place)}: is missing", place[0])
+    if place[0] in _EXPECTED:
+        place, message = place[:1], f"must be {_EXPECTED[place[0]]}"
+    rule = message.replace("Input should", "must").replace("List should", "must")
+    return ApiError(400, one_line(ValueError(f"{'.'.join(place)}: {rule}, got {_shown(error['input'])}")), place[0])
+
+
+def _shown(value: Any) -> str:
+    """Of a JSON value, as much as a line has room for."""
+    if isinstance(value, dict | list):
+        return "an object" if isinstance(value, dict) else "a list"
+    text = json.dumps(value[:60] if isinstance(value, str) else value)
+    return text if len(text) <= 60 else text[:59] + "…"
 
 
 class _Asked(BaseModel):

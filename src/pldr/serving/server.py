@@ -128,8 +128,10 @@ def _check(
     """Raises ValueError: a setting outside its range."""
     if backend not in BACKENDS:
         raise ValueError(f"backend: must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip()):
-        raise ValueError("api_key: must be printable ASCII, and not empty; leave it out (and PLDR_API_KEY) for none")
+    if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key == api_key.strip() != ""):
+        raise ValueError(
+            "api_key: must be printable ASCII, not empty, and without spaces at its ends; leave it out (and PLDR_API_KEY) for none"
+        )
     if not 0 <= port <= 65535:
         raise ValueError(f"port: must be between 0 and 65535, got {port}")
     for name, value, least in (
