@@ -647,7 +647,7 @@ def test_mistakes_at_the_command_line_are_one_line(run, monkeypatch, tmp_path):
     fails(run("serve", "--max-queue", "-1"), "--max-queue: must be at least 0")
     fails(run("serve", "--request-timeout", "nan"), "--request-timeout: must be at least 0.1")
     fails(run("serve", "--max-batch", 0, "--port", 0), "--max-batch: must be at least 1")
-    fails(run("serve", "--port", 0, "--backend", "engine", STORIES, "--", "--x"), "apply with --backend vllm only")
+    fails(run("serve", "--port", 0, "--backend", "engine", STORIES, "--", "--x"), "only with --backend vllm")
     monkeypatch.setattr(server, "require", partial(_without, "fastapi"))
     fails(run("serve", "--backend", "engine"), "needs fastapi: pip install 'pldr[serve-light]'")
 
@@ -750,7 +750,7 @@ class TestWithVllm:
 
     @pytest.mark.parametrize("option", [("--quantize", "int8"), ("--max-queue", 0), ("--request-timeout", 9)])
     def test_an_option_that_vllm_has_not_is_refused(self, run, became, made, option):
-        fails(run("serve", made, "--port", 0, *option), f"{option[0]}: apply with --backend engine only")
+        fails(run("serve", made, "--port", 0, *option), f"{option[0]}: only with --backend engine")
 
     def test_what_vllm_does_not_read_is_served_by_the_engine(self, run, became, made, served, toy_tokenizer):
         quantised = made.with_name("quantised")
@@ -782,8 +782,11 @@ def test_the_dashboard_asks_for_metrics_that_exist(http):
 def test_the_image_and_its_services():
     """What can be seen without building: what is copied is there, nobody is root, options and health check exist."""
     image = (DEPLOY / "Dockerfile").read_text()
-    for sources in re.findall(r"^COPY (?!--from)(.*) \S+$", image, re.MULTILINE):
-        assert all((DEPLOY.parent / source).exists() for source in sources.split())
+    sent = {line[1:] for line in (DEPLOY / "Dockerfile.dockerignore").read_text().splitlines() if line.startswith("!")}
+    copied = {word for line in re.findall(r"^COPY (?!--from)(.*) \S+$", image, re.MULTILINE) for word in line.split()}
+    assert copied == sent
+    assert all((DEPLOY.parent / source).exists() for source in copied)
+    assert "PIP_CONSTRAINT=constraints-dev.txt" in image
     last = image.rpartition("\nFROM ")[2]
     assert re.findall(r"^USER (\S+)$", last, re.MULTILINE) == ["10001"]
     assert "/health" in re.search(r"^HEALTHCHECK .*\n.*$", last, re.MULTILINE)[0]
@@ -799,6 +802,8 @@ def test_the_image_and_its_services():
         words = [*entry, *service["command"]]
         assert {word for word in words if word.startswith("--")} <= options
         assert (DEPLOY / service["build"]["context"] / service["build"]["dockerfile"]).exists()
+    # Docker mounts these without leave to run what is in them, and Triton loads there what it has compiled.
+    assert services["pldr-gpu"]["tmpfs"] == [f"{place}:exec" for place in services["pldr"]["tmpfs"]]
 
 
 # --- the end --------------------------------------------------------------------------------------------------------

@@ -147,7 +147,7 @@ def _one_server_only(which: str, **settings: Any) -> None:
     defaults = signature(serve).parameters
     given = [name for name, value in settings.items() if value not in (None, [], defaults[name].default)]
     if given:
-        raise ValueError(f"{', '.join(given)}: apply with --backend {which} only")
+        raise ValueError(f"{', '.join(given)}: only with --backend {which}")
 
 
 def only_engine(model: Path, operator: str) -> bool:
