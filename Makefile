@@ -100,7 +100,7 @@ environments: .venv/installed .ci/envs/oldest/installed .ci/envs/core/installed 
 .ci/envs/clients/installed: PACKAGES := --editable '.[dev]' --requirement .ci/clients.txt
 .ci/envs/docs/installed: VERSIONS := constraints-dev.txt
 .ci/envs/docs/installed: constraints-dev.txt .ci/docs.txt
-.ci/envs/docs/installed: PACKAGES := --editable '.[train,docs]' --requirement .ci/docs.txt pytest
+.ci/envs/docs/installed: PACKAGES := --editable '.[docs]' --requirement .ci/docs.txt pytest
 .ci/envs/core/installed: VERSIONS := constraints-dev.txt
 .ci/envs/core/installed: constraints-dev.txt
 .ci/envs/core/installed: PACKAGES := pytest

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import typer
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
@@ -19,6 +20,8 @@ from pldr.cli import app
 
 ROOT = Path(__file__).parents[1]
 REPOSITORY = "https://github.com/pldr-llm/pldr"
+# Equations need a font that has their letters, which not every system brings; this one may be passed on.
+MATH = Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSerif.ttf"
 RAW = "https://raw.githubusercontent.com/pldr-llm/pldr/main/"
 # Pages of the site that are documents of the repository outside docs/.
 ELSEWHERE = {
@@ -36,6 +39,7 @@ def on_files(files: Files, config: Any) -> Files:
     made |= {"cli.md": command_line(), "api.md": public_names()}
     for page, text in made.items():
         files.append(File.generated(config, page, content=text))
+    files.append(File.generated(config, "assets/math.ttf", abs_src_path=str(MATH)))
     return files
 
 

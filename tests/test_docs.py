@@ -1,5 +1,6 @@
 """The documents: every command and every Python block in them runs, in order, where what they speak of is there."""
 
+import ast
 import inspect
 import json
 import lzma
@@ -36,6 +37,7 @@ DOCUMENTS += sorted(file.relative_to(ROOT).as_posix() for file in ROOT.glob("doc
 NOT_RUN = {
     "make ": "runs these tests, or is run by hand; its targets are looked up",
     ".ci/run": "runs make",
+    "echo ": "a pipe; test_cli.py reads standard input",
     "source .venv/bin/activate": "changes a shell",
     "export TORCH_": "changes a shell",
     "pip install": "asks a package index",
@@ -75,7 +77,9 @@ THERE = {
     "docs/quantization.md": ["runs/mine", "runs/int8"],
     "docs/deductive-outputs.md": ["runs/mine", "books", "predefined_G_LM.safetensors"],
     "docs/evaluation.md": ["MODEL", "benchmarks-data", "test.txt", "valid.txt"],
+    "docs/generation.md": ["runs/mine", "prompts.txt"],
     "docs/operators-and-caches.md": ["runs/mine", "predefined_G_LM.pkl"],
+    "docs/published.md": ["PLDR-LLM-v51-110M-1"],
     "docs/python.md": ["runs/laptop", "my-book.txt", "my-other-book.txt"],
     "docs/serving.md": ["OPENAI_BASE_URL"],
     "docs/training.md": ["text"],
@@ -209,6 +213,7 @@ def test_files_in_running_text_exist():
     """Named by the end of their path, as `claims.py` or `study/claims.py`."""
     rooms = ("src", "tests", "benchmarks", "examples", "recipes", ".github")
     files = [file.as_posix() for room in rooms for file in (ROOT / room).rglob("*.*")]
+    files += [file.as_posix() for pattern in ("*.yml", ".ci/*.py") for file in ROOT.glob(pattern)]
     for document in DOCUMENTS:
         for name in re.findall(r"`(?:python )?([\w./-]+\.(?:py|ya?ml))\b[^`]*`", read_text(ROOT / document)):
             assert any(file.endswith(f"/{name}") for file in files), f"{document}: {name}"
@@ -226,8 +231,48 @@ def test_records_of_results_speak_as_the_library_does():
 
 def test_links_lead_somewhere():
     for document in DOCUMENTS:
-        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", read_text(ROOT / document)):
-            assert "://" in target or (ROOT / document).parent.joinpath(target).exists(), f"{document}: {target}"
+        for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)", read_text(ROOT / document)):
+            if "://" in target:
+                continue
+            file = (ROOT / document).parent / target if target else ROOT / document
+            assert file.exists(), f"{document}: {target}"
+            assert not anchor or anchor in anchors(file), f"{document}: {target}#{anchor}"
+
+
+def anchors(file):
+    """As GitHub makes them of headings."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```(?:.*\n)*?```$", "", read_text(file), flags=re.M), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_messages_of_the_error_pages_are_the_librarys():
+    """Headings are messages, with … for what changes: each is one of the code's, or a part of one."""
+    said = "\n".join(
+        template_of(node)
+        for file in (ROOT / "src/pldr").rglob("*.py")
+        for node in ast.walk(ast.parse(read_text(file)))
+        if isinstance(node, ast.JoinedStr | ast.Constant | ast.BinOp)
+    )
+    pages = sorted(ROOT.glob("docs/errors/*.md"))
+    assert len(pages) == 9
+    for page in pages:
+        messages = re.findall(r"^### `(.*)`$", read_text(page), re.M)
+        assert messages or page.name == "README.md", page.name
+        for message in messages:
+            assert message in said, f"{page.name}: {message}"
+
+
+def template_of(node):
+    """A string of the code with … in place of what is put in; empty for anything else."""
+    match node:
+        case ast.Constant(value=str(text)):
+            return text
+        case ast.JoinedStr(values=parts):
+            text = "".join(part.value if isinstance(part, ast.Constant) else "…" for part in parts)
+            return re.sub("…+", "…", text)
+        case ast.BinOp(op=ast.Add()):
+            return template_of(node.left) + template_of(node.right)
+    return ""
 
 
 # --- running them ---------------------------------------------------------------------------------------------------
@@ -331,6 +376,8 @@ def make_thing(toy_model_file, toy_tokenizer, monkeypatch):
                     save_file({"G_LM": G_LM}, place)
             case "refinedweb.model":
                 shutil.copy(toy_model_file, place)
+            case "prompts.txt":
+                make_file(place, "The sea\nIt was\n")
             case "my-book.txt" | "my-other-book.txt" | "test.txt" | "valid.txt":
                 make_file(place, excerpts[0])
             case "text":
