@@ -103,6 +103,23 @@ class TestFolder:
         assert is_running(process_mark())
         assert not is_running(dead)
 
+    def test_as_windows_wants_it(self, tmp_path, monkeypatch):
+        """No folder is opened, a file that is to be synced is opened to be written, an empty folder goes before another comes."""
+        monkeypatch.setattr("pldr.files._WINDOWS", True)
+        opened, real = {}, os.open
+
+        def note(place, flags, *rest, **options):
+            opened[str(place).rpartition("/")[2]] = flags
+            return real(place, flags, *rest, **options)
+
+        (tmp_path / "out").mkdir()
+        monkeypatch.setattr(os, "open", note)
+        put(tmp_path / "out", "file")
+        monkeypatch.undo()
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["file"]
+        assert opened["file"] & os.O_RDWR
+        assert "out" not in opened
+
     def test_outputs_that_can_not_be(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         (tmp_path / "full").mkdir()

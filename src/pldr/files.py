@@ -19,6 +19,10 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+_WINDOWS = os.name == "nt"
+
 
 def check_output(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
     """The folder to write, checked before any work is done for it.
@@ -128,6 +132,8 @@ def _put(partial: Path, path: Path, keep: bool) -> None:
         FileExistsError: it no longer is; with `keep`, the folder is then beside it.
     """
     try:
+        if _WINDOWS and path.is_dir() and not any(path.iterdir()):  # no folder takes the place of an empty one there
+            path.rmdir()
         os.rename(partial, path)
     except OSError:
         if not path.exists():
@@ -153,9 +159,9 @@ def settle(folder: Path) -> None:
 
 def sync(place: Path) -> None:
     """Make sure that a file, or the names in a folder, survive a loss of power."""
-    if os.name == "nt" and place.is_dir():  # where folders can not be opened
+    if _WINDOWS and place.is_dir():  # folders can not be opened there, and what is opened to be read can not be synced
         return
-    handle = os.open(place, os.O_RDONLY)
+    handle = os.open(place, os.O_RDWR if _WINDOWS else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -202,13 +208,7 @@ def is_running(mark: str) -> bool:
     host, _, number = mark.rpartition("-")
     if host != _host():
         return True
-    try:
-        os.kill(int(number), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        return True
-    return True
+    return psutil.pid_exists(int(number))
 
 
 def _host() -> str:
