@@ -135,9 +135,10 @@ class LearnedOperator(nn.Module):
     def metric(self, query: torch.Tensor, padding_mask: torch.Tensor | None = None) -> torch.Tensor:
         """A: the density matrix qᵀq through the residual network. [B, H, T, D] → [B, H, D, D]."""
         A = self.input_norm(reference.density_matrix(query, padding_mask))
+        rows = A.flatten(0, 1)  # as most quantised linears want it
         for unit in self.metric_learner:
-            A = unit(A)
-        return A
+            rows = unit(rows)
+        return rows.view_as(A)
 
     def energy_curvature(self, A: torch.Tensor) -> DeductiveOutputs:
         """A_LM, A_P and G_LM from A, each [B, H, D, D]."""
