@@ -49,10 +49,11 @@ test-core: wheel .ci/envs/core/installed
 	PLDR_CORE_ONLY=1 .ci/envs/core/bin/python -m pytest -q tests/test_core.py tests/test_golden.py tests/test_convert.py
 
 # The wheel and the source distribution in dist/; the wheel's contents are compared with .ci/wheel.txt.
-wheel: .venv/installed
+wheel: .venv/installed .ci/envs/tools/installed
 	rm -rf dist
 	$(BIN)/python -m hatchling build
 	$(BIN)/python .ci/check_wheel.py dist/*.whl
+	.ci/envs/tools/bin/twine check --strict dist/*
 
 lint: .venv/installed
 	$(BIN)/ruff check .

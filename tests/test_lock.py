@@ -43,12 +43,8 @@ class TestLock:
 
     def test_it_has_all_that_development_needs(self):
         project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-        elsewhere = {
-            "serve",
-            "export",
-            "quantize",
-            "docs",
-        }  # environments of their own: make test-vllm, test-clients, docs
+        # Environments of their own: make test-vllm, test-clients, docs.
+        elsewhere = {"serve", "export", "quantize", "docs"}
         extras = {name: texts for name, texts in project["optional-dependencies"].items() if name not in elsewhere}
         for need in map(
             Requirement, [*project["dependencies"], *(text for texts in extras.values() for text in texts)]

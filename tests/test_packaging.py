@@ -1,9 +1,12 @@
 """What is handed out: the wheel and its metadata; what an import costs; what CI and the workflows call."""
 
 import importlib.metadata
+import os
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from email.parser import HeaderParser
@@ -102,6 +105,60 @@ class TestWheel:
             assert (ROOT / path).is_file()
 
 
+@pytest.mark.slow
+class TestDistributions:
+    """Wheel and source distribution, built twice of what is in the repository."""
+
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def built(tmp_path_factory):
+        pytest.importorskip("hatchling", reason="a tool of development")
+        listed = subprocess.run(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+            cwd=ROOT, capture_output=True, text=True,
+        )  # fmt: skip
+        if listed.returncode:
+            pytest.skip("not a clone: which files are the repository's is not known")
+        folders = [tmp_path_factory.mktemp(name) / "tree" for name in ("first", "second")]
+        for number, folder in enumerate(folders):
+            for name in filter(None, listed.stdout.split("\0")):
+                if (ROOT / name).is_file():
+                    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(ROOT / name, folder / name)
+                    os.utime(folder / name, (1e9 + number, 1e9 + number))
+                    mode = (ROOT / name).stat().st_mode
+                    (folder / name).chmod(mode & 0o700 if number else mode | 0o044)
+            command = [sys.executable, "-m", "hatchling", "build"]
+            environment = os.environ | {"SOURCE_DATE_EPOCH": "1700000000", "PYTHONHASHSEED": str(number)}
+            subprocess.run(command, cwd=folder, check=True, capture_output=True, env=environment)
+        return [sorted((folder / "dist").iterdir()) for folder in folders]
+
+    def test_they_are_the_same_to_the_byte(self, built):
+        first, second = built
+        assert [file.name for file in first] == [file.name for file in second]
+        assert len(first) == 2
+        for one, other in zip(first, second, strict=True):
+            assert one.read_bytes() == other.read_bytes(), one.name
+
+    def test_they_name_no_place_on_this_machine(self, built):
+        source, wheel = sorted(built[0], key=lambda file: file.suffix)
+        with tarfile.open(source) as archive:
+            held = {member.name: archive.extractfile(member).read() for member in archive if member.isfile()}
+            assert {(member.uid, member.gid, member.uname, member.gname) for member in archive} == {(0, 0, "", "")}
+        with zipfile.ZipFile(wheel) as archive:
+            held |= {name: archive.read(name) for name in archive.namelist()}
+        places = {str(ROOT), f"{Path.home()}/", str(built[0][0].parents[2]), "/Users/", "C:\\Users"}
+        found = [(name, place) for name, content in held.items() for place in places if place.encode() in content]
+        assert [pair for pair in found if not pair[0].endswith("tests/test_packaging.py")] == []
+
+    def test_the_source_distribution_holds_what_development_needs(self, built):
+        (source,) = (file for file in built[0] if file.name.endswith(".tar.gz"))
+        with tarfile.open(source) as archive:
+            names = {name.partition("/")[2] for name in archive.getnames()}
+        assert {"CONTRIBUTING.md", "LICENSE", "Makefile", "constraints-dev.txt", "requirements-dev.lock", ".ci/run",
+                "recipes/laptop.yaml", "tests/conftest.py", "mkdocs.yml", "docs/certify.md"} <= names  # fmt: skip
+
+
 class TestImports:
     def test_the_package_alone_is_light(self):
         code = (
@@ -163,6 +220,29 @@ class TestVersions:
         named = [name.split(" :: ")[-1] for name in PROJECT["classifiers"] if " :: Python :: 3." in name]
         assert named == MATRIX["python"]
         assert PROJECT["requires-python"] == f">={named[0]}"
+
+
+class TestConda:
+    RECIPE = yaml.safe_load((ROOT / "deploy/conda/recipe.yaml").read_text(encoding="utf-8"))
+
+    def test_its_requirements_are_those_of_the_project(self):
+        ours = [Requirement(text) for text in PROJECT["dependencies"]]
+        named = {
+            {"pytorch": "torch"}.get(need.name, need.name): need
+            for need in map(Requirement, self.RECIPE["requirements"]["run"])
+        }
+        assert named.pop("python").specifier == Requirement(f"python{PROJECT['requires-python']}").specifier
+        assert {name: need.specifier for name, need in named.items()} == {need.name: need.specifier for need in ours}
+        assert {Requirement(text).name for text in self.RECIPE["requirements"]["host"]} == {
+            "python",
+            "pip",
+            "hatchling",
+        }
+
+    def test_it_is_this_version_with_its_command(self):
+        assert self.RECIPE["context"]["version"] == pldr.__version__
+        assert self.RECIPE["about"]["license"] == PROJECT["license"]
+        assert self.RECIPE["build"]["python"]["entry_points"] == [f"pldr = {PROJECT['scripts']['pldr']}"]
 
 
 class TestRepository:

@@ -8,7 +8,7 @@ from importlib import import_module
 
 from pldr.registration import register
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.2.0"
 
 _PUBLIC = {
     "PldrConfig": "configuration_pldr",
