@@ -324,7 +324,7 @@ def main() -> None:
         "memory": sizes, "memory_growth_after_the_first_round": sizes[-1] - sizes[1],
     } | conditions()  # fmt: skip
     record(result, arguments.output)
-    assert not wrong and not failed_inside and same and code == 0 and sizes[-1] - sizes[1] < 50 << 20, "see above"  # noqa: PT018
+    assert not wrong and not failed_inside and same and code == 0 and sizes[-1] - sizes[1] < 50e6, "see above"  # noqa: PT018
 
 
 if __name__ == "__main__":

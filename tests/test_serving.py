@@ -565,6 +565,16 @@ class TestApp:
         assert sent_away.headers["retry-after"] == "1"
         assert sent_away.json()["error"]["type"] == "overloaded_error"
 
+    def test_too_many_connections_are_503_but_for_who_asks_how_the_server_is(self, asked):
+        def crowd(service):
+            service.connections = range(1025)
+
+        (answer,), _ = asked(LONG, before=crowd)
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+        assert answer.json()["error"]["message"] == "more than 1024 connections are open; try again"
+        (health,), _ = asked(("/health", None), before=crowd, method="GET")
+        assert health.status_code == 200
+
     def test_a_request_that_takes_too_long(self, asked):
         stream = (LONG[0], LONG[1] | {"stream": True})
         (whole, pieces), _ = asked(LONG, stream, limits=Limits(seconds=0.0))

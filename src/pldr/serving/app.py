@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,6 +54,7 @@ class Service:
         engine: with a tokenizer.
         operator: what `/v1/pldr/operator` tells.
         draining: the server shuts down.
+        connections: that are open.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Service:
     limits: Limits = field(default_factory=Limits)
     log_prompts: bool = False
     draining: bool = False
+    connections: Collection[Any] = ()
 
     def __post_init__(self) -> None:
         assert self.engine.tokenizer is not None
@@ -291,8 +293,8 @@ def make_app(service: Service, *, api_key: str | None = None, origins: Sequence[
     _add_generation(app, service)
     _add_facts(app, service)
     guard = Guard(
-        app, service.metrics, api_key=api_key, most_bytes=service.limits.body, arrival=ARRIVAL,
-        seconds=service.limits.seconds + ARRIVAL, paths=PATHS,
+        app, service.metrics, api_key=api_key, connections=lambda: len(service.connections),
+        most_bytes=service.limits.body, arrival=ARRIVAL, seconds=service.limits.seconds + ARRIVAL, paths=PATHS,
     )  # fmt: skip
     if not origins:
         return guard

@@ -6,6 +6,7 @@ import json
 import logging
 import time
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 import h11
@@ -20,6 +21,8 @@ logger = logging.getLogger("pldr.serving")
 INTERNAL = ApiError(500, "internal error; the server's log has it under this answer's X-Request-Id")
 # Seconds in which a request has to arrive, headers and body each; and after which an idle connection is closed.
 ARRIVAL = 30
+# That may be open at once.
+MOST_CONNECTIONS = 1024
 
 
 class Guard:
@@ -29,6 +32,7 @@ class Guard:
         app: the other.
         metrics: count requests.
         api_key: for every path under /v1; None asks for none.
+        connections: that are open; beyond MOST_CONNECTIONS requests are sent away.
         most_bytes: of a body.
         arrival: seconds in which it has to come.
         seconds: in which the answer has to be taken, too, after which a client that does not read is left.
@@ -41,13 +45,14 @@ class Guard:
         metrics: Metrics,
         *,
         api_key: str | None,
+        connections: Callable[[], int],
         most_bytes: int,
         arrival: float,
         seconds: float,
         paths: set[str],
     ) -> None:
         self.app, self.metrics, self.most_bytes, self.paths = app, metrics, most_bytes, paths
-        self.arrival, self.seconds = arrival, seconds
+        self.arrival, self.seconds, self.connections = arrival, seconds, connections
         self._key = None if api_key is None else api_key.encode()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -67,7 +72,9 @@ class Guard:
             await send(message)
 
         try:
-            self._check_key(scope)
+            if scope["path"].startswith("/v1"):  # the others tell how the server is, however many there are
+                self._check_key(scope)
+                self._check_connections()
             body = await self._body(scope, receive)
             async with asyncio.timeout(self.seconds):
                 await self.app(scope, _replayed(body, receive), answer)
@@ -87,13 +94,18 @@ class Guard:
             logger.info("request", extra={"fields": fields | noted})
 
     def _check_key(self, scope: Any) -> None:
-        if self._key is None or not scope["path"].startswith("/v1"):
+        if self._key is None:
             return
         given = next((value for header, value in scope["headers"] if header == b"authorization"), b"")
         scheme, _, key = given.partition(b" ")
         if scheme.lower() != b"bearer" or not hmac.compare_digest(key.strip(), self._key):
             message = "Incorrect API key provided." if given else "No API key provided: Authorization: Bearer KEY."
             raise ApiError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
+
+    def _check_connections(self) -> None:
+        if self.connections() > MOST_CONNECTIONS:
+            message = f"more than {MOST_CONNECTIONS} connections are open; try again"
+            raise ApiError(503, message, headers={"retry-after": "1", "connection": "close"})
 
     async def _body(self, scope: Any, receive: Any) -> bytes:
         """

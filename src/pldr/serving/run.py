@@ -14,9 +14,6 @@ from pldr.serving.guard import ARRIVAL, Protocol
 
 logger = logging.getLogger("pldr.serving")
 
-# Connections that are open at once, at most; further ones are answered 503.
-_CONNECTIONS = 1024
-
 
 def run(service: Service, app: Any, listening: socket.socket, shutdown_timeout: float) -> None:
     """Answer requests until SIGTERM or SIGINT; then finish what was accepted, within so many seconds.
@@ -27,7 +24,7 @@ def run(service: Service, app: Any, listening: socket.socket, shutdown_timeout: 
     """
     config = uvicorn.Config(
         app, http=Protocol, ws="none", loop="asyncio", lifespan="on", log_config=None, access_log=False,
-        server_header=False, timeout_keep_alive=ARRIVAL, limit_concurrency=_CONNECTIONS,
+        server_header=False, timeout_keep_alive=ARRIVAL,
         timeout_graceful_shutdown=int(shutdown_timeout) + 5,  # the word to those that are cancelled takes a moment
     )  # fmt: skip
     # uvicorn raises the signal that ended it again, when all is over.
@@ -39,6 +36,7 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service, grace: float) -> None:
         super().__init__(config)
         self._service, self._grace = service, grace
+        service.connections = self.server_state.connections
 
     async def startup(self, sockets: Any = None) -> None:
         await super().startup(sockets)
