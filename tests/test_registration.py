@@ -9,7 +9,7 @@ CODE = """
 import sys
 {first}
 import pldr
-assert {light} or not {{"torch", "transformers", "lm_eval"}} & set(sys.modules)
+assert {light} or not {{"torch", "transformers", "lm_eval", "peft"}} & set(sys.modules)
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, pipeline
 model = AutoModelForCausalLM.from_pretrained({folder!r})

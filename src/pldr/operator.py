@@ -206,7 +206,17 @@ class FactoredOperator(nn.Module):
         padding_mask: torch.Tensor | None = None,
         state: OperatorState | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, DeductiveOutputs]:
-        """Like `ConstantOperator.forward`, but the query and key that it returns are [B, H, T, r]."""
+        """Like `ConstantOperator.forward`, but the query and key that it returns are [B, H, T, r].
+
+        Raises:
+            ValueError: a cache from elsewhere, whose keys have other dimensions.
+        """
+        kept = getattr(state, "keys", None)
+        if kept is not None and kept.shape[-1] != self.right.shape[-1]:
+            raise ValueError(
+                f"past_key_values: the prefix has keys of {kept.shape[-1]} dimensions, a factored operator's have "
+                f"{self.right.shape[-1]}; tune prefixes with the model that pldr.compress was given"
+            )
         return query @ self.left, key @ self.right, DeductiveOutputs(None, None, None, self.G_LM[None])
 
     def head_ranks(self) -> list[int]:

@@ -27,18 +27,19 @@ _TABLES = {
 
 
 def register() -> None:
-    """Tell transformers and lm-evaluation-harness, now or when they are imported."""
+    """Tell transformers, lm-evaluation-harness and PEFT, now or when they are imported."""
     hooks = {
         "transformers": name_classes,
         f"{_AUTO}.auto_mappings": _name_configuration,
         f"{_AUTO}.modeling_auto": _name_models,
         "lm_eval.models": _name_in_harness,
+        "peft.utils.constants": _name_in_peft,
     }
     there = {name: sys.modules[name] for name in hooks if name in sys.modules}
     sys.meta_path.insert(0, _Finder({name: hook for name, hook in hooks.items() if name not in there}))
     if f"{_AUTO}.auto_mappings" in there:  # too late for its tables
         importlib.import_module("pldr.heads")
-    for name in {"transformers", "lm_eval.models"} & there.keys():
+    for name in {"transformers", "lm_eval.models", "peft.utils.constants"} & there.keys():
         hooks[name](there[name])
 
 
@@ -62,6 +63,10 @@ def _name_in_harness(module: Any) -> None:
     registry = importlib.import_module("lm_eval.api.registry").model_registry
     if "pldr" not in registry:
         registry.register("pldr", target="pldr.evaluation.harness:PldrLM")
+
+
+def _name_in_peft(module: Any) -> None:
+    importlib.import_module("pldr.integrations.peft").register(module)
 
 
 class _Finder(MetaPathFinder):
