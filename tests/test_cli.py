@@ -99,13 +99,13 @@ class TestGenerate:
         assert sampled[0] != sampled[2]
         assert run("generate", folder, "the", "--top-k", 1, "--seed", 3)[1] == run("generate", folder, "the")[1]
         assert run("generate", folder, "the", "--beams", 3)[0] == 0
+        begun = run("generate", folder, "", "--json", "--max-new-tokens", 4)[1]
+        assert json.loads(begun)["token_ids"] == model.generate(torch.tensor([[3]]), max_new_tokens=4)[0, 1:].tolist()
         assert run("generate", folder, "the", "--dtype", "bfloat16")[0] == 0
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ([""], "prompt: is empty"),
-            (["   "], "prompt: is empty"),
             (["the cat " * 60], "leave no room in the context of 64"),
             (["the", "--max-new-tokens", "64"], "--max-new-tokens: must be between 1 and 60"),
             (["the", "--max-new-tokens", "0"], "--max-new-tokens: must be between 1"),
@@ -317,7 +317,6 @@ def test_many_prompts_from_a_file(run, folder, tmp_path):
         assert (line["text"], line["token_ids"]) == (alone["text"], alone["token_ids"])
     for text, message in (
         ("", "prompts: there are none"),
-        ("the cat\n\na mat", "prompt 2: prompt: is empty"),
         ("the cat\n" + "cat " * 70, "prompt 2: prompt: "),
     ):
         (tmp_path / "prompts.txt").write_text(text)

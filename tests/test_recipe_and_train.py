@@ -52,6 +52,7 @@ def test_every_published_model_has_a_recipe():
     assert load_recipe("v52-110M-1").optimization.learning_rate == 1.2e-3
     dag = load_recipe("v51-DAG-110M").optimization
     assert dag.dag_A_LM == dag.dag_A_P == dag.dag_G_LM == 0.05
+    assert dag.learning_rate == 1.5e-3
 
 
 def test_recipes_are_found_by_name():
@@ -365,8 +366,8 @@ class TestTrain:
 
     @pytest.mark.parametrize("rows", [1, 7])
     def test_an_evaluation_is_over_everything(self, write_recipe, toy_tokenizer, tmp_path, rows):
-        """Also where the rows are no multiple of the batch of four, or less than one."""
-        recipe = load_recipe(write_recipe())
+        """Also where the rows are no multiple of the batch of four, or less than one. The DAG loss is logged beside the other."""
+        recipe = load_recipe(write_recipe(optimization__dag_A_P=0.5))
         model = build_model(recipe, toy_tokenizer).eval()
         held_out = cached_rows(Source(recipe.data.validation), toy_tokenizer, recipe.data)
         held_out._count = rows
@@ -375,8 +376,12 @@ class TestTrain:
                               data_collator=partial(collate, pad_token_id=0, length=None))  # fmt: skip
         ids = held_out.full_rows(rows)
         with torch.no_grad():
-            expected = model(ids, labels=ids, use_cache=False).loss.item()
-        assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-6)
+            output = model(ids, labels=ids, use_cache=False, output_deductive_outputs=True)
+        dag = dag_loss(torch.stack([layer.A_P for layer in output.deductive_outputs])).item()
+        found = trainer.evaluate()
+        assert found["eval_loss"] == pytest.approx(output.loss.item(), rel=1e-6)
+        assert dag > 0
+        assert found["eval_regularised_loss"] - found["eval_loss"] == pytest.approx(0.5 * dag, rel=1e-4)
 
     def test_accumulated_batches_are_one_batch(self, write_recipe, tmp_path):
         """With DAG loss, and with a last step of fewer batches than the others: 4 × 1, 2 × 2 and 1 × 4 sequences."""

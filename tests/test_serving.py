@@ -288,7 +288,6 @@ WRONG = [
         "prompt: must be a text, a list of token ids, or a list of several of either, got a list",
     ),
     ({"prompt": []}, "prompt", "prompt: must be a text"),
-    ({"prompt": ""}, "prompt", "prompt: is empty"),
     ({"prompt": "\ud800"}, "prompt", "prompt: not valid UTF-8"),
     ({"prompt": [7000]}, "prompt", "prompt: token 7000 is none of the model's 6144"),
     ({"prompt": [-1]}, "prompt", "prompt: token -1 is none"),

@@ -75,7 +75,7 @@ def generate_text(
         on_text: called with each new piece of text as it is generated.
 
     Raises:
-        ValueError: an empty prompt, one longer than the context, or a setting outside its range or of the other way.
+        ValueError: a prompt longer than the context, or a setting outside its range or of the other way.
         FloatingPointError: the model's logits are not finite.
     """
     check_vocabulary(tokenizer, model.config.vocab_size)
@@ -125,7 +125,7 @@ def generate_texts(
         Of each text in turn "prompt", "text", "token_ids", "prompt_tokens" and "finish_reason".
 
     Raises:
-        ValueError: there is none; one is empty or longer than the context (it is named); see `generate_text`.
+        ValueError: there is none; one is longer than the context (it is named); see `generate_text`.
     """
     if not prompts:
         raise ValueError("prompts: there are none; give at least one")

@@ -308,13 +308,15 @@ def check_text(text: str, name: str) -> str:
     return text
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
-    """Token ids of a prompt, without special tokens.
+def encode_prompt(tokenizer: PreTrainedTokenizerFast, prompt: str, *, may_be_empty: bool = True) -> list[int]:
+    """Token ids of a prompt, without special tokens; an empty one is [END], behind which texts begin, as published.
 
     Raises:
-        ValueError: the prompt is empty or not valid UTF-8.
+        ValueError: the prompt is not valid UTF-8; or it is empty, and the tokenizer has no [END] or it may not be.
     """
     ids: list[int] = encode(tokenizer, check_text(prompt, "prompt"))
+    if not ids and may_be_empty and tokenizer.eos_token_id is not None:
+        return [tokenizer.eos_token_id]
     if not ids:
         raise ValueError("prompt: is empty; G_LM needs at least one token")
     return ids

@@ -209,7 +209,8 @@ def freeze_checkpoint(
     if g_lm is not None:
         freeze(loaded, G_LM=load_predefined_G(g_lm), trainable=trainable)
     else:
-        freeze(loaded, [torch.tensor(encode_prompt(found, text)) for text in texts], trainable=trainable)
+        ids = [torch.tensor(encode_prompt(found, text, may_be_empty=False)) for text in texts]
+        freeze(loaded, ids, trainable=trainable)
     with whole_folder(destination, overwrite=overwrite) as folder:
         loaded.save_pretrained(folder)
         if found is not None:

@@ -107,7 +107,7 @@ class Service:
             raise ApiError(400, f"prompt, n: {message}", "n" if choices > 1 else "prompt")
 
     async def encode(self, prompt: str | list[int]) -> list[int]:
-        """Raises ApiError: an empty text, or one that is not valid."""
+        """Raises ApiError: a text that is not valid."""
         if not isinstance(prompt, str):
             return prompt
         try:

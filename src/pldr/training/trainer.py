@@ -206,12 +206,18 @@ class PldrTrainer(Trainer):
         targets = (inputs["labels"][:, 1:] != -100).sum() / self._most_targets
         self._guesses += torch.stack((outputs.accuracy.detach() * targets, targets))
         if regularised:
-            for name, coefficient in self.dag_coefficients.items():
-                X = torch.stack([getattr(layer, name) for layer in outputs.deductive_outputs])
-                # The cross-entropies of accumulated batches add up to a mean; so must these. The last step of an epoch
-                # has fewer batches.
-                loss = loss + coefficient * dag_loss(X) / self.current_gradient_accumulation_steps
+            # The cross-entropies of accumulated batches add up to a mean; so must this. The last step of an epoch has
+            # fewer batches.
+            loss = loss + self._regulariser(outputs) / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
+
+    def _regulariser(self, outputs: Any) -> torch.Tensor:
+        """What DAG regularisation adds to a batch's cross-entropy."""
+        terms = (
+            coefficient * dag_loss(torch.stack([getattr(layer, name) for layer in outputs.deductive_outputs]))
+            for name, coefficient in self.dag_coefficients.items()
+        )
+        return sum(terms, torch.zeros((), device=self.args.device))
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
@@ -290,11 +296,13 @@ class PldrTrainer(Trainer):
     ) -> dict[str, float]:
         """Mean loss and accuracy over every target of held-out rows; with a learned operator, `operator_metrics` too.
 
+        With DAG regularisation also the loss with the regulariser, its mean over rows: what is published of such a model.
         The Trainer's own loop would count rows twice to fill the last batches of several processes.
         """
         rows = eval_dataset if eval_dataset is not None else self.eval_dataset
         size, ranks = self.args.per_device_eval_batch_size, self.args.world_size
-        sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)  # loss, right guesses, targets
+        # Loss, right guesses, targets; regulariser, rows.
+        sums = torch.zeros(5, dtype=torch.float64, device=self.args.device)
         model = self.model_wrapped
         model.eval()
         # Not compiled: other batch sizes and no gradients would compile everything anew.
@@ -307,10 +315,14 @@ class PldrTrainer(Trainer):
                 labels = batch["labels"] if mine else torch.full_like(batch["labels"], -100)
                 with self.compute_loss_context_manager():
                     outputs = model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"),
-                                    labels=labels, return_logits=False, num_items_in_batch=1)  # fmt: skip
+                                    labels=labels, return_logits=False, num_items_in_batch=1,
+                                    output_deductive_outputs=bool(self.dag_coefficients))  # fmt: skip
                 targets = (labels[:, 1:] != -100).sum()
-                sums += torch.stack((outputs.loss, outputs.accuracy * targets, targets)).double()
-            loss, correct, targets = self.accelerator.reduce(sums, "sum").tolist()
+                added = self._regulariser(outputs) * len(mine)
+                sums += torch.stack(
+                    (outputs.loss, outputs.accuracy * targets, targets, added, targets.new_tensor(len(mine)))
+                )
+            loss, correct, targets, added, count = self.accelerator.reduce(sums, "sum").tolist()
             if not math.isfinite(loss):
                 where = f"step {self.state.global_step}; {self._last_checkpoint()}"
                 raise FloatingPointError(f"the held-out loss became {loss} at {where}; {ADVICE}")
@@ -318,6 +330,9 @@ class PldrTrainer(Trainer):
                 f"{metric_key_prefix}_loss": loss / max(targets, 1),
                 f"{metric_key_prefix}_accuracy": correct / max(targets, 1),
             }
+            if self.dag_coefficients:
+                regularised = metrics[f"{metric_key_prefix}_loss"] + added / max(count, 1)
+                metrics[f"{metric_key_prefix}_regularised_loss"] = regularised
             passages = rows.full_rows(PROBED)
             extra = {}
             if self.model.config.operator == "learned" and len(passages) >= 2:
