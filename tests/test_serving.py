@@ -389,6 +389,8 @@ def test_the_scheme_of_a_key_may_be_written_in_small_letters(http):
 def test_openais_client_knows_the_errors(client, complete):
     with pytest.raises(openai.BadRequestError, match="best_of"):
         complete(prompt="a", best_of=3)
+    with pytest.raises(openai.NotFoundError, match="The model '' does not exist; this server has 'stories'"):
+        client.completions.create(model="", prompt="a")
     with pytest.raises(openai.NotFoundError, match="does not exist"):
         client.completions.create(model="gpt", prompt="a")
     with pytest.raises(openai.AuthenticationError):

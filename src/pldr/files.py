@@ -402,9 +402,11 @@ def read_sums(folder: Path, name: str = CHECKSUMS) -> dict[str, str]:
 # --- errors ---------------------------------------------------------------------------------------------------------
 
 
-def one_line(error: BaseException, limit: int = 200) -> str:
-    """What an error says, in one printable line of at most `limit` characters; its kind, where it says nothing."""
-    text = printable(" ".join(str(error).split())) or type(error).__name__
+def one_line(said: BaseException | str, limit: int = 200) -> str:
+    """A text, or what an error says, in one printable line of at most `limit` characters; an error's kind, where it says nothing."""
+    text = printable(" ".join(str(said).split()))
+    if not text and isinstance(said, BaseException):
+        text = type(said).__name__
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 

@@ -97,7 +97,7 @@ class Service:
     def check_model(self, asked: str | None) -> None:
         """Raises ApiError: it is not the one that is here."""
         if asked is not None and asked != self.name:
-            message = f"The model {one_line(ValueError(asked), 64)!r} does not exist; this server has {self.name!r}."
+            message = f"The model {one_line(asked, 64)!r} does not exist; this server has {self.name!r}."
             raise ApiError(404, message, "model", "model_not_found")
 
     def check_count(self, prompts: int, choices: int = 1) -> None:
@@ -255,9 +255,7 @@ def _refused(error: ValueError) -> ApiError:
     param = _NAMES.get(name, name)
     code = "context_length_exceeded" if "leave no room" in rest or name == "max_new_tokens" else None
     known = colon and param in {*CompletionRequest.model_fields, *ChatRequest.model_fields}
-    return ApiError(
-        400, one_line(ValueError(f"{param}: {rest}" if known else str(error)), 400), (known and param) or None, code
-    )
+    return ApiError(400, one_line(f"{param}: {rest}" if known else error, 400), (known and param) or None, code)
 
 
 def _failed(error: Exception) -> ApiError:
@@ -320,7 +318,7 @@ def _add_errors(app: FastAPI) -> None:
         return answered(
             ApiError(
                 error.status_code,
-                f"{http.method} {one_line(ValueError(http.url.path), 100)}: {error.detail}",
+                f"{http.method} {one_line(http.url.path, 100)}: {error.detail}",
                 headers=headers,
             )
         )

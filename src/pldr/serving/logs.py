@@ -31,4 +31,4 @@ def log_to_standard_error() -> None:
 
 
 def _log_warning(message: Any, *_: Any) -> None:
-    logging.getLogger("pldr.serving").warning(one_line(ValueError(message), 1000))
+    logging.getLogger("pldr.serving").warning(one_line(str(message), 1000))

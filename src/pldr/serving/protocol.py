@@ -58,9 +58,9 @@ def mistake(error: Mapping[str, Any]) -> ApiError:
     place = [str(part) for part in error["loc"] if part != "body"]
     kind, message = error["type"], error["msg"]
     if kind == "json_invalid":
-        return ApiError(400, f"the body is not valid JSON ({one_line(ValueError(error['ctx']['error']))})")
+        return ApiError(400, f"the body is not valid JSON ({one_line(error['ctx']['error'])})")
     if kind == "value_error":  # of a validator of this file's, which names the field by itself
-        message = one_line(ValueError(message.removeprefix("Value error, ")))
+        message = one_line(message.removeprefix("Value error, "))
         name = message.partition(":")[0]
         return ApiError(400, message, name if name.isidentifier() else None)
     if not place:
@@ -70,7 +70,7 @@ def mistake(error: Mapping[str, Any]) -> ApiError:
     if place[0] in _EXPECTED:
         place, message = place[:1], f"must be {_EXPECTED[place[0]]}"
     rule = message.replace("Input should", "must").replace("List should", "must")
-    return ApiError(400, one_line(ValueError(f"{'.'.join(place)}: {rule}, got {_shown(error['input'])}")), place[0])
+    return ApiError(400, one_line(f"{'.'.join(place)}: {rule}, got {_shown(error['input'])}"), place[0])
 
 
 def _shown(value: Any) -> str:
@@ -92,7 +92,7 @@ class _Asked(BaseModel):
         if isinstance(fields, dict):
             unknown = next((name for name in fields if name not in cls.model_fields), None)
             if unknown is not None:
-                raise ValueError(f"Unrecognized request argument supplied: {one_line(ValueError(unknown), 64)}")
+                raise ValueError(f"Unrecognized request argument supplied: {one_line(unknown, 64)}")
         return fields
 
 
