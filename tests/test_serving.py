@@ -159,6 +159,13 @@ def test_several_prompts_and_choices(complete, engine, stories):
     assert complete(prompt=ids[0], seed=5, max_tokens=8).choices[0].text == texts[0]
 
 
+def test_an_empty_prompt_is_the_token_between_texts(complete, engine, stories):
+    (expected,) = engine.generate([[stories[1].eos_token_id]], max_new_tokens=8)
+    answer = complete(prompt="", max_tokens=8, temperature=0)
+    assert answer.choices[0].text == expected.text
+    assert answer.usage.prompt_tokens == 1
+
+
 def test_without_max_tokens_a_completion_has_16(complete):
     assert complete(prompt=PROMPT, temperature=0).usage.completion_tokens == 16
 
