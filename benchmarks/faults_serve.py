@@ -124,7 +124,20 @@ async def unknown_field(client: Client, dice: random.Random) -> Status:
 
 async def wrong_prompt(client: Client, dice: random.Random) -> Status:
     prompt = dice.choice(
-        [None, [], [-1], [10**9], [6144], [5] * 2000, ["a", None], [[5], []], ["a"] * 500, "\ud800", [True], "a " * 2000]
+        [
+            None,
+            [],
+            [-1],
+            [10**9],
+            [6144],
+            [5] * 2000,
+            ["a", None],
+            [[5], []],
+            ["a"] * 500,
+            "\ud800",
+            [True],
+            "a " * 2000,
+        ]
     )
     return await client.post(json.dumps(VALID | {"prompt": prompt}).encode())
 
