@@ -17,9 +17,9 @@ import torch
 from transformers.utils import logging
 
 from pldr import PldrConfig, PldrForCausalLM, load_model, load_tokenizer
-from pldr.checkpoints.certificate import weights_digest
 from pldr.cli import main
 from pldr.models.shipped import STORIES
+from pldr.provenance import weights_digest
 from pldr.tokenizer import train_sentencepiece
 
 pytest.register_assert_rewrite("helpers")  # its assertions say what they compared, as those of tests do

@@ -16,8 +16,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from pldr import load_model
-from pldr.checkpoints.certificate import weights_digest, write_certificate
+from pldr.checkpoints.certificate import write_certificate
 from pldr.files import write_sums
+from pldr.provenance import weights_digest
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SHARED = Path(os.environ.get("PLDR_SHARED", Path(__file__).parents[2] / "shared"))

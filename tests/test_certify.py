@@ -11,11 +11,12 @@ from torch.nn import functional as F
 import pldr
 from helpers import FIXTURES, SENTENCE
 from pldr import freeze, load_model, load_tokenizer
-from pldr.checkpoints.certificate import read_certificate, weights_digest, with_checksum, write_certificate
+from pldr.checkpoints.certificate import read_certificate, write_certificate
 from pldr.data.rows import read_passages
 from pldr.data.sources import Source
 from pldr.deductive import deductive_outputs, variation
 from pldr.models.shipped import HELD_OUT
+from pldr.provenance import weights_digest, with_checksum
 from pldr.study.certify import Certificate, Thresholds, compare_modes
 
 

@@ -45,11 +45,11 @@ from transformers import PreTrainedTokenizerFast
 from helpers import SENTENCE, TINY, WORDS, quantised_by_hand, write_benchmarks
 from mutations import Damage, compress_zst, damage
 from pldr import PldrConfig, PldrForCausalLM, convert_checkpoint, load_predefined_G, load_tokenizer
-from pldr.checkpoints.certificate import with_checksum
 from pldr.cli import main
 from pldr.data.sources import BadRows, Source, documents_of, read_pieces
 from pldr.evaluation.published import LAYOUTS, read_benchmark
 from pldr.files import CHECKSUMS, read_sums, write_sums
+from pldr.provenance import with_checksum
 from pldr.recipe import load_recipe
 from pldr.training.checkpoint import SUMS
 from pldr.training.run import train

@@ -28,7 +28,7 @@ FLOORS = [
     {"tables", "plots", "models", "recipe"},
     {"heads", "classes"},
     {"deductive", "modeling_pldr"},
-    {"operator", "cache", "masks", "batching", "configuration_pldr", "tokenizer"},
+    {"operator", "cache", "masks", "batching", "configuration_pldr", "tokenizer", "provenance"},
     {"ops", "layouts", "files", "pictures", "registration"},
 ]
 

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from helpers import FIXTURES, fails, shared
 from pldr import PldrConfig, load_model, load_predefined_G, load_tokenizer
-from pldr.checkpoints.certificate import weights_digest
 from pldr.layouts import tensor_count
+from pldr.provenance import weights_digest
 
 
 @pytest.fixture(autouse=True)

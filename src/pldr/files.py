@@ -19,8 +19,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 _WINDOWS = os.name == "nt"
 
 
@@ -208,6 +206,8 @@ def is_running(mark: str) -> bool:
     host, _, number = mark.rpartition("-")
     if host != _host():
         return True
+    import psutil  # not with a model's own code, which asks for transformers alone
+
     return psutil.pid_exists(int(number))
 
 

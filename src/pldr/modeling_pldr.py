@@ -49,6 +49,7 @@ from pldr.operator import (
 )
 from pldr.ops import reference
 from pldr.ops.cross_entropy import linear_cross_entropy
+from pldr.provenance import add_card
 from pldr.registration import name_classes
 
 _CACHE_DECIDES = "use_g_cache: the given past_key_values decides; choose with pldr.make_cache(g=…)"
@@ -283,6 +284,14 @@ class PldrPreTrainedModel(PreTrainedModel):
             for file in weights:  # which are written for their owner alone
                 shutil.copymode(folder / "config.json", file)
             write_sums(folder, weights)
+
+    def _upload_modified_files(
+        self, working_dir: str | os.PathLike[str], repo_id: str, files_timestamps: dict[str, float], **kwargs: Any
+    ) -> Any:
+        """What `push_to_hub` does last: here with a card that says what the model is, and its certificate."""
+        source = Path(self.name_or_path) if self.name_or_path else None
+        add_card(Path(working_dir), repo_id, self.config, self.state_dict(), source)
+        return super()._upload_modified_files(working_dir, repo_id, files_timestamps, **kwargs)
 
 
 class PldrModel(PldrPreTrainedModel):

@@ -3,8 +3,6 @@
 The checksum proves nothing about who wrote a certificate.
 """
 
-import hashlib
-import json
 import os
 import platform
 import warnings
@@ -16,6 +14,7 @@ import transformers
 
 from pldr import __version__
 from pldr.files import check_shape, one_line, read_json, write_json
+from pldr.provenance import weights_digest, with_checksum
 
 FILE = "certificate.json"
 # Of a frozen model, of one with a factored operator, and of quantised weights.
@@ -64,30 +63,6 @@ def versions() -> dict[str, str]:
     """Of pldr and of what it computes with."""
     return {"pldr": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
             "python": platform.python_version()}  # fmt: skip
-
-
-def weights_digest(tensors: dict[str, torch.Tensor]) -> str:
-    """SHA-256 over name, dtype, shape and bytes of every tensor, in the order of their names.
-
-    It does not depend on how they are spread over files.
-    """
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def with_checksum(certificate: dict[str, Any]) -> dict[str, Any]:
-    """The certificate with the SHA-256 of everything else in it, under "sha256".
-
-    Raises:
-        ValueError: a number in it is infinite or NaN.
-    """
-    body = {key: value for key, value in certificate.items() if key != "sha256"}
-    text = json.dumps(body, sort_keys=True, allow_nan=False)
-    return body | {"sha256": hashlib.sha256(text.encode("utf-8")).hexdigest()}
 
 
 def write_certificate(folder: Path, certificate: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from rich.progress import track
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
-from pldr.checkpoints.certificate import FACTORED_KIND, KIND, versions, weights_digest, write_certificate
+from pldr.checkpoints.certificate import FACTORED_KIND, KIND, versions, write_certificate
 from pldr.checkpoints.load import load_model, load_with_tokenizer
 from pldr.data.rows import choose_passages
 from pldr.data.sources import Source, names_of
@@ -30,6 +30,7 @@ from pldr.evaluation.modes import OperatorModes, frozen_copy, keeps_training, na
 from pldr.files import check_output, whole_folder
 from pldr.modeling_pldr import PldrForCausalLM
 from pldr.operator import FactoredOperator
+from pldr.provenance import weights_digest
 from pldr.tables import Printable, certificate_view
 
 # Resamples of the passages for the 95% interval of a mean.
