@@ -84,6 +84,8 @@ THERE = {
     "docs/serving.md": ["OPENAI_BASE_URL"],
     "docs/training.md": ["text"],
 }
+# Documents whose Python needs other programs, and the tests of these that run it.
+CLIENTS = {"docs/fine-tuning.md": "test_fine_tuning.py"}
 # Documents that take more than ten seconds.
 SLOW = ["README.md", "docs/evaluation.md"]
 
@@ -283,7 +285,7 @@ def template_of(node):
     [
         pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else [])
         for name in DOCUMENTS
-        if "docs/results/" not in name
+        if "docs/results/" not in name and name not in CLIENTS
     ],
 )
 def test_documents_run(document, make_thing, run, tmp_path, monkeypatch):

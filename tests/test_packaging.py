@@ -190,9 +190,13 @@ for module in pkgutil.walk_packages(pldr.__path__, "pldr."):
 """
         found = run_python(code, *missing).split()
         assert found
-        # Kernels need Triton, which torch's build for the CPU does not bring; and vLLM is not developed with.
+        # Kernels need Triton, which torch's build for the CPU does not bring; and vLLM and TransformerLens are not developed with.
         kernels = tuple(f"ops.decoding.{name}" for name in ("attention", "choice", "few", "launch", "many"))
-        assert [name for name in found if not name.startswith((*rooms, *kernels, "integrations.vllm_model"))] == []
+        assert [
+            name
+            for name in found
+            if not name.startswith((*rooms, *kernels, "integrations.vllm_model", "integrations.lens"))
+        ] == []
 
 
 class TestVersions:

@@ -502,9 +502,17 @@ class PldrForCausalLM(PldrPreTrainedModel, GenerationMixin):
         cache = model_kwargs.get("past_key_values")
         if self.config.operator == "learned":
             # The first forward would not be the prompt, so that the wrong G_LM would be kept; or none could be.
-            for name, why in (("prefill_chunk_size", "needs the whole prompt at once"),
-                              ("cache_config", "has no place in a quantized cache")):  # fmt: skip
-                if getattr(generation_config, name, None) is not None:
+            quantized = generation_config.cache_implementation == "quantized"
+            for name, given, why in (
+                (
+                    "prefill_chunk_size",
+                    generation_config.prefill_chunk_size is not None,
+                    "needs the whole prompt at once",
+                ),
+                ("cache_config", generation_config.cache_config is not None, "has no place in a quantized cache"),
+                ("cache_implementation='quantized'", quantized, "has no place in a quantized cache"),
+            ):
+                if given:
                     raise ValueError(
                         f"{name}: a learned G_LM {why}; freeze the model first (pldr.freeze), or leave the setting out"
                     )

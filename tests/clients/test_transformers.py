@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig, pipeline
+from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig, QuantizedCache, pipeline
 from transformers.utils import is_flash_attn_2_available
 
 import pldr
-from pldr import load_model, load_tokenizer
+from pldr import load_model, load_tokenizer, make_cache
 
 PROMPT = "Once upon a time there was"
 
@@ -75,6 +75,53 @@ def test_assisted_decoding_with_a_frozen_draft(row, operator, model_folder):
         assert greedy(model, ids, max_new_tokens=24, assistant_model=draft) == expected
         assert len(calls) < 20 if operator != "factored" else calls
         assert greedy(model, ids, max_new_tokens=24, prompt_lookup_num_tokens=3) == expected
+
+
+@pytest.mark.parametrize("operator", ["frozen", "factored"])
+@pytest.mark.parametrize(
+    ("backend", "settings", "most"),
+    # The most that a logit may differ: as large as rounding to so many bits makes it; the logits have a standard deviation of 2.6.
+    [
+        ("hqq", {"nbits": 8, "axis_key": 1, "axis_value": 1}, 0.1),
+        ("fp8", {}, 1.0),
+    ],
+)
+def test_quantized_cache(row, operator, backend, settings, most, model_folder):
+    """Keys and values of fewer bits: later tokens' logits are nearly those with a whole cache; `generate` takes them."""
+    coarse = (backend, operator) == ("fp8", "factored")  # whose keys are of many sizes, and share one scale
+    row("transformers", f"quantised KV-cache: {backend}", operator,
+        refused="runs, with logits off by as much as they vary: use hqq" if coarse else "")  # fmt: skip
+    model = load_model(model_folder(operator))
+    ids = load_tokenizer(pldr.STORIES)(
+        "Once upon a time there was a king who had a house by the sea", return_tensors="pt"
+    ).input_ids
+    logits = {}
+    for name, cache in (
+        ("whole", make_cache(model.config)),
+        (backend, QuantizedCache(backend, model.config, **settings)),
+    ):
+        with torch.no_grad():
+            model(ids[:, :-3], past_key_values=cache)
+            logits[name] = torch.cat([model(ids[:, -i][:, None], past_key_values=cache).logits for i in (3, 2, 1)])
+    difference = (logits[backend] - logits["whole"]).abs().max()
+    assert most < difference < 4 if coarse else 0 < difference < most
+    tokens = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None, cache_implementation="quantized",
+                            cache_config={"backend": backend} | settings)  # fmt: skip
+    assert tokens.shape == (1, ids.shape[1] + 8)
+
+
+def test_quantized_cache_of_a_learned_operator(row, model_folder):
+    for backend in ("hqq", "fp8"):
+        row(
+            "transformers",
+            f"quantised KV-cache: {backend}",
+            "learned",
+            refused="refused: it has no place for G_LM; freeze",
+        )
+    model = load_model(model_folder("learned"))
+    for settings in ({}, {"cache_config": {"backend": "hqq"}}):
+        with pytest.raises(ValueError, match=r"a learned G_LM has no place in a quantized cache; .*pldr\.freeze"):
+            model.generate(torch.tensor([[5]]), max_new_tokens=2, cache_implementation="quantized", **settings)
 
 
 @pytest.mark.skipif(is_flash_attn_2_available(), reason="FlashAttention is installed")
