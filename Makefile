@@ -79,7 +79,7 @@ audit: .ci/envs/tools/installed
 	cmp $(<D)/requirements-dev.lock requirements-dev.lock || { echo "requirements-dev.lock is out of step; run: make lock"; exit 1; }
 	$(<D)/bin/python .ci/audit.py requirements-dev.lock constraints-dev.txt
 
-environments: .venv/installed .ci/envs/oldest/installed .ci/envs/core/installed .ci/envs/tools/installed
+environments: .venv/installed .ci/envs/docs/installed .ci/envs/oldest/installed .ci/envs/core/installed .ci/envs/tools/installed
 
 .ci/envs/tools/installed: .ci/tools.txt
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)

@@ -1,10 +1,11 @@
-"""What the documentation site has besides docs/: README and its neighbours, the command line, the public names; and equations.
+"""What the documentation site has besides docs/: README and its neighbours, the command line, the public names, the notebooks; and equations.
 
 A hook of mkdocs.yml. Pages are made when the site is built, so that each text stands in the repository once.
 """
 
 import importlib
 import inspect
+import json
 import os
 import re
 from pathlib import Path
@@ -37,6 +38,7 @@ def on_files(files: Files, config: Any) -> Files:
     """Add the pages that stand nowhere in docs/."""
     made = {page: (ROOT / source).read_text(encoding="utf-8") for page, source in ELSEWHERE.items()}
     made |= {"cli.md": command_line(), "api.md": public_names()}
+    made |= {f"notebooks/{file.stem}.md": notebook(file) for file in sorted((ROOT / "notebooks").glob("*.ipynb"))}
     for page, text in made.items():
         files.append(File.generated(config, page, content=text))
     files.append(File.generated(config, "assets/math.ttf", abs_src_path=str(MATH)))
@@ -50,6 +52,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     """Links lead to pages where the site has one, and else into the repository; pictures are the site's own."""
     source = ELSEWHERE.get(page.file.src_uri, f"docs/{page.file.src_uri}")
     pages = {f"docs/{file.src_uri}": file.src_uri for file in files} | {name: uri for uri, name in ELSEWHERE.items()}
+    pages |= {file.src_uri.replace(".md", ".ipynb"): file.src_uri for file in files if "notebooks/" in file.src_uri}
 
     def follow(match: re.Match[str]) -> str:
         target, anchor = match[1].replace(RAW, os.path.relpath(".", os.path.dirname(source)) + "/"), match[2] or ""
@@ -124,3 +127,27 @@ def public_names() -> str:
         kinds[kind].append(f"::: {importlib.import_module(home).__name__}.{name}\n")
     text = "# Python\n\nThe names of `pldr`: `from pldr import load_model`. They are imported on first use.\n"
     return text + "".join(f"\n## {kind}\n\n" + "\n".join(names) for kind, names in kinds.items())
+
+
+# --- notebooks ------------------------------------------------------------------------------------------------------
+
+
+def notebook(file: Path) -> str:
+    """Its texts, code and the outputs that are kept in it, with a link to where it can be run."""
+    parts = []
+    for cell in json.loads(file.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(re.sub(r"\[!\[(.*?)\]\(.*?\)\]", r"[\1]", source))  # the badge is a picture from elsewhere
+        else:
+            parts += [f"```python\n{source}\n```", *map(_output, cell["outputs"])]
+    return "\n\n".join(parts) + "\n"
+
+
+def _output(output: dict[str, Any]) -> str:
+    data = output.get("data", {})
+    if "image/png" in data:
+        return f'<img alt="what the cell draws" src="data:image/png;base64,{"".join(data["image/png"]).strip()}">'
+    if "text/html" in data:
+        return f'<div class="output">{"".join(data["text/html"])}</div>'
+    return f"```text\n{''.join(output.get('text', data.get('text/plain', ''))).strip()}\n```"

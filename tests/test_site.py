@@ -1,5 +1,6 @@
 """The documentation site as it is built: nothing is fetched, nothing leads nowhere, nothing is missing. `make test-docs` runs this."""
 
+import copy
 import importlib.util
 import re
 import socket
@@ -101,3 +102,27 @@ def test_every_verb_and_public_name_has_its_place(site, pages):
     assert {verb.replace(" ", "-") for verb in verbs} <= pages[site / "cli/index.html"].anchors
     named = {anchor.rpartition(".")[2] for anchor in pages[site / "api/index.html"].anchors}
     assert set(pldr._PUBLIC) <= named
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda file: file.stem)
+def test_notebooks_run(file, tmp_path, monkeypatch):
+    """From beginning to end in an empty folder; what they keep of an earlier run is of the same kinds, without an error."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
+    kept = nbformat.read(file, 4)
+    nbformat.validate(kept)
+    book = copy.deepcopy(kept)
+    NotebookClient(book, timeout=900, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    for cell, ran in zip(kept.cells, book.cells, strict=True):
+        if cell.cell_type == "code":
+            assert kinds(cell.outputs) == kinds(ran.outputs), cell.source
+    text = file.read_text(encoding="utf-8")
+    assert f"blob/main/notebooks/{file.name})" in text
+    assert str(ROOT) not in text
+
+
+def kinds(outputs):
+    """What the outputs are, but for what libraries say on standard error."""
+    return [output.output_type for output in outputs if output.get("name") != "stderr"]
