@@ -17,8 +17,9 @@ def client_tests():
 
 
 def test_every_test_with_a_client_has_its_rows():
-    tests = dict(client_tests())
-    assert all("row" in arguments for arguments in tests.values()), "a test says by `row` what it tries"
+    """A test says by `row` what it tries of a client; one without it looks at what is ours."""
+    tests = {test: arguments for test, arguments in client_tests() if "row" in arguments}
+    assert {test.split("::")[0] for test in tests} == {test.split("::")[0] for test, _ in client_tests()}
     rows = read_record()
     assert {row["test"] for row in rows} == set(tests), "run: make test-clients"
     for test, arguments in tests.items():

@@ -1,5 +1,8 @@
 """LangChain's class for OpenAI's completions, asking `pldr serve` as a user starts it."""
 
+import pytest
+
+pytest.importorskip("langchain_openai")
 from langchain_openai import OpenAI
 
 from helpers import serving

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.importorskip("transformer_lens")
 from helpers import assert_close
 from pldr import deductive_outputs, load_model, load_tokenizer
 from pldr.integrations.lens import PldrArchitectureAdapter, bridge

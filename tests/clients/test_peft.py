@@ -5,6 +5,8 @@ import sys
 
 import pytest
 import torch
+
+pytest.importorskip("peft")
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 
 from helpers import assert_close

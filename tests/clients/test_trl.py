@@ -6,6 +6,9 @@ import math
 
 import pytest
 import torch
+
+for client in ("peft", "trl"):
+    pytest.importorskip(client)
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
