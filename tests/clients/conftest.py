@@ -6,7 +6,7 @@ its file: the record of other tests stays as it is.
 """
 
 import copy
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
@@ -40,7 +40,10 @@ def row(request):
     def record(client, use, *operators, refused=""):
         assert operators
         assert set(operators) <= set(OPERATORS), operators
-        fields = {"client": client, "version": version(client), "use": use}
+        try:
+            fields = {"client": client, "version": version(client), "use": use}
+        except PackageNotFoundError:
+            pytest.skip(f"{client} is not installed; run: make test-clients")
         test = f"{request.path.name}::{request.node.originalname}"
         rows.extend(
             fields | {"operator": operator, "outcome": refused or "works", "test": test} for operator in operators
@@ -52,17 +55,17 @@ def row(request):
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     report = yield
-    if report.when == "call" and _ROWS in item.stash:
+    if report.when == "call" and not report.skipped and _ROWS in item.stash:
         failed = {} if report.passed else {"outcome": f"fails: {call.excinfo.typename}"}
         item.config.stash[_RAN].extend(row | failed for row in item.stash[_ROWS])
     return report
 
 
 def pytest_sessionfinish(session):
-    """Tests that ran replace what was known of them."""
+    """What was tried replaces what was known of it."""
     if ran := session.config.stash[_RAN]:
-        known = {(row["test"], row["operator"]) for row in ran}
-        write_record([row for row in read_record() if (row["test"], row["operator"]) not in known] + ran)
+        anew = {(row["test"], row["use"], row["operator"]) for row in ran}
+        write_record([row for row in read_record() if (row["test"], row["use"], row["operator"]) not in anew] + ran)
 
 
 # --- models to try them with ----------------------------------------------------------------------------------------

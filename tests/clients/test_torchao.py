@@ -92,9 +92,9 @@ def test_from_pretrained_int4(row, quantised):
 
 def test_what_transformers_quantised(row, operator, model_folder, tmp_path):
     """A folder that `from_pretrained(quantization_config=…)` and `save_pretrained` wrote, with torchao's own choice of layers."""
+    row("torchao", "int8 by `TorchAoConfig`, read by `pldr`", operator)
     from torchao.quantization import Int8WeightOnlyConfig
 
-    row("torchao", "int8 by `TorchAoConfig`, read by `pldr`", operator)
     settings = TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=["lm_head", ".*operator"])
     theirs = AutoModelForCausalLM.from_pretrained(model_folder(operator), quantization_config=settings)
     theirs.save_pretrained(tmp_path / "theirs")
