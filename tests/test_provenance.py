@@ -86,8 +86,12 @@ def test_the_recipe_of_a_run(folder, pushed, tmp_path):
     for step in (8, 12):
         place = tmp_path / "run" / f"checkpoint-{step}"
         place.mkdir(parents=True)
-        (place / "recipe.json").write_text(f'{{"optimization": {{"steps": {step}}}}}')
+        (place / "recipe.json").write_text(
+            f'{{"optimization": {{"steps": {step}}}, "data": {{"train": ["{tmp_path}/my/book.txt"]}}}}'
+        )
     model = load_model(folder)
     model.name_or_path = str(tmp_path / "run")
     model.push_to_hub("me/run")
     assert '"steps": 12' in card(pushed).text
+    assert '"book.txt"' in card(pushed).text
+    assert str(tmp_path) not in card(pushed).text

@@ -91,7 +91,16 @@ def _recipe(run: Path) -> dict[str, Any] | None:
     newest = max(
         run.glob("checkpoint-*/recipe.json"), key=lambda file: int(file.parent.name.split("-")[1]), default=None
     )
-    return None if newest is None else read_json(newest)
+    return None if newest is None else _without_folders(read_json(newest))
+
+
+def _without_folders(value: Any) -> Any:
+    """Files by their names alone: where they lie on somebody's machine is not for everybody."""
+    if isinstance(value, dict):
+        return {name: _without_folders(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(item) for item in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def _card(
