@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -206,18 +207,16 @@ class PldrTrainer(Trainer):
         targets = (inputs["labels"][:, 1:] != -100).sum() / self._most_targets
         self._guesses += torch.stack((outputs.accuracy.detach() * targets, targets))
         if regularised:
-            # The cross-entropies of accumulated batches add up to a mean; so must this. The last step of an epoch has
+            # The cross-entropies of accumulated batches add up to a mean; so must these. The last step of an epoch has
             # fewer batches.
-            loss = loss + self._regulariser(outputs) / self.current_gradient_accumulation_steps
+            for term in self._dag_terms(outputs):
+                loss = loss + term / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
 
-    def _regulariser(self, outputs: Any) -> torch.Tensor:
+    def _dag_terms(self, outputs: Any) -> Iterator[torch.Tensor]:
         """What DAG regularisation adds to a batch's cross-entropy."""
-        terms = (
-            coefficient * dag_loss(torch.stack([getattr(layer, name) for layer in outputs.deductive_outputs]))
-            for name, coefficient in self.dag_coefficients.items()
-        )
-        return sum(terms, torch.zeros((), device=self.args.device))
+        for name, coefficient in self.dag_coefficients.items():
+            yield coefficient * dag_loss(torch.stack([getattr(layer, name) for layer in outputs.deductive_outputs]))
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
@@ -318,10 +317,9 @@ class PldrTrainer(Trainer):
                                     labels=labels, return_logits=False, num_items_in_batch=1,
                                     output_deductive_outputs=bool(self.dag_coefficients))  # fmt: skip
                 targets = (labels[:, 1:] != -100).sum()
-                added = self._regulariser(outputs) * len(mine)
-                sums += torch.stack(
-                    (outputs.loss, outputs.accuracy * targets, targets, added, targets.new_tensor(len(mine)))
-                )
+                sums[:3] += torch.stack((outputs.loss, outputs.accuracy * targets, targets))
+                sums[3] += sum(self._dag_terms(outputs)) * len(mine)
+                sums[4] += len(mine)
             loss, correct, targets, added, count = self.accelerator.reduce(sums, "sum").tolist()
             if not math.isfinite(loss):
                 where = f"step {self.state.global_step}; {self._last_checkpoint()}"
