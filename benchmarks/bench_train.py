@@ -144,8 +144,8 @@ def measure_trainer(preset, batch, steps, warmup=20):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         count = batch[0] * (warmup + steps)
-        np.random.default_rng(0).integers(4, 32000, count * batch[1], np.uint16).tofile(folder / "tokens.bin")
-        facts = {"rows": count, "sequence_length": batch[1], "dtype": "uint16", "short_rows": []}
+        np.random.default_rng(0).integers(4, 32000, count * (batch[1] + 1), np.uint16).tofile(folder / "tokens.bin")
+        facts = {"rows": count, "row_length": batch[1] + 1, "dtype": "uint16", "short_rows": []}
         (folder / "facts.json").write_text(json.dumps(facts))
         recipe = Recipe(
             str(folder), DataRecipe(["-"]), log_steps=10, report_to=[],

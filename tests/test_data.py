@@ -272,12 +272,12 @@ class TestReading:
             list(read_documents([str(tmp_path / "nothing*.txt")]))
         with pytest.raises(ValueError, match="the parts are train and validation"):
             list(read_documents(["pydoc-topics:test"]))
-        with pytest.raises(ValueError, match="tokens are less than one sequence of 64"):
+        with pytest.raises(ValueError, match="tokens are less than one row of 64"):
             write_rows(pieces(["the cat"]), toy_tokenizer, 64, tmp_path)
         (tmp_path / "a.txt").write_text("the cat")
         (tmp_path / "b.txt").write_text(" ")
         recipe = DataRecipe(["unused"], sequence_length=64, cache=str(tmp_path))
-        with pytest.raises(ValueError, match=r"less than one sequence of 64 \(1 skipped: empty \(first: .*b.txt\)\)"):
+        with pytest.raises(ValueError, match=r"less than one row of 65 \(1 skipped: empty \(first: .*b.txt\)\)"):
             cached_rows(Source([f"{tmp_path}/?.txt"]), toy_tokenizer, recipe)
         with pytest.raises(ValueError, match="less than one sequence of 64 tokens"):
             read_passages(Source([f"{tmp_path}/a.txt"]), toy_tokenizer, 64, 1)
@@ -365,14 +365,35 @@ class TestRows:
         assert [row["input_ids"].tolist() for row in rows] == expected
         assert rows.facts["left_out_tokens"] == 0
         assert all(len(row) == 7 for row in rows.full_rows(100))
-        batch = collate(list(rows), pad_token_id=0, length=9 if layout == "padded" else None)
-        assert batch["input_ids"].shape[1] == (9 if layout == "padded" else 7)
-        for ids, labels, mask, want in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], expected,
-                                           strict=True):  # fmt: skip
-            assert ids[: len(want)].tolist() == labels[: len(want)].tolist() == want
-            assert ids[len(want) :].tolist() == [0] * (len(ids) - len(want))
-            assert set(labels[len(want) :].tolist()) <= {-100}
-            assert mask.sum() == len(want)
+        batch = collate([*rows, {"input_ids": torch.tensor([5]), "row": 9}], pad_token_id=0,
+                        length=9 if layout == "padded" else None)  # fmt: skip
+        width = 9 if layout == "padded" else 6
+        assert batch["input_ids"].shape[1] == width
+        read = [*((row[:-1], row[1:]) for row in expected), ([5], [])]  # a row of one token has no target
+        for (ids, targets), *found in zip(
+            read, batch["input_ids"], batch["shift_labels"], batch["labels"], batch["attention_mask"], strict=True
+        ):
+            rest = width - len(ids)
+            wanted = (ids + [0] * rest, targets + [-100] * (width - len(targets)), ids + [-100] * rest)
+            assert [part.tolist() for part in found] == [*wanted, [1] * len(ids) + [0] * rest]
+
+    def test_full_rows_are_inputs_and_their_targets(self):
+        rows = torch.arange(10, 24).reshape(2, 7)
+        batch = collate([{"input_ids": row, "row": n} for n, row in enumerate(rows)], pad_token_id=0, length=6)
+        assert torch.equal(batch["input_ids"], rows[:, :-1])
+        assert torch.equal(batch["labels"], rows[:, :-1])
+        assert torch.equal(batch["shift_labels"], rows[:, 1:])
+        assert batch["row"].tolist() == [0, 1]
+        assert "attention_mask" not in batch
+
+    def test_rows_of_an_earlier_version_are_not_read(self, toy_tokenizer, tmp_path):
+        """Theirs were as long as what the model reads."""
+        write_rows(pieces(TEXTS), toy_tokenizer, 7, tmp_path)
+        facts = json.loads((tmp_path / "facts.json").read_text())
+        facts["sequence_length"] = facts.pop("row_length")
+        (tmp_path / "facts.json").write_text(json.dumps(facts))
+        with pytest.raises(ValueError, match="no row_length, as those of earlier versions; remove this folder"):
+            TokenRows(tmp_path)
 
     def test_cache(self, tmp_path, toy_tokenizer, monkeypatch):
         file = tmp_path / "a.jsonl"
@@ -497,7 +518,7 @@ class TestStream:
         monkeypatch.setattr(rows_module, "_BATCH_CHARACTERS", 1000)
 
     def stream(self, tokenizer, file, **settings):
-        recipe = DataRecipe([str(file)], sequence_length=7, **({"shuffle_buffer": 3} | settings))
+        recipe = DataRecipe([str(file)], sequence_length=6, **({"shuffle_buffer": 3} | settings))  # rows of 7
         return recipe, lambda **kwargs: TokenStream(Source([str(file)]), tokenizer, recipe, seed=1, **kwargs)
 
     @pytest.fixture

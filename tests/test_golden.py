@@ -86,6 +86,9 @@ def test_losses(name):
     model, expected = case(name)
     ce, dag, total = losses(model, expected)
     assert_close(ce, expected["loss.ce"], rms_ratio=LOSS_RATIO, name="ce")
+    batch = {"input_ids": expected["input_ids"], "shift_labels": expected["labels"]}  # as in training
+    loss = model(**batch, use_cache=False, return_logits=False).loss
+    assert_close(loss, expected["loss.ce"], rms_ratio=LOSS_RATIO, name="the training step's")
     for index, kind in enumerate(("A_LM", "A_P", "G_LM")):
         theirs = expected["loss.dag_A_LM_A_P_G"][index]
         assert_close(dag[index], theirs, rms_ratio=LOSS_RATIO, name=f"DAG loss of {kind}")

@@ -370,6 +370,12 @@ def test_loss_and_logits_to_keep(small_model, ids):
         output = model(ids, labels=ids)
         expected = torch.nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
         assert_close(output.loss, expected, max_error=1e-6)
+        inputs, targets = ids[:, :-1], ids[:, 1:]  # of which the last is no input now
+        expected = torch.nn.functional.cross_entropy(model(inputs).logits.flatten(0, 1), targets.flatten())
+        for return_logits in (True, False):
+            for labels in (None, ids):  # which count nothing beside the others
+                shifted = model(inputs, labels=labels, shift_labels=targets, return_logits=return_logits)
+                assert_close(shifted.loss, expected, max_error=1e-6)
         assert torch.equal(model(ids, logits_to_keep=2).logits, output.logits[:, -2:])
         assert torch.equal(model(ids, logits_to_keep=torch.tensor([3, 5])).logits, output.logits[:, [3, 5]])
     with pytest.raises(ValueError, match="the loss needs the logits of every position"):
@@ -429,11 +435,12 @@ class TestPrecisionAndCompilation:
         model = small_model(operator=operator, operator_init="random").train()
         # The aot_eager backend traces forward and backward without a C++ compiler; fullgraph refuses any break.
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        expected = model(input_ids=ids, labels=ids, use_cache=False)
+        batch = {"input_ids": ids[:, :-1], "shift_labels": ids[:, 1:], "use_cache": False}
+        expected = model(**batch)
         expected.loss.backward()
         gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         model.zero_grad()
-        output = compiled(input_ids=ids, labels=ids, use_cache=False)
+        output = compiled(**batch)
         output.loss.backward()
         assert_close(output.loss, expected.loss, max_error=1e-6)
         for name, parameter in model.named_parameters():

@@ -286,8 +286,9 @@ class TestTrain:
         trainer = PldrTrainer(recipe, tmp_path, model=model,
                               args=training_arguments(recipe, tmp_path))  # fmt: skip
         trainer.current_gradient_accumulation_steps = 2  # as inside a step of two batches
-        loss = trainer.compute_loss(model, {"input_ids": ids, "labels": ids}, num_items_in_batch=45)
-        output = model(ids, labels=ids, use_cache=False, output_deductive_outputs=True)
+        batch = {"input_ids": ids[:, :-1], "shift_labels": ids[:, 1:]}
+        loss = trainer.compute_loss(model, dict(batch), num_items_in_batch=45)
+        output = model(**batch, use_cache=False, output_deductive_outputs=True)
         layers = output.deductive_outputs
         dag = {name: dag_loss(torch.stack([getattr(layer, name) for layer in layers])) for name in ("A_LM", "G_LM")}
         expected = output.loss + (0.05 * dag["A_LM"] + 0.5 * dag["G_LM"]) / 2
@@ -296,7 +297,7 @@ class TestTrain:
         (other,) = torch.autograd.grad(expected, model.model.layers[0].self_attn.operator.exponent)
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-8)
         model.eval()
-        plain = trainer.compute_loss(model, {"input_ids": ids, "labels": ids}, num_items_in_batch=45)
+        plain = trainer.compute_loss(model, dict(batch), num_items_in_batch=45)
         assert plain.item() == pytest.approx(output.loss.item(), rel=1e-6)
 
     def test_dag_regularisation_lowers_the_dag_loss(self, write_recipe, tmp_path):
@@ -318,7 +319,7 @@ class TestTrain:
             original(trainer)
             checkpoint = trainer.start
             learned = load_model(checkpoint)
-            expected = deductive_outputs(learned, trainer.eval_dataset.full_rows(16)).G_LM.mean(1)
+            expected = deductive_outputs(learned, trainer.eval_dataset.full_rows(16)[:, :-1]).G_LM.mean(1)
             operators = [layer.self_attn.operator for layer in trainer.model.model.layers]
             seen["constant"] = all(
                 torch.allclose(operator.G_LM, G, atol=1e-5) for operator, G in zip(operators, expected, strict=True)
@@ -357,12 +358,13 @@ class TestTrain:
         assert [line["step"] for line in lines if "learning_rate" in line] == [4, 8, 12]
 
     def test_operator_metrics_against_separate_forwards(self, small_model, ids):
-        model, frozen = small_model(), freeze(small_model(), ids[:1])
+        inputs, batch = ids[:, :-1], {"input_ids": ids[1:, :-1], "shift_labels": ids[1:, 1:]}
+        model, frozen = small_model(), freeze(small_model(), inputs[:1])
         metrics = operator_metrics(model, ids)
         with torch.no_grad():
-            difference = frozen(ids[1:], labels=ids[1:]).loss - model(ids[1:], labels=ids[1:]).loss
+            difference = frozen(**batch).loss - model(**batch).loss
         assert metrics["G_frozen_difference"] == pytest.approx(difference.item(), abs=1e-6)
-        assert metrics["G_variation"] == pytest.approx(variation(deductive_outputs(model, ids).G_LM).tolist())
+        assert metrics["G_variation"] == pytest.approx(variation(deductive_outputs(model, inputs).G_LM).tolist())
 
     @pytest.mark.parametrize("rows", [1, 7])
     def test_an_evaluation_is_over_everything(self, write_recipe, toy_tokenizer, tmp_path, rows):
@@ -376,7 +378,7 @@ class TestTrain:
                               data_collator=partial(collate, pad_token_id=0, length=None))  # fmt: skip
         ids = held_out.full_rows(rows)
         with torch.no_grad():
-            output = model(ids, labels=ids, use_cache=False, output_deductive_outputs=True)
+            output = model(ids[:, :-1], shift_labels=ids[:, 1:], use_cache=False, output_deductive_outputs=True)
         dag = dag_loss(torch.stack([layer.A_P for layer in output.deductive_outputs])).item()
         found = trainer.evaluate()
         assert found["eval_loss"] == pytest.approx(output.loss.item(), rel=1e-6)
@@ -411,7 +413,7 @@ class TestTrain:
     def test_rows_of_one_token(self, write_recipe, tmp_path, toy_tokenizer, accumulation):
         """Padded, they have no target: the loss of such a step is 0, and such a batch is no part of an accuracy."""
         words = ["the"]
-        while (len(toy_tokenizer(" ".join(words))["input_ids"]) + 1) % 32 != 1:  # and [END]
+        while (len(toy_tokenizer(" ".join(words))["input_ids"]) + 1) % 33 != 1:  # and [END]
             words.append("cat")
         for name in ("train", "held-out"):
             (tmp_path / name).write_text(" ".join(words))
@@ -419,7 +421,7 @@ class TestTrain:
         recipe = load_recipe(write_recipe(**changes, log_steps=1, eval_steps=5, data__train=[str(tmp_path / "train")],
                                           data__validation=[str(tmp_path / "held-out")]))  # fmt: skip
         held_out = cached_rows(Source(recipe.data.validation), toy_tokenizer, recipe.data)
-        assert sorted(len(row["input_ids"]) for row in held_out)[:2] == [1, 32]
+        assert sorted(len(row["input_ids"]) for row in held_out)[:2] == [1, 33]
         train(recipe, progress=False)
         lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").open()]
         assert all(isinstance(value, (int, float, list)) for line in lines for value in line.values())  # none is null
@@ -433,18 +435,44 @@ class TestTrain:
         recipe = load_recipe(write_recipe(optimization__batch_size=1, data__layout="padded"))
         model = build_model(recipe, toy_tokenizer).train()
         trainer = PldrTrainer(recipe, tmp_path, model=model, args=training_arguments(recipe, tmp_path))
-        ids = torch.randint(4, 290, (1, 32), generator=torch.Generator().manual_seed(1))
+        row = torch.randint(4, 290, (1, 33), generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
-            guesses = model(ids).logits[0, :-1].argmax(-1)
-        ids[0, 1:3] = guesses[:2]  # G_LM depends on the ids, so that the guesses may be others now
-        right = (model(ids).logits[0, :-1].argmax(-1) == ids[0, 1:]).float()
+            guesses = model(row[:, :-1]).logits[0].argmax(-1)
+        row[0, 1:3] = guesses[:2]  # G_LM depends on the ids, so that the guesses may be others now
+        ids, targets = row[:, :-1], row[:, 1:]
+        right = (model(ids).logits[0].argmax(-1) == targets[0]).float()
         for kept in (31, 2, 0):
-            labels = ids.clone()
-            labels[0, kept + 1 :] = -100
-            trainer.compute_loss(model, {"input_ids": ids, "labels": labels}, num_items_in_batch=33)
+            labels = targets.clone()
+            labels[0, kept:] = -100
+            trainer.compute_loss(model, {"input_ids": ids, "shift_labels": labels}, num_items_in_batch=33)
         assert right.sum() + right[:2].sum() > 0
         assert trainer.accuracy() == pytest.approx((right.sum() + right[:2].sum()).item() / 33)
         assert trainer.accuracy() == 0  # no batch since
+
+    def test_no_loss_has_its_last_target_among_its_inputs(self, write_recipe, toy_tokenizer, tmp_path):
+        """A learned G_LM sums over all inputs: another last token of a row may change the loss of that target alone.
+
+        The control: with the labels among the inputs, as other users of the model may have them, it changes all.
+        """
+        recipe = load_recipe(write_recipe())
+        trainer = PldrTrainer(recipe, tmp_path, model=build_model(recipe, toy_tokenizer).eval(),
+                              args=training_arguments(recipe, tmp_path))  # fmt: skip
+        model, operator = trainer.model, trainer.model.model.layers[0].self_attn.operator
+        rows = torch.randint(4, 290, (1, 33), generator=torch.Generator().manual_seed(1)).repeat(2, 1)
+        rows[1, -1] = 4 + (rows[0, -1] + 1) % 286
+        ours, control = [], []
+        for row in rows:
+            batch = collate([{"input_ids": row, "row": 0}], pad_token_id=0, length=None)
+            batch["shift_labels"][:, -1] = -100  # what is left has the same targets in both
+            ours.append(trainer.compute_loss(model, batch, num_items_in_batch=31))
+            labels = row[None].clone()
+            labels[:, -1] = -100
+            control.append(model(row[None], labels=labels, use_cache=False).loss)
+        gradients = [torch.autograd.grad(loss, operator.energy_weight)[0] for loss in (*ours, *control)]
+        assert torch.equal(ours[0], ours[1])
+        assert torch.equal(gradients[0], gradients[1])
+        assert not torch.equal(control[0], control[1])
+        assert not torch.allclose(gradients[2], gradients[3], rtol=1e-3)
 
     def test_tokens_are_counted_not_computed(self, write_recipe, tmp_path):
         """The last step of an epoch has fewer batches than the accumulation asks for."""

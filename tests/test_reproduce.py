@@ -169,9 +169,10 @@ def test_what_is_measured_of_a_run(lab):
     found = here.measure("learned-1")
     model, tokenizer = here.load("learned-1")
     rows = here.passages(tokenizer)
-    assert found["loss"] == pytest.approx(model(rows, labels=rows, use_cache=False).loss.item(), abs=1e-5)
+    loss = model(rows[:, :-1], shift_labels=rows[:, 1:], use_cache=False).loss.item()
+    assert found["loss"] == pytest.approx(loss, abs=1e-5)
     pairs = rows.reshape(-1, 2)
-    alone = model(pairs, labels=pairs, use_cache=False).loss.item()
+    alone = model(pairs[:, :1], shift_labels=pairs[:, 1:], use_cache=False).loss.item()
     assert found["gain"] == pytest.approx(alone - found["loss"], abs=1e-5)
     assert len(found["variation"]) == 2
 

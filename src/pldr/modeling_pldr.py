@@ -418,6 +418,7 @@ class PldrForCausalLM(PldrPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        shift_labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         use_g_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -428,7 +429,9 @@ class PldrForCausalLM(PldrPreTrainedModel, GenerationMixin):
         """
         Args:
             labels: [B, T], the same ids as `input_ids` (the shift by one happens here); -100 is left out of the mean.
-                Where nothing is left, loss and accuracy are 0.
+                Where nothing is left, loss and accuracy are 0. The last target is an input then, and enters a learned G_LM.
+            shift_labels: [B, T], the target of each position, in place of `labels`: of a row of T + 1 tokens all but the
+                first, where `input_ids` are all but the last, as in training.
             logits_to_keep: number of last positions to compute logits for, or their indices; 0 means all.
             return_logits: False computes the loss without ever holding all logits (they are then None in the output).
             num_items_in_batch: what to divide the summed loss by, in place of the number of targets, where a batch is
@@ -436,9 +439,12 @@ class PldrForCausalLM(PldrPreTrainedModel, GenerationMixin):
             the others: see `PldrModel.forward`.
 
         Raises:
-            ValueError: `labels` together with `logits_to_keep`; and those of `PldrModel.forward`.
+            ValueError: a loss together with `logits_to_keep`; and those of `PldrModel.forward`.
         """
-        if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+        targets = shift_labels
+        if targets is None and labels is not None:
+            targets = F.pad(labels, (0, 1), value=reference.IGNORED_TARGET)[:, 1:]
+        if targets is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise ValueError("logits_to_keep: the loss needs the logits of every position; leave it out beside labels")
         outputs = self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
@@ -447,29 +453,24 @@ class PldrForCausalLM(PldrPreTrainedModel, GenerationMixin):
         )  # fmt: skip
         hidden_states = outputs.last_hidden_state  # [B, T, M]
         logits = loss = accuracy = None
-        if return_logits or labels is None:
+        if return_logits or targets is None:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden_states[:, keep])  # [B, T or what is kept, V]
-        if labels is not None:
-            loss, accuracy = self._loss_and_accuracy(hidden_states, logits, labels, num_items_in_batch)
+        if targets is not None:
+            loss, accuracy = self._loss_and_accuracy(hidden_states, logits, targets.flatten(), num_items_in_batch)
         return PldrCausalLMOutput(
-            loss=loss,
-            accuracy=accuracy,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            loss=loss, accuracy=accuracy, logits=logits, past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states, attentions=outputs.attentions,
             deductive_outputs=outputs.deductive_outputs,
-        )
+        )  # fmt: skip
 
     def _loss_and_accuracy(
         self,
         hidden_states: torch.Tensor,  # [B, T, M]
         logits: torch.Tensor | None,  # [B, T, V]; None: the head computes the loss without ever holding them all
-        labels: torch.Tensor,  # [B, T]
+        targets: torch.Tensor,  # [B·T]
         num_items_in_batch: int | torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        targets = F.pad(labels, (0, 1), value=reference.IGNORED_TARGET)[:, 1:].flatten()  # [B·T]
         if logits is None:
             total, correct = self.lm_head(hidden_states.flatten(0, 1), targets)
         else:
@@ -503,12 +504,9 @@ class PldrForCausalLM(PldrPreTrainedModel, GenerationMixin):
         if self.config.operator == "learned":
             # The first forward would not be the prompt, so that the wrong G_LM would be kept; or none could be.
             quantized = generation_config.cache_implementation == "quantized"
+            chunked = generation_config.prefill_chunk_size is not None
             for name, given, why in (
-                (
-                    "prefill_chunk_size",
-                    generation_config.prefill_chunk_size is not None,
-                    "needs the whole prompt at once",
-                ),
+                ("prefill_chunk_size", chunked, "needs the whole prompt at once"),
                 ("cache_config", generation_config.cache_config is not None, "has no place in a quantized cache"),
                 ("cache_implementation='quantized'", quantized, "has no place in a quantized cache"),
             ):

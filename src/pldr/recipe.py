@@ -51,7 +51,7 @@ class DataRecipe:
         text_column: of JSON lines, Parquet files and hub data sets.
         tokenizer: a model folder or SentencePiece file; None trains one on the training text.
         vocab_size: pieces of a newly trained tokenizer.
-        sequence_length: tokens of a full training sequence.
+        sequence_length: tokens that the model reads at once in training; a full row of data has one more, its last target.
         layout: "packed": documents one after another, [END] between them, sequences cut where they are full.
             "padded": so within groups of 3,200 documents, the last sequence of a group filled with [PAD];
             "unpadded": the same, that sequence left short.
@@ -84,6 +84,11 @@ class DataRecipe:
     workers: int = 0
     strict: bool = False
     cache: str | None = None
+
+    @property
+    def row_length(self) -> int:
+        """Tokens of a full row: all but the last are read, all but the first are targets."""
+        return self.sequence_length + 1
 
 
 @dataclass

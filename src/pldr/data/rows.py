@@ -164,12 +164,16 @@ class TokenRows(Dataset[dict[str, Any]]):
 
         Raises:
             OSError: a file can not be read.
-            ValueError: there are more or fewer ids than the facts say.
+            ValueError: there are more or fewer ids than the facts say, or an earlier version wrote them.
         """
         folder = Path(folder)
         self._folder = folder
         self.facts: dict[str, Any] = read_json(folder / "facts.json")
-        self.length: int = self.facts["sequence_length"]
+        if "row_length" not in self.facts:
+            raise ValueError(
+                f"{folder}: facts.json has no row_length, as those of earlier versions; remove this folder"
+            )
+        self.length: int = self.facts["row_length"]
         self._ids = np.memmap(folder / "tokens.bin", np.dtype(self.facts["dtype"]), mode="r")
         # Where each row that is not full ends; all others follow from the length.
         self._short: list[list[int]] = self.facts["short_rows"]
@@ -237,7 +241,7 @@ def write_rows(
     Raises:
         ValueError: less than one row; see `tokenize`.
     """
-    facts: dict[str, Any] = {"documents": 0, "tokens": 0, "rows": 0, "left_out_tokens": 0, "sequence_length": length,
+    facts: dict[str, Any] = {"documents": 0, "tokens": 0, "rows": 0, "left_out_tokens": 0, "row_length": length,
                              "layout": layout, "dtype": "uint16", "short_rows": []}  # fmt: skip
 
     def counted() -> Iterator[tuple[np.ndarray, bool]]:
@@ -259,7 +263,7 @@ def write_rows(
     skipped = facts["bad_rows"] = bad.summary() if bad else ""
     if facts["rows"] == 0:
         because = f" ({skipped})" if skipped else ""
-        raise ValueError(f"data: {facts['tokens']} tokens are less than one sequence of {length}{because}")
+        raise ValueError(f"data: {facts['tokens']} tokens are less than one row of {length}{because}")
     write_json(folder / "facts.json", facts | {"sha256": _sum(folder, facts)})
     return TokenRows(folder)
 
@@ -303,7 +307,7 @@ def cached_rows(
         # Of processes that come to this at the same time, the first one's rows are kept.
         with contextlib.suppress(FileExistsError), whole_folder(folder, keep=False) as partial:
             pieces = read_pieces(source, bad, streaming=recipe.streaming)
-            write_rows(pieces, tokenizer, recipe.sequence_length, partial, recipe.layout, bad)
+            write_rows(pieces, tokenizer, recipe.row_length, partial, recipe.layout, bad)
             if _fingerprint(source, tokenizer, recipe) != key:
                 raise ValueError(f"data: {', '.join(source.names)}: changed while it was read; start again")
     _check_sum(folder)
@@ -321,7 +325,9 @@ def cache_folder(cache: str | None = None) -> Path:
 
 def _fingerprint(source: Source, tokenizer: PreTrainedTokenizerFast, recipe: DataRecipe) -> str:
     digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode("utf-8"))
-    facts = [source.text_column, source.split, source.interval, recipe.sequence_length, recipe.layout, recipe.strict,
+    # By name, so that no rows of an earlier version, which were as long as what is read, are taken for these.
+    length = {"row_length": recipe.row_length}
+    facts = [source.text_column, source.split, source.interval, length, recipe.layout, recipe.strict,
              tokenizer.eos_token_id, GROUP_DOCUMENTS, *source_state(source, recipe.streaming)]  # fmt: skip
     digest.update(json.dumps(facts).encode("utf-8"))
     return digest.hexdigest()[:32]
@@ -352,7 +358,7 @@ class TokenStream(IterableDataset[dict[str, Any]]):
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
         share = Share(self.rank, self.world_size, worker_id, workers)
         tokens = tokenize(self._pieces(share), self.tokenizer)
-        for number, row in enumerate(rows_of(tokens, self.recipe.sequence_length, self.recipe.layout)):
+        for number, row in enumerate(rows_of(tokens, self.recipe.row_length, self.recipe.layout)):
             yield {"input_ids": torch.from_numpy(row.astype(np.int64)), "row": number * share.consumers + share.number}
 
     def _pieces(self, share: Share) -> Iterator[Piece]:
@@ -399,22 +405,29 @@ def shuffled(
 
 
 def collate(items: list[dict[str, Any]], *, pad_token_id: int, length: int | None) -> dict[str, Any]:
-    """A batch of rows: `input_ids`, `labels` and `row`; where rows are short, padding and an `attention_mask` too.
+    """A batch of rows for a causal language model that is to see no row's last target.
 
     Args:
         items: of `TokenRows` or `TokenStream`.
-        pad_token_id: fills the end of short rows; its labels are -100.
+        pad_token_id: stands behind short rows; its targets are -100.
         length: width of the batch, or None for that of its longest row.
+
+    Returns:
+        `input_ids`, each row but its last token; `shift_labels`, each but its first: the target of each position;
+        `labels`, the inputs once more, beside which transformers counts targets; `row`; and where rows are short an
+        `attention_mask`. A row of one token is an input without a target.
     """
     rows = [item["input_ids"] for item in items]
     numbers = torch.tensor([item["row"] for item in items])
-    width = length or max(len(row) for row in rows)
-    if all(len(row) == width for row in rows):
-        ids = torch.stack(rows)
-        return {"input_ids": ids, "labels": ids, "row": numbers}
-    sizes = torch.tensor([len(row) for row in rows])
+    sizes = torch.tensor([max(len(row) - 1, 1) for row in rows])
+    width = length or int(sizes.max())
+    if all(len(row) == width + 1 for row in rows):
+        ids, targets = (torch.stack([row[part] for row in rows]) for part in (slice(-1), slice(1, None)))
+        return {"input_ids": ids, "labels": ids, "shift_labels": targets, "row": numbers}
     mask = (torch.arange(width) < sizes[:, None]).long()
-    ids = torch.full((len(rows), width), pad_token_id)
-    for place, row in zip(ids, rows, strict=True):
-        place[: len(row)] = row
-    return {"input_ids": ids, "labels": ids.masked_fill(mask == 0, -100), "attention_mask": mask, "row": numbers}
+    ids, targets = (torch.full((len(rows), width), value) for value in (pad_token_id, -100))
+    for row, size, place, target in zip(rows, sizes, ids, targets, strict=True):
+        place[:size] = row[:size]
+        target[: len(row) - 1] = row[1:]
+    labels = ids.masked_fill(mask == 0, -100)
+    return {"input_ids": ids, "labels": labels, "shift_labels": targets, "attention_mask": mask, "row": numbers}

@@ -140,30 +140,31 @@ class OperatorModes:
 
     def loss(self, mode: str, passages: torch.Tensor, context: int) -> float:
         """Mean cross-entropy of what follows the first token after the context, nats per token; passages [B, T]."""
-        logits = self.logits(mode, passages, context)[:, 1:-1].double()
+        logits = self.logits(mode, passages[:, :-1], context)[:, 1:].double()  # the last token is a target alone
         return float(F.cross_entropy(logits.flatten(0, 1), passages[:, context + 1 :].flatten()))
 
 
 @torch.no_grad()
-def operator_metrics(model: PldrForCausalLM, passages: torch.Tensor) -> dict[str, Any]:
+def operator_metrics(model: PldrForCausalLM, rows: torch.Tensor) -> dict[str, Any]:
     """Whether G_LM has become a constant: what an evaluation logs beside the loss.
 
     Args:
         model: with a learned operator.
-        passages: [B, T], B ≥ 2, held out.
+        rows: [B, T + 1], B ≥ 2, held out; T tokens are read, and T are targets.
 
     Returns:
-        "G_variation", of G_LM over the passages, layer by layer (see `pldr.deductive.variation`); "G_frozen_difference",
-        the mean loss of all passages but the first with G_LM frozen from the first, minus that with a learned G_LM, in
+        "G_variation", of G_LM over the rows, layer by layer (see `pldr.deductive.variation`); "G_frozen_difference",
+        the mean loss of all rows but the first with G_LM frozen from the first, minus that with a learned G_LM, in
         nats per token; "dag_A_LM", "dag_A_P" and "dag_G_LM", the DAG loss of each deductive output.
     """
     was_training = model.training
     model.eval()
+    ids, targets = rows[:, :-1], rows[:, 1:]
     frozen, learned = (
-        float(running(passages[1:], labels=passages[1:], use_cache=False, return_logits=False).loss)
-        for running in (frozen_copy(model, passages[:1]), model)
+        float(running(ids[1:], shift_labels=targets[1:], use_cache=False, return_logits=False).loss)
+        for running in (frozen_copy(model, ids[:1]), model)
     )
-    outputs = deductive_outputs(model, passages)
+    outputs = deductive_outputs(model, ids)
     model.train(was_training)
     return {
         "G_variation": variation(outputs.G_LM).tolist(),

@@ -204,7 +204,7 @@ class Lab:
             return {"run": name, "diverged": True}
         model, tokenizer = loaded
         rows = self.passages(tokenizer)
-        outputs = [model(row[None], labels=row[None], use_cache=False) for row in rows]
+        outputs = [model(row[None, :-1], shift_labels=row[None, 1:], use_cache=False) for row in rows]
         loss = statistics.fmean(float(output.loss) for output in outputs)
         found = {
             "run": name,
@@ -308,10 +308,13 @@ def is_healthy(found: dict[str, Any]) -> bool:
 
 @torch.no_grad()
 def mean_loss(model: PldrForCausalLM, rows: torch.Tensor) -> float:
-    """Over every target, nats per token."""
+    """Over every token of rows [B, T] but the first, nats per token; the last is a target alone."""
     step = max(1, 4096 // rows.shape[1])
-    losses = [(float(model(part, labels=part, use_cache=False).loss), len(part)) for part in rows.split(step)]
-    return sum(loss * count for loss, count in losses) / len(rows)
+    losses = [
+        float(model(part[:, :-1], shift_labels=part[:, 1:], use_cache=False).loss) * len(part)
+        for part in rows.split(step)
+    ]
+    return sum(losses) / len(rows)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

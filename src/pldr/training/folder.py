@@ -152,7 +152,7 @@ def _new_folder(output: Path) -> Iterator[None]:
 
 def described(recipe: Recipe, processes: int) -> dict[str, Any]:
     """What a run is told by, in its folder and in each of its checkpoints."""
-    return dataclasses.asdict(recipe) | {"processes": processes}
+    return dataclasses.asdict(recipe) | {"processes": processes, "row_length": recipe.data.row_length}
 
 
 def _checkpoint_to_resume(recipe: Recipe, resume: bool | str | os.PathLike[str], processes: int) -> Path | None:
@@ -183,6 +183,11 @@ def _checkpoint_to_resume(recipe: Recipe, resume: bool | str | os.PathLike[str],
     for fields in (earlier, now):
         o = fields["optimization"]
         fields["sequences per step"] = o.pop("batch_size") * o.pop("accumulation") * fields.pop("processes")
+    if "row_length" not in earlier:
+        raise ValueError(
+            f"{start}: is of an earlier version, whose rows of data held no token beyond what the model reads; begin anew, or "
+            f"make a model of it with pldr merge"
+        )
     for name, old, new in _differences(earlier, now):
         raise ValueError(f"recipe: {name} was {old!r} for {start} and is {new!r} now; go on with the recipe as it was")
     return start

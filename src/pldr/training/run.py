@@ -164,7 +164,7 @@ def _restore_model(model: PldrForCausalLM, start: Path, recipe: Recipe, held_out
     if operator == "learned" and step is not None and step_of(start) >= step:
         assert held_out is not None  # the recipe was checked
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        freeze(model.to(device), held_out.full_rows(PROBED).to(device), trainable=True)
+        freeze(model.to(device), held_out.full_rows(PROBED)[:, :-1].to(device), trainable=True)
         model.train()
 
 

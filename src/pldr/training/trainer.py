@@ -134,7 +134,7 @@ class PldrTrainer(Trainer):
         self._partial: Path | None = None  # the checkpoint that is being written
         # Sums over batches: accuracy times targets, targets. Those of a full batch are 1, so that both stay exact.
         self._guesses = torch.zeros(2, device=self.args.device)
-        self._most_targets = recipe.optimization.batch_size * (recipe.data.sequence_length - 1)
+        self._most_targets = recipe.optimization.batch_size * recipe.data.sequence_length
         self._losses: list[tuple[int, torch.Tensor, torch.Tensor]] = []  # step, loss, rows: not looked at yet
         self._last: dict[str, float] | None = None  # loss and accuracy of the last log line
         if recipe.optimization.clip_value is not None:
@@ -196,7 +196,8 @@ class PldrTrainer(Trainer):
     ) -> Any:
         # Only the loss is wanted, in training as in evaluation: all logits of a batch would fill gigabytes.
         inputs = {**inputs, "return_logits": False}
-        inputs.pop("row", None)
+        for name in ("row", "labels"):  # its targets are `shift_labels`
+            inputs.pop(name, None)
         regularised = bool(self.dag_coefficients) and model.training
         if model.training:
             self.new_sequences += len(inputs["input_ids"]) * self.args.world_size
@@ -204,7 +205,7 @@ class PldrTrainer(Trainer):
         if regularised:
             inputs["output_deductive_outputs"] = True
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        targets = (inputs["labels"][:, 1:] != -100).sum() / self._most_targets
+        targets = (inputs["shift_labels"] != -100).sum() / self._most_targets
         self._guesses += torch.stack((outputs.accuracy.detach() * targets, targets))
         if regularised:
             # The cross-entropies of accumulated batches add up to a mean; so must these. The last step of an epoch has
@@ -311,12 +312,12 @@ class PldrTrainer(Trainer):
                 mine = [rows[row] for row in range(first, min(first + size, len(rows)))]
                 # A process with nothing left takes part in the forward, which may be a common one, and counts nothing.
                 batch = self._prepare_inputs(self.data_collator(mine or [rows[0]]))
-                labels = batch["labels"] if mine else torch.full_like(batch["labels"], -100)
+                labels = batch["shift_labels"] if mine else torch.full_like(batch["shift_labels"], -100)
                 with self.compute_loss_context_manager():
                     outputs = model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"),
-                                    labels=labels, return_logits=False, num_items_in_batch=1,
+                                    shift_labels=labels, return_logits=False, num_items_in_batch=1,
                                     output_deductive_outputs=bool(self.dag_coefficients))  # fmt: skip
-                targets = (labels[:, 1:] != -100).sum()
+                targets = (labels != -100).sum()
                 sums[:3] += torch.stack((outputs.loss, outputs.accuracy * targets, targets))
                 sums[3] += sum(self._dag_terms(outputs)) * len(mine)
                 sums[4] += len(mine)
@@ -331,10 +332,10 @@ class PldrTrainer(Trainer):
             if self.dag_coefficients:
                 regularised = metrics[f"{metric_key_prefix}_loss"] + added / max(count, 1)
                 metrics[f"{metric_key_prefix}_regularised_loss"] = regularised
-            passages = rows.full_rows(PROBED)
+            probed = rows.full_rows(PROBED)
             extra = {}
-            if self.model.config.operator == "learned" and len(passages) >= 2:
-                extra = operator_metrics(self.whole_model(), passages.to(self.args.device))
+            if self.model.config.operator == "learned" and len(probed) >= 2:
+                extra = operator_metrics(self.whole_model(), probed.to(self.args.device))
         model.train()
         self.log(metrics)
         if extra:
