@@ -579,6 +579,17 @@ def edit(path, change):
     path.write_text(json.dumps(change(content) or content))
 
 
+def test_a_checkpoint_of_other_rows_is_refused_but_merged(write_recipe, tmp_path):
+    recipe = load_recipe(write_recipe(save_steps=12))
+    train(recipe, progress=False)
+    (saved,) = checkpoints(recipe.output)
+    edit(saved / "recipe.json", lambda r: r.pop("row_length") and None)
+    write_sums(saved, [path for path in saved.iterdir() if path.name != SUMS], SUMS)
+    with pytest.raises(ValueError, match=r"checkpoint-12: is of an earlier version, whose rows of data .* pldr merge"):
+        train(recipe, resume=True, progress=False)
+    assert merge_checkpoint(saved, tmp_path / "merged").num_parameters() > 0
+
+
 def rename_tensor(path):
     tensors = load_file(path)
     name = "lm_head.weight.exp_avg"

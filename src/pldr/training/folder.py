@@ -186,7 +186,7 @@ def _checkpoint_to_resume(recipe: Recipe, resume: bool | str | os.PathLike[str],
     if "row_length" not in earlier:
         raise ValueError(
             f"{start}: is of an earlier version, whose rows of data held no token beyond what the model reads; begin anew, or "
-            f"make a model of it with pldr merge"
+            "make a model of it with pldr merge"
         )
     for name, old, new in _differences(earlier, now):
         raise ValueError(f"recipe: {name} was {old!r} for {start} and is {new!r} now; go on with the recipe as it was")
