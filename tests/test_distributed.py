@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -76,6 +77,20 @@ for path in sys.argv[1:]:
     if os.environ["RANK"] == "0":
         with open(path + ".json", "w") as stream:
             json.dump(summary, stream)
+"""
+
+
+BREAK_ONE = """
+import os, sys
+from pldr.recipe import load_recipe
+from pldr.training.run import train
+from pldr.training.trainer import PldrTrainer
+original = PldrTrainer.compute_loss
+def broken(trainer, *args, **kwargs):
+    loss = original(trainer, *args, **kwargs)
+    return loss * float("nan") if os.environ["RANK"] == "1" and trainer.state.global_step in (2, 3) else loss
+PldrTrainer.compute_loss = broken
+train(load_recipe(sys.argv[1]), progress=False)
 """
 
 
@@ -178,6 +193,30 @@ def test_saving_in_the_background_changes_nothing(pairs):
             read_sums(at_once / saved.name, SUMS)[name] for name in files
         }
     assert not list(background.glob(".*"))
+
+
+@pytest.mark.parametrize("sharding", ["none", "full"])
+def test_a_step_that_breaks_in_one_process_is_skipped_by_both(runs, tmp_path, sharding):
+    """Also where each holds a part of the gradients. Weights and moments stay as they are, bit for bit."""
+    changes = {"optimization__batch_size": 2, "optimization__steps": 6, "optimization__warmup_steps": 1, "log_steps": 3,
+               "save_steps": 1, "keep_checkpoints": 6, "distributed": {"sharding": sharding}}  # fmt: skip
+    file, out = runs("learned", f"broken-{sharding}", **changes)
+    script = tmp_path / "break.py"
+    script.write_text(BREAK_ONE)
+    with launched(script, file) as run:
+        finish(run)
+    sums = {step_of(saved): read_sums(saved, SUMS) for saved in checkpoints(out)}
+    tensors = {
+        step: {n: s for n, s in found.items() if n.startswith(("model", "optimizer"))} for step, found in sums.items()
+    }
+    assert tensors[2] == tensors[3] == tensors[4]
+    assert all(tensors[2][name] != tensors[5][name] for name in tensors[2] if name.endswith("safetensors"))
+    lines = [line for line in map(json.loads, (out / "log.jsonl").open()) if "skipped_loss" in line]
+    assert [(line["step"], line["skipped_loss"], len(line["skipped_rows"])) for line in lines] == [
+        (3, "nan", 4),
+        (4, "nan", 4),
+    ]
+    assert all(math.isfinite(loss) for loss in logged(out))
 
 
 def test_weights_that_stay_gathered_are_the_same(pairs):

@@ -496,7 +496,9 @@ class TestTrain:
         recipe = load_recipe(
             write_recipe(optimization__learning_rate=1e30, optimization__clip_value=None, log_steps=500)
         )
-        with pytest.raises(FloatingPointError, match="became nan at step 3"):
+        with pytest.raises(
+            FloatingPointError, match=r"7 steps in a row were skipped, and 6 may be .* became nan at step 9"
+        ):
             train(recipe, progress=False)
         assert not (tmp_path / "out").exists()
 

@@ -209,39 +209,104 @@ def test_a_run_leaves_its_model_on_the_disk(write_recipe, monkeypatch):
         assert place.stat().st_ino in synced, place
 
 
-@pytest.mark.parametrize("limit", [0, 2])
-def test_steps_with_a_broken_loss(write_recipe, monkeypatch, limit):
-    """Stop at the first, naming step, batch and checkpoint; or leave it out, weights and moments untouched."""
-    recipe = load_recipe(write_recipe(save_steps=3, log_steps=1, optimization__skip_nonfinite=limit))
+@pytest.fixture
+def broken_steps(monkeypatch):
+    """`broken_steps({step: factor})`: losses of training are multiplied so; what each step begins with is in the dict returned."""
+
+    def break_them(factors):
+        original, seen = PldrTrainer.compute_loss, {}
+
+        def broken(trainer, model, inputs, *args, **kwargs):
+            loss = original(trainer, model, inputs, *args, **kwargs)
+            step = trainer.state.global_step + 1
+            optimizer = trainer.optimizer.optimizer
+            states = [value for p in trainer.model.parameters() for value in optimizer.state.get(p, {}).values()]
+            seen.setdefault(step, [t.detach().clone() for t in (*trainer.model.parameters(), *states)])
+            return loss * factors.get(step, 1.0)
+
+        monkeypatch.setattr(PldrTrainer, "compute_loss", broken)
+        return seen
+
+    return break_them
+
+
+def log_of(recipe):
+    return [json.loads(line) for line in (Path(recipe.output) / "log.jsonl").open()]
+
+
+@pytest.mark.parametrize("bound", [{}, {"optimization__clip_value": None, "optimization__clip_norm": 1.0}])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_broken_steps_are_skipped(write_recipe, broken_steps, bound, accumulation):
+    """Weights, moments and counts of steps stay as they are, bit for bit; the log says which steps, and counts the others."""
+    nan = float("nan")
+    seen = broken_steps({5: nan, 6: float("inf"), 9: nan})
+    recipe = load_recipe(write_recipe(log_steps=2, optimization__skip_nonfinite=2, optimization__batch_size=4 // accumulation,
+                                      optimization__accumulation=accumulation, **bound))  # fmt: skip
+    assert train(recipe, progress=False)["steps"] == 12
+
+    def same(one, other):
+        return len(seen[one]) == len(seen[other]) and all(map(torch.equal, seen[one], seen[other]))
+
+    assert [step for step in range(2, 12) if same(step, step + 1)] == [5, 6, 9]
+    lines = log_of(recipe)
+    skipped = [line for line in lines if "skipped_loss" in line]
+    assert [(line["step"], line["skipped_loss"]) for line in skipped] == [(5, "nan"), (6, "inf"), (9, "nan")]
+    assert all(len(line["skipped_rows"]) == 4 for line in skipped)
+    assert [line["skipped_steps"] for line in lines if "skipped_steps" in line] == [2, 2, 3, 3]
+    assert [line["step"] for line in lines if "loss" in line] == [2, 4, 8, 10, 12]  # none of 5 and 6 counted
+    losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
+    assert losses[10] == pytest.approx(losses[8], rel=0.1)  # of step 10 alone, not half of it
+    (final,) = [line["global_loss"] for line in lines if line.get("step") == 12 and "global_loss" in line]
+    weights = {2: 2, 4: 2, 8: 2, 10: 1, 12: 2}
+    assert final == pytest.approx(sum(losses[step] * count for step, count in weights.items()) / 9)
+
+
+def test_too_many_broken_steps_in_a_row_stop(write_recipe, broken_steps):
+    """One good step between them begins the count anew. The line names the last good checkpoint."""
+    broken_steps(dict.fromkeys((4, 5, 7, 8, 9), float("nan")))
+    recipe = load_recipe(write_recipe(save_steps=3, log_steps=2, optimization__skip_nonfinite=2))
+    with pytest.raises(FloatingPointError, match=r"3 steps in a row were skipped, and 2 may be \(optimization.skip_nonfinite\): the loss "
+                                                 r"became nan at step 9 \(data rows \d+, \d+, \d+, \d+\); last good checkpoint: "
+                                                 r".*checkpoint-6; lower"):  # fmt: skip
+        train(recipe, progress=False)
+    assert [step_of(path) for path in checkpoints(recipe.output)] == [6, 3]
+    assert [line["step"] for line in log_of(recipe) if "skipped_loss" in line] == [4, 5, 7, 8, 9]
+    recipe.optimization.skip_nonfinite = 3  # which may change when a run goes on, and is enough
+    summary = train(recipe, resume=True, progress=False)
+    assert summary["steps"] == 12
+    assert [line["step"] for line in log_of(recipe) if "skipped_loss" in line] == [4, 5, 7, 8, 9]
+    recipe.optimization.skip_nonfinite = 0
+    with pytest.raises(FloatingPointError, match=r"^the loss became nan at step 4 .*checkpoint-3; lower"):
+        train(recipe, overwrite=True, progress=False)
+
+
+def test_the_count_in_a_row_goes_on_where_a_run_does(write_recipe, broken_steps):
+    broken_steps(dict.fromkeys((6, 7, 8), float("nan")))
+    recipe = load_recipe(write_recipe(save_steps=7, log_steps=5, optimization__skip_nonfinite=2))
+    for resume in (False, True):
+        with pytest.raises(FloatingPointError, match=r"3 steps in a row .* at step 8 .*checkpoint-7"):
+            train(recipe, resume=resume, progress=False)
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_too(write_recipe, monkeypatch):
+    """Where the loss is finite, and also where bounding by value would make it finite again."""
     original = PldrTrainer.compute_loss
-    seen = {}
 
     def broken(trainer, model, inputs, *args, **kwargs):
         loss = original(trainer, model, inputs, *args, **kwargs)
-        step = trainer.state.global_step + 1
-        weight = model.lm_head.weight
-        if model.training and step in (5, 6):
-            seen[step] = (weight.detach().clone(), trainer.optimizer.state[weight]["exp_avg"].clone())
-            return loss * float("nan" if step == 5 else "inf")
-        if model.training and step == 7:
-            seen[step] = (weight.detach().clone(), trainer.optimizer.state[weight]["exp_avg"].clone())
+        if trainer.state.global_step == 3:
+            zero = model.lm_head.bias - model.lm_head.bias.detach()
+            loss = loss + zero.abs().sqrt().sum()  # 0, of an infinite slope
         return loss
 
     monkeypatch.setattr(PldrTrainer, "compute_loss", broken)
-    if limit == 0:
-        with pytest.raises(FloatingPointError, match=r"became nan at step 5 \(data rows \d+, \d+, \d+, \d+\); "
-                                                     r"last good checkpoint: .*checkpoint-3; lower"):  # fmt: skip
-            train(recipe, progress=False)
-        assert [step_of(path) for path in checkpoints(recipe.output)] == [3]
-        return
-    summary = train(recipe, progress=False)
-    assert summary["steps"] == 12
-    for step in (6, 7):
-        assert all(torch.equal(one, other) for one, other in zip(seen[5], seen[step], strict=True))
-    lines = map(json.loads, (Path(recipe.output) / "log.jsonl").open())
-    assert [line["skipped_steps"] for line in lines if "skipped_steps" in line][-1] == 2
-    recipe.optimization.skip_nonfinite = 1
-    with pytest.raises(FloatingPointError, match=r"the loss of 2 steps was NaN or infinite .*the last at step 6"):
+    recipe = load_recipe(write_recipe(log_steps=1, optimization__skip_nonfinite=1))
+    train(recipe, progress=False)
+    (line,) = [line for line in log_of(recipe) if "skipped_loss" in line]
+    assert line["step"] == 4
+    assert float(line["skipped_loss"]) > 0
+    recipe.optimization.skip_nonfinite = 0
+    with pytest.raises(FloatingPointError, match="a gradient became NaN or infinite at step 4"):
         train(recipe, overwrite=True, progress=False)
 
 

@@ -112,8 +112,8 @@ class OptimizationRecipe:
             (0.05 each in v51-DAG); they need a learned operator.
         handoff_step: after this many steps the learned operator, evaluated on held-out passages, becomes a trainable
             constant and its network is dropped; None keeps the network.
-        skip_nonfinite: how many steps whose loss is NaN or infinite are left out before the run stops. Above 0 every
-            step waits for its loss.
+        skip_nonfinite: how many steps in a row whose loss or gradients are NaN or infinite are left out, before the run
+            stops; they change neither weights nor moments. At most half of a run.
     """
 
     steps: int = 250000
@@ -135,7 +135,7 @@ class OptimizationRecipe:
     dag_A_P: float = 0.0
     dag_G_LM: float = 0.0
     handoff_step: int | None = None
-    skip_nonfinite: int = 0
+    skip_nonfinite: int = 10
 
     @property
     def dag_coefficients(self) -> dict[str, float]:

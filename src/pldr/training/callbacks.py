@@ -43,12 +43,6 @@ class Stops(TrainerCallback):
         if self.trainer.start is not None:
             self.trainer.restore_run()
 
-    def on_pre_optimizer_step(self, *event: object, model: torch.nn.Module, **more: object) -> None:
-        if self.trainer.broken_step:  # without gradients AdamW leaves weights and moments as they are
-            for parameter in model.parameters():
-                parameter.grad = None
-            self.trainer.broken_step = False
-
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: object
     ) -> None:

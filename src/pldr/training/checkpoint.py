@@ -55,7 +55,7 @@ _LOSSES = {"loss": float, "accuracy": float}
 _SHAPES: dict[str, Any] = {
     RECIPE: {"processes": int, "data": dict, "optimization": {"batch_size": int, "accumulation": int}},
     STATE: {
-        "totals": {"sequences": int, "steps": int, "skipped": int, **_LOSSES},
+        "totals": {"sequences": int, "steps": int, "counted": (int,), "skipped": int, "skipped_in_a_row": (int,), **_LOSSES},
         "guesses": [float], "tr_loss": float, "last": (_LOSSES,), "last_logged": int, "log_lines": int,
     },
     _TRAINER_STATE: {
@@ -177,9 +177,8 @@ def _wrong_content(checkpoint: Path) -> str | None:
         if not bool(torch.isfinite(model[name]).all()):
             return f"tensor {name} holds NaN or infinite values"
     found, expected = SavedTensors(checkpoint, "optimizer").shapes, _optimizer_shapes(config)
-    untouched = not found and state["totals"]["skipped"] == step  # no step was taken
     wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
-    if not wrong or untouched:
+    if not wrong:
         return None
     return f"optimizer: {len(wrong)} tensors are missing, unknown or mis-shaped, the first {wrong[0]}"
 

@@ -41,6 +41,7 @@ from pldr.training.parallel import (
     whole_parameters,
 )
 from pldr.training.randomness import random_file, read_random_states, save_random_states, set_random_states
+from pldr.training.skipping import StepJudge
 
 # Held-out passages that an evaluation measures the operator on.
 PROBED = 16
@@ -73,7 +74,7 @@ def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         ddp_find_unused_parameters=False,
         remove_unused_columns=False,
         logging_steps=recipe.log_steps,
-        logging_nan_inf_filter=o.skip_nonfinite > 0,
+        logging_nan_inf_filter=False,  # it would wait for each step; see `StepJudge`
         eval_strategy="no" if recipe.eval_steps is None else "steps",
         eval_steps=recipe.eval_steps,
         save_strategy="no" if recipe.save_steps is None else "steps",
@@ -103,7 +104,8 @@ class PldrTrainer(Trainer):
 
     Attributes:
         start: the checkpoint that the run goes on from, whose weights the model came with; None at its beginning.
-        totals: sums over the run so far: sequences, steps, loss and accuracy (each times steps), skipped steps.
+        totals: sums over the run so far: sequences, skipped steps, those skipped since the last that counted; up to the last
+            log line: steps, those of them that counted, loss and accuracy (each times those).
         new_sequences: those of this call alone.
         stop_signal: set by a signal handler of this process.
         stopped_by: the signal that all processes have agreed on; the run ended, with a checkpoint.
@@ -118,12 +120,12 @@ class PldrTrainer(Trainer):
         self.recipe = recipe
         self.folder = folder
         self.start = start
-        self.totals = {"sequences": 0, "steps": 0, "loss": 0.0, "accuracy": 0.0, "skipped": 0}
+        counts = ("sequences", "steps", "counted", "skipped", "skipped_in_a_row")
+        self.totals: dict[str, Any] = {**dict.fromkeys(counts, 0), "loss": 0.0, "accuracy": 0.0}
         self.new_sequences = 0
         self.stop_signal: int | None = None
         self.stopped_by: int | None = None
         self.must_hand_off = False
-        self.broken_step = False  # its gradients are dropped
         self.dag_coefficients = recipe.optimization.dag_coefficients
         self._parameters: int | None = None
         self._whole: list[torch.nn.Parameter] = []  # those that are averaged by themselves
@@ -135,7 +137,8 @@ class PldrTrainer(Trainer):
         # Sums over batches: accuracy times targets, targets. Those of a full batch are 1, so that both stay exact.
         self._guesses = torch.zeros(2, device=self.args.device)
         self._most_targets = recipe.optimization.batch_size * recipe.data.sequence_length
-        self._losses: list[tuple[int, torch.Tensor, torch.Tensor]] = []  # step, loss, rows: not looked at yet
+        self._guesses_before: torch.Tensor | None = None  # those before the step at hand
+        self.judge = StepJudge(self.accelerator)
         self._last: dict[str, float] | None = None  # loss and accuracy of the last log line
         if recipe.optimization.clip_value is not None:
             self.add_callback(ClipByValue(recipe.optimization.clip_value))
@@ -222,43 +225,47 @@ class PldrTrainer(Trainer):
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
+        if self._guesses_before is None:
+            self._guesses_before = self._guesses.clone()
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.accelerator.sync_gradients:  # all batches of the step are in
-            average_gradients(self._whole)
-        if self.recipe.optimization.skip_nonfinite == 0:
-            self._losses.append((self.state.global_step + 1, loss, inputs["row"]))
-            return loss
-        finite = self.accelerator.reduce(torch.isfinite(loss).float(), "mean")
-        if finite < 1:
-            self._note_broken_step(self.state.global_step + 1, inputs["row"])
-        return loss
-
-    def _note_broken_step(self, step: int, rows: torch.Tensor) -> None:
-        if not self.broken_step:
-            self.totals["skipped"] += 1
-        self.broken_step = True
-        if self.totals["skipped"] > self.recipe.optimization.skip_nonfinite:
-            raise FloatingPointError(
-                f"the loss of {self.totals['skipped']} steps was NaN or infinite (optimization.skip_nonfinite="
-                f"{self.recipe.optimization.skip_nonfinite}), the last at {self._where(step, rows)}"
-            )
+        self.judge.add(loss, inputs["row"])
+        if not self.accelerator.sync_gradients:  # more batches of the step are to come
+            return torch.zeros_like(loss)
+        average_gradients(self._whole)
+        loss, skipped = self.judge.judge(self.state.global_step + 1, self.model.parameters())
+        # As a gradient scaler tells fused AdamW, which then changes no weight, no moment and no count of steps.
+        adamw = getattr(self.optimizer, "optimizer", self.optimizer)
+        adamw.found_inf = skipped.cpu() if self.sharded and self.recipe.distributed.cpu_offload else skipped
+        self._guesses = torch.where(skipped > 0, self._guesses_before, self._guesses)
+        self._guesses_before = None
+        return torch.where(skipped > 0, 0.0, loss)
 
     def check_losses(self) -> None:
-        """Look at the losses since the last look: once in a while, so that the device need not be waited for.
+        """Look at the steps since the last look: once in a while, so that the device need not be waited for.
+
+        Each that was skipped gets a line in the log.
 
         Raises:
-            FloatingPointError: one of them is NaN or infinite.
+            FloatingPointError: more in a row than the recipe allows.
         """
-        pending, self._losses = self._losses, []
-        if not pending:
-            return
-        broken = (~torch.isfinite(torch.stack([loss for _, loss, _ in pending]))).nonzero()
-        if len(broken):
-            step, loss, rows = pending[int(broken[0])]
-            raise FloatingPointError(f"the loss became {loss.item()} at {self._where(step, rows)}")
-
-    def _where(self, step: int, rows: torch.Tensor) -> str:
-        return f"step {step} (data rows {', '.join(map(str, rows.tolist()))}); {self._last_checkpoint()}; {ADVICE}"
+        o = self.recipe.optimization
+        limit = min(o.skip_nonfinite, o.steps // 2)  # else a short run could end as if it had learned
+        for skipped in self.judge.look():
+            if skipped is None:
+                self.totals["skipped_in_a_row"] = 0
+                continue
+            self.totals["skipped"] += 1
+            self.totals["skipped_in_a_row"] += 1
+            if self.is_world_process_zero():
+                line = {"skipped_loss": str(skipped.loss), "skipped_rows": skipped.rows}
+                add_to_log(self.folder, {"step": skipped.step, **line})
+            if (count := self.totals["skipped_in_a_row"]) > limit:
+                many = (
+                    f"{count} steps in a row were skipped, and {limit} may be (optimization.skip_nonfinite): "
+                    if limit
+                    else ""
+                )
+                raise FloatingPointError(f"{many}{skipped}; {self._last_checkpoint()}; {ADVICE}")
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:
         if not self.sharded:
@@ -346,15 +353,7 @@ class PldrTrainer(Trainer):
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         self.check_losses()
         if "loss" in logs:
-            steps = self.state.global_step - self.totals["steps"]
-            logs["accuracy"] = self.accuracy()
-            self.totals["steps"] = self.state.global_step
-            for name in ("loss", "accuracy"):
-                self.totals[name] += logs[name] * steps
-                logs[f"global_{name}"] = self.totals[name] / self.totals["steps"]
-            self._last = {name: logs[name] for name in ("loss", "accuracy")}
-            if self.totals["skipped"]:
-                logs["skipped_steps"] = self.totals["skipped"]
+            self._complete(logs)
         logs.pop("train_loss", None)  # of this call alone, and of a resumed run's in another way in each release
         if "train_runtime" in logs:  # by a clock that may be set back, as are the speeds that the summary has, too
             for name in [name for name in logs if name.endswith("_per_second")]:
@@ -366,6 +365,25 @@ class PldrTrainer(Trainer):
         if self.is_world_process_zero():
             add_to_log(self.folder, {"step": self.state.global_step, **logs})
         super().log(flat, *args, **kwargs)
+
+    def _complete(self, logs: dict[str, Any]) -> None:
+        """Make the Trainer's loss, the mean over steps, that over steps that counted; and add what else a log line has."""
+        steps = self.state.global_step - self.totals["steps"]
+        counted = self.state.global_step - self.totals["skipped"] - self.totals["counted"]
+        self.totals["steps"] += steps
+        self.totals["counted"] += counted
+        logs["loss"] *= steps / max(counted, 1)
+        logs["accuracy"] = self.accuracy()
+        for name in ("loss", "accuracy"):
+            self.totals[name] += logs[name] * counted
+            if counted:
+                logs[f"global_{name}"] = self.totals[name] / self.totals["counted"]
+            else:
+                del logs[name]
+        if counted:
+            self._last = {name: logs[name] for name in ("loss", "accuracy")}
+        if self.totals["skipped"]:
+            logs["skipped_steps"] = self.totals["skipped"]
 
     def accuracy(self) -> float:
         """Mean over the targets since the last call, of all processes; 0 where there was none, as the loss is then."""
@@ -472,5 +490,6 @@ class PldrTrainer(Trainer):
         """Loss and accuracy of the last log line; of all steps, where there is none."""
         if self._last is not None:
             return self._last
-        loss = self.accelerator.reduce(self._tr_loss.clone(), "mean").item() / self.state.global_step
+        counted = self.state.global_step - self.totals["skipped"]
+        loss = self.accelerator.reduce(self._tr_loss.clone(), "mean").item() / counted if counted else math.nan
         return {"loss": loss, "accuracy": self.accuracy()}
