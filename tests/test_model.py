@@ -45,6 +45,7 @@ def test_unknown_preset():
         ({"operator": "learnt"}, "operator must be one of"),
         ({"operator_init": "zeros"}, "operator_init must be one of"),
         ({"rope_pairing": "both"}, "rope_pairing must be one of"),
+        ({"initialization": "v50"}, "initialization must be one of"),
         ({"hidden_act": "gelu"}, "hidden_act must be one of"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings must be one of"),
         ({"operator_trainable": True}, "applies to operator='constant' and 'factored' only"),
@@ -184,6 +185,24 @@ def test_a_frozen_model_is_made_first_and_filled_later(small_model, tmp_path, id
                 assert torch.equal(filled(ids).logits, expected)
         placed = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu")
         assert torch.equal(placed(ids).logits, expected)
+
+
+def test_v52_is_initialised_as_the_hub_port():
+    """Xavier-uniform throughout: by bound, variance and a fourth moment that tells uniform (1.8) from normal (3)."""
+    config = PldrConfig.preset("v52-110M-1", num_hidden_layers=1, vocab_size=64)
+    torch.manual_seed(0)
+    attention = PldrForCausalLM(config).requires_grad_(False).model.layers[0].self_attn
+    operator, M, H, D = attention.operator, config.hidden_size, config.num_attention_heads, config.head_dim
+    assert (attention.v_proj.bias == 0).all()
+    bounds = {attention.v_proj.weight: (6 / (M + M)) ** 0.5}
+    bounds |= dict.fromkeys(
+        (operator.metric_weight, operator.exponent, operator.energy_weight), (6 / (D * D + H * D)) ** 0.5
+    )
+    for weight, bound in bounds.items():
+        assert weight.abs().max() <= bound
+        assert weight.var().item() == pytest.approx(bound**2 / 3, rel=0.02)
+        assert (weight.double() ** 4).mean() / weight.double().var() ** 2 == pytest.approx(1.8, abs=0.05)
+    assert PldrConfig.preset("v51-110M-1").initialization == "v51"
 
 
 def test_initialisation_meets_a_linear_without_bias(small_config):

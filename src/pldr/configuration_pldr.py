@@ -16,6 +16,7 @@ PLGA_LAYER_TYPE = "power_law_graph_attention"
 OPERATORS = ("learned", "constant", "factored")
 OPERATOR_INITS = ("identity", "uniform", "normal", "external")
 ROPE_PAIRINGS = ("adjacent", "halves")
+INITIALIZATIONS = ("v51", "v52")
 # Of weights.
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 # By any other name transformers may fetch a kernel and run it; and by these, where the package of the name is not installed.
@@ -37,7 +38,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     **{f"v51-110M-{i}": _V51_110M for i in range(1, 6)},
     "v51-DAG-110M": _V51_110M,
     **{f"v51G-106M-{i}": _V51G_106M for i in range(1, 4)},
-    "v52-110M-1": _V51_110M | {"rope_pairing": "halves"},
+    "v52-110M-1": _V51_110M | {"rope_pairing": "halves", "initialization": "v52"},
 }
 
 
@@ -58,6 +59,7 @@ class PldrConfig(PreTrainedConfig):
         rope_pairing: which dimensions of a head rotate together: "adjacent" pairs (v51, GPT-J) or the two "halves"
             (v52, GPT-NeoX).
         attention_dropout: dropout on attention weights during training.
+        initialization: of weights that are not loaded, "v51" or "v52"; see `PldrPreTrainedModel`.
         operator: what produces G_LM: "learned" (a metric learner, from the queries), "constant" (a stored tensor) or
             "factored" (the product of two, in which queries and keys have fewer dimensions).
         operator_init: where the tensors of an operator that is not learned come from: "identity" (exactly scaled
@@ -93,6 +95,7 @@ class PldrConfig(PreTrainedConfig):
     rope_theta: float = 10000.0
     rope_pairing: str = "adjacent"
     attention_dropout: float = 0.0
+    initialization: str = "v51"
     operator: str = "learned"
     operator_init: str = "identity"
     operator_trainable: bool = False
@@ -184,8 +187,8 @@ class PldrConfig(PreTrainedConfig):
         if self.dtype is not None and dtype not in DTYPES:
             raise ValueError(f"PldrConfig: dtype must be one of {DTYPES}, got {dtype}")
         for name, allowed in (("operator", OPERATORS), ("operator_init", OPERATOR_INITS),
-                              ("rope_pairing", ROPE_PAIRINGS), ("hidden_act", ("silu",)),
-                              ("tie_word_embeddings", (False,))):  # fmt: skip
+                              ("rope_pairing", ROPE_PAIRINGS), ("initialization", INITIALIZATIONS),
+                              ("hidden_act", ("silu",)), ("tie_word_embeddings", (False,))):  # fmt: skip
             if getattr(self, name) not in allowed:
                 raise ValueError(f"PldrConfig: {name} must be one of {allowed}, got {getattr(self, name)!r}")
         if self.operator_trainable and self.operator == "learned":

@@ -140,7 +140,7 @@ class PldrAttention(nn.Module):
 
 
 class ValueProjection(nn.Linear):
-    """A linear of its own name, because the published code initialises it in its own way."""
+    """A linear of its own name, because the published training code initialises it in its own way."""
 
 
 def eager_attention(
@@ -235,15 +235,16 @@ class PldrPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """The published training code's initialisation.
+        """The published initialisation: of the training code (v51), or of the hub port (v52).
 
-        Linears Xavier-uniform with zero bias, except the value projection, which that code leaves at PyTorch's
-        default; W, p and a Xavier-normal on the 3-D tensor; b and b_a zero; the embedding N(0, 1).
+        Linears Xavier-uniform with zero bias; the embedding N(0, 1). W, p and a Xavier on the 3-D tensor, b and b_a zero.
+        v51 leaves the value projection at PyTorch's default, and draws W, p and a from normal distributions.
 
         Raises:
             ValueError: the configuration says that G_LM comes with the weights, and it did not.
         """
-        if isinstance(module, ValueProjection):
+        is_v51 = self.config.initialization == "v51"
+        if isinstance(module, ValueProjection) and is_v51:
             bound = 1.0 / math.sqrt(module.in_features)  # nn.Linear's default, for weight and bias alike
             init.uniform_(module.weight, -bound, bound)
             init.uniform_(module.bias, -bound, bound)
@@ -258,7 +259,7 @@ class PldrPreTrainedModel(PreTrainedModel):
             init.zeros_(module.bias)
         elif isinstance(module, LearnedOperator):
             for weight in (module.metric_weight, module.exponent, module.energy_weight):
-                init.xavier_normal_(weight)
+                (init.xavier_normal_ if is_v51 else init.xavier_uniform_)(weight)
             for bias in (module.metric_bias, module.energy_bias):
                 init.zeros_(bias)
         elif isinstance(module, (ConstantOperator, FactoredOperator)):
