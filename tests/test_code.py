@@ -61,6 +61,7 @@ def bare(folder, *packages):
     return folder
 
 
+@pytest.mark.slow
 def test_a_folder_with_code_needs_transformers_alone(folder, tmp_path):
     model = load_model(folder)
     models = {"learned": model, "frozen": freeze(load_model(folder), torch.arange(4, 20))}

@@ -670,6 +670,7 @@ def one_line(tmp_path, ending, megabytes):
     return file
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_a_line(tmp_path):
     """A text file's is used in pieces; of a row no more is read than is permitted, and nothing held of it.
 

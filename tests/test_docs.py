@@ -87,7 +87,7 @@ THERE = {
 # Documents whose Python needs other programs, and the tests of these that run it.
 CLIENTS = {"docs/fine-tuning.md": "test_fine_tuning.py"}
 # Documents that take more than ten seconds.
-SLOW = ["README.md", "docs/evaluation.md"]
+SLOW = ["README.md", "docs/evaluation.md", "docs/export.md", "docs/serving.md"]
 
 
 class Block(NamedTuple):

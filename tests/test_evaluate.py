@@ -4,6 +4,8 @@ import json
 import math
 import subprocess
 import sys
+from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +15,25 @@ from pldr.evaluation.published import LAYOUTS, PAPER_SUITE, read_benchmark, suit
 from pldr.evaluation.scoring import Scorer, read_calibration
 from pldr.generation import generate_text
 
-pytest.importorskip("lm_eval")
+tasks = pytest.importorskip("lm_eval.tasks", reason="extra eval")
+from pldr.evaluation import harness  # noqa: E402
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tasks_of_the_paper():
+    """The harness's own tasks, but of their 13,000 files those of the paper's suite: an index of all takes seconds.
+
+    The harness's command, in a test below, has them all.
+    """
+    folder = Path(tasks.__file__).parent
+    folders = [folder / name for name in ("arc", "hellaswag", "openbookqa", "piqa", "siqa", "truthfulqa", "winogrande")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            harness, "TaskManager", partial(harness.TaskManager, include_path=folders, include_defaults=False)
+        )
+        harness._task_manager.cache_clear()
+        yield
+    harness._task_manager.cache_clear()
 
 
 @pytest.fixture
@@ -399,6 +419,7 @@ def test_what_the_harness_prints_does_not_get_into_the_json(run, folder, tmp_pat
     assert found[0]["tasks"]["likelihood"]["scores"]["frozen"]["perplexity"] > 1
 
 
+@pytest.mark.slow
 def test_releases_of_the_harness_that_read_entry_points_find_the_model():
     """None on the index does (0.4.13 is the newest), but its registry takes an entry point as one that does will hand it in."""
     code = """

@@ -10,6 +10,7 @@ import tarfile
 import tomllib
 import zipfile
 from email.parser import HeaderParser
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -168,37 +169,42 @@ class TestImports:
         )
         assert run_python(code).split() == []
 
+    # What an extra brings, and the rooms that need it.
+    EXTRAS = {  # noqa: RUF012
+        "train": (["accelerate", "matplotlib", "tensorboard"], ("training.", "study.demo", "study.run")),
+        "eval": (["lm_eval"], ("evaluation.harness", "evaluation.lm_eval")),
+        "serve-light": (["fastapi", "uvicorn", "prometheus_client"], ("serving.",)),
+        "serve": (["vllm"], ("integrations.vllm_model",)),
+    }
+
     @pytest.mark.parametrize(
-        ("missing", "rooms"),
-        [
-            (["accelerate", "matplotlib", "tensorboard"], ("training.", "study.demo", "study.run")),
-            (["lm_eval"], ("evaluation.harness", "evaluation.lm_eval")),
-            (["fastapi", "uvicorn", "prometheus_client"], ("serving.",)),
-            (["vllm"], ("integrations.vllm_model",)),
-        ],
-        ids=["train", "eval", "serve-light", "serve"],
+        "extras", [[*EXTRAS], *(pytest.param([name], marks=pytest.mark.slow) for name in EXTRAS)], ids=" ".join
     )
-    def test_only_these_rooms_need_the_extra(self, missing, rooms):
-        """Every other module is imported without it; what it needs of it, it imports where it is used."""
+    def test_only_these_rooms_need_the_extra(self, extras):
+        """Every other module is imported without it; what it needs of it, it imports where it is used.
+
+        The model comes first, and brings nothing of training or text.
+        """
         code = """
 import importlib, pkgutil, sys
 sys.modules |= dict.fromkeys(sys.argv[1:])
-import pldr
+import pldr.modeling_pldr
+print(*(name for name in ("datasets", "sentencepiece", "matplotlib") if sys.modules.get(name)))
 for module in pkgutil.walk_packages(pldr.__path__, "pldr."):
     try:
         module.name == "pldr.__main__" or importlib.import_module(module.name)
     except ImportError:
         print(module.name.removeprefix("pldr."))
 """
-        found = run_python(code, *missing).split()
-        assert found
+        missing, rooms = zip(*(self.EXTRAS[extra] for extra in extras), strict=True)
+        brought, *found = run_python(code, *chain(*missing)).splitlines()
+        assert brought == ""
+        for needing in rooms:
+            assert any(name.startswith(needing) for name in found)
         # Kernels need Triton, which torch's build for the CPU does not bring; and vLLM and TransformerLens are not developed with.
         kernels = tuple(f"ops.decoding.{name}" for name in ("attention", "choice", "few", "launch", "many"))
-        assert [
-            name
-            for name in found
-            if not name.startswith((*rooms, *kernels, "integrations.vllm_model", "integrations.lens"))
-        ] == []
+        known = (*chain(*rooms), *kernels, "integrations.vllm_model", "integrations.lens")
+        assert [name for name in found if not name.startswith(known)] == []
 
 
 class TestVersions:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 
@@ -19,20 +20,31 @@ assert type(AutoModelForTokenClassification.from_config(model.config)) is pldr.P
 assert transformers.PldrForCausalLM is sys.modules["transformers"].PldrForCausalLM is pldr.PldrForCausalLM
 assert transformers.PldrForTokenClassification is pldr.PldrForTokenClassification
 print(pipeline("text-generation", {folder!r})("the cat", max_new_tokens=4, do_sample=False)[0]["generated_text"])
+if {harness}:
+    from lm_eval.api.registry import get_model
+    assert [get_model(name).__name__ for name in ("pldr", "hf")] == ["PldrLM", "HFLM"]
 """
 
 
 @pytest.mark.parametrize(
-    "first", ["", "import transformers", "from transformers import AutoModelForCausalLM", "import pldr.modeling_pldr"]
+    "first",
+    [
+        "",
+        "from transformers import AutoModelForCausalLM",
+        pytest.param("import transformers", marks=pytest.mark.slow),
+        pytest.param("import pldr.modeling_pldr", marks=pytest.mark.slow),
+    ],
 )
 def test_transformers_knows_our_classes(folder, first):
-    code = CODE.format(first=first, light=bool(first), folder=str(folder))
+    harness = not first and find_spec("lm_eval") is not None
+    code = CODE.format(first=first, light=bool(first), folder=str(folder), harness=harness)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("the cat")
     assert "not supported" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["", "import lm_eval.models"])
 def test_the_harness_knows_our_model(first):
     pytest.importorskip("lm_eval", reason="extra eval")

@@ -48,6 +48,7 @@ def page(lab):
     return (lab.folder / "README.md").read_text(), numbers
 
 
+@pytest.mark.slow
 def test_ablation_and_handoff_share_runs_and_compare_variants(lab):
     first = lab("ablation")
     run_claim("ablation", first)

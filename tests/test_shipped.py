@@ -50,11 +50,17 @@ def test_files():
     assert config["dtype"] == "float32"  # what it is loaded as, also by transformers alone
 
 
-def test_every_mode_continues_alike(continuations):
-    for prompt in ("Once upon a time there was a little girl who", "The captain looked at the ship and said",
-                   "“Where are you going?” asked the"):  # fmt: skip
-        first, *others = continuations(prompt)
-        assert all(other == first for other in others)
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "Once upon a time there was a little girl who",
+        pytest.param("The captain looked at the ship and said", marks=pytest.mark.slow),
+        pytest.param("“Where are you going?” asked the", marks=pytest.mark.slow),
+    ],
+)
+def test_every_mode_continues_alike(continuations, prompt):
+    first, *others = continuations(prompt)
+    assert all(other == first for other in others)
 
 
 @pytest.mark.slow

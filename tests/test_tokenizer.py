@@ -284,6 +284,7 @@ def test_impossible_vocabulary_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_tokenizer_loads_without_a_word():
     """Also where it is the first thing that a process does."""
     code = "import pldr; pldr.load_tokenizer(pldr.STORIES)"
