@@ -66,7 +66,7 @@ class TestVerdict:
         assert any(reason.startswith("frozen: loss may differ by") for reason in report.reasons)
         assert report.causality["learned"].logit_difference > 1e-3  # later tokens leak into earlier logits
 
-    @pytest.mark.parametrize("scale", [0.0, 0.1])
+    @pytest.mark.parametrize("scale", [0.0, pytest.param(0.1, marks=pytest.mark.slow)])
     def test_a_perturbed_constant_is_not(self, trained, scale):
         model, rows, calibration = trained
         frozen = freeze(copy.deepcopy(model), calibration)

@@ -650,6 +650,7 @@ def many_rows(tmp_path, *megabytes):
         yield tmp_path / f"{size}.jsonl"
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_data(tmp_path):
     """The second peak is above the first by far less than the data that came between them."""
     first, second = peak_memory(tmp_path, "", *many_rows(tmp_path, 4, 24))

@@ -86,8 +86,11 @@ THERE = {
 }
 # Documents whose Python needs other programs, and the tests of these that run it.
 CLIENTS = {"docs/fine-tuning.md": "test_fine_tuning.py"}
-# Documents that take more than ten seconds.
-SLOW = ["README.md", "docs/evaluation.md", "docs/export.md", "docs/serving.md"]
+# Documents that take more than a few seconds.
+SLOW = [
+    "README.md",
+    *(f"docs/{name}.md" for name in ("compression", "engine", "evaluation", "export", "serving", "training")),
+]
 
 
 class Block(NamedTuple):

@@ -449,6 +449,7 @@ class TestDeductiveOutputs:
 
 
 class TestPrecisionAndCompilation:
+    @pytest.mark.slow
     @pytest.mark.parametrize("operator", ["learned", "constant"])
     def test_training_forward_compiles_without_graph_breaks(self, small_model, ids, operator):
         model = small_model(operator=operator, operator_init="random").train()

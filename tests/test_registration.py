@@ -30,9 +30,14 @@ if {harness}:
     "first",
     [
         "",
-        "from transformers import AutoModelForCausalLM",
-        pytest.param("import transformers", marks=pytest.mark.slow),
-        pytest.param("import pldr.modeling_pldr", marks=pytest.mark.slow),
+        *(
+            pytest.param(first, marks=pytest.mark.slow)
+            for first in (
+                "import transformers",
+                "from transformers import AutoModelForCausalLM",
+                "import pldr.modeling_pldr",
+            )
+        ),
     ],
 )
 def test_transformers_knows_our_classes(folder, first):

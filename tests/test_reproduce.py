@@ -178,6 +178,7 @@ def test_what_is_measured_of_a_run(lab):
     assert len(found["variation"]) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("claim", ["caching", "transfer"])
 def test_claims_about_the_model_that_ships_with_pldr(lab, claim, monkeypatch):
     data = default_data("tiny", held_out=True)

@@ -106,7 +106,13 @@ def leftovers(folder):
     return sorted(path.name for place in (folder, folder.parent) if place.is_dir() for path in place.glob(".*"))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+# The others differ in what they add to these.
+FAST_VARIANTS = {"plain", "streamed", "saved in the background", "handed off after"}
+
+
+@pytest.mark.parametrize(
+    "variant", [name if name in FAST_VARIANTS else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
+)
 def test_a_resumed_run_is_the_same_run(write_recipe, tmp_path, monkeypatch, variant):
     """Bit for bit, with log lines that span the interruption: the losses, what they sum to, and the weights."""
     changes = VARIANTS[variant] | {"eval_steps": 5, "log_steps": 3}
