@@ -86,7 +86,7 @@ def toy_recipe(texts, tokenizer, *, output, **changes):
         "output": str(output),
         "model": {"config": dict(TINY)},
         "data": {"train": [f"{texts}/0*.txt"], "validation": [f"{texts}/1*.txt"], "tokenizer": str(tokenizer),
-                 "sequence_length": 32},
+                 "sequence_length": 32, "validation_rows": 8},
         "optimization": {"steps": 12, "batch_size": 4, "learning_rate": 3e-3, "warmup_steps": 3, "precision": "fp32"},
         "log_steps": 4,
     }  # fmt: skip

@@ -248,7 +248,8 @@ class TestStatic:
                 assert_close(logits, model(token, past_key_values=eager).logits, max_error=2e-5)
         assert len(graphs) == 1
 
-    @pytest.mark.parametrize("operator", ["learned", pytest.param("constant", marks=pytest.mark.slow)])
+    @pytest.mark.slow
+    @pytest.mark.parametrize("operator", ["learned", "constant"])
     def test_the_prompt_compiles_too(self, small_model, ids, operator):
         """From an empty cache, whose operator state the graph makes."""
         model = small_model(operator=operator, operator_init="random")

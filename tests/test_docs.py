@@ -89,6 +89,7 @@ CLIENTS = {"docs/fine-tuning.md": "test_fine_tuning.py"}
 # Documents that take more than a few seconds.
 SLOW = [
     "README.md",
+    CARD,
     *(f"docs/{name}.md" for name in ("compression", "engine", "evaluation", "export", "serving", "training")),
 ]
 

@@ -177,9 +177,8 @@ class TestImports:
         "serve": (["vllm"], ("integrations.vllm_model",)),
     }
 
-    @pytest.mark.parametrize(
-        "extras", [[*EXTRAS], *(pytest.param([name], marks=pytest.mark.slow) for name in EXTRAS)], ids=" ".join
-    )
+    @pytest.mark.slow
+    @pytest.mark.parametrize("extras", [[*EXTRAS], *([name] for name in EXTRAS)], ids=" ".join)
     def test_only_these_rooms_need_the_extra(self, extras):
         """Every other module is imported without it; what it needs of it, it imports where it is used.
 

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from importlib.util import find_spec
 
 import pytest
 
@@ -20,9 +19,6 @@ assert type(AutoModelForTokenClassification.from_config(model.config)) is pldr.P
 assert transformers.PldrForCausalLM is sys.modules["transformers"].PldrForCausalLM is pldr.PldrForCausalLM
 assert transformers.PldrForTokenClassification is pldr.PldrForTokenClassification
 print(pipeline("text-generation", {folder!r})("the cat", max_new_tokens=4, do_sample=False)[0]["generated_text"])
-if {harness}:
-    from lm_eval.api.registry import get_model
-    assert [get_model(name).__name__ for name in ("pldr", "hf")] == ["PldrLM", "HFLM"]
 """
 
 
@@ -41,8 +37,7 @@ if {harness}:
     ],
 )
 def test_transformers_knows_our_classes(folder, first):
-    harness = not first and find_spec("lm_eval") is not None
-    code = CODE.format(first=first, light=bool(first), folder=str(folder), harness=harness)
+    code = CODE.format(first=first, light=bool(first), folder=str(folder))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("the cat")

@@ -88,6 +88,7 @@ def test_ablation_and_handoff_share_runs_and_compare_variants(lab):
     assert config["operator_trainable"]
 
 
+@pytest.mark.slow
 def test_invariance_maps_every_condition(lab):
     here = lab("invariance")
     run_claim("invariance", here)

@@ -107,7 +107,7 @@ def leftovers(folder):
 
 
 # The others differ in what they add to these.
-FAST_VARIANTS = {"plain", "streamed", "saved in the background", "handed off after"}
+FAST_VARIANTS = {"plain", "saved in the background", "handed off after"}
 
 
 @pytest.mark.parametrize(

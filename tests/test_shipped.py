@@ -28,12 +28,12 @@ def held_out():
 
 @pytest.fixture(scope="module")
 def continuations(stories, frozen):
-    """Greedy, 32 tokens of a prompt: without a cache, with keys and values kept, with G_LM kept too, with G_LM frozen."""
+    """Greedy, some tokens of a prompt: without a cache, with keys and values kept, with G_LM kept too, with G_LM frozen."""
     model, tokenizer = stories
     modes = ((model, "none"), (model, "kv"), (model, "kv+g"), (frozen, "kv"))
 
-    def of(prompt):
-        settings = {"max_new_tokens": 32, "ignore_end": True}
+    def of(prompt, tokens=32):
+        settings = {"max_new_tokens": tokens, "ignore_end": True}
         return [generate_text(one, tokenizer, prompt, cache=cache, **settings).token_ids for one, cache in modes]
 
     return of
@@ -51,15 +51,21 @@ def test_files():
 
 
 @pytest.mark.parametrize(
-    "prompt",
+    ("prompt", "tokens"),
     [
-        "Once upon a time there was a little girl who",
-        pytest.param("The captain looked at the ship and said", marks=pytest.mark.slow),
-        pytest.param("“Where are you going?” asked the", marks=pytest.mark.slow),
+        ("Once upon a time there was a little girl who", 12),
+        *(
+            pytest.param(prompt, 32, marks=pytest.mark.slow)
+            for prompt in (
+                "Once upon a time there was a little girl who",
+                "The captain looked at the ship and said",
+                "“Where are you going?” asked the",
+            )
+        ),
     ],
 )
-def test_every_mode_continues_alike(continuations, prompt):
-    first, *others = continuations(prompt)
+def test_every_mode_continues_alike(continuations, prompt, tokens):
+    first, *others = continuations(prompt, tokens)
     assert all(other == first for other in others)
 
 
