@@ -285,7 +285,7 @@ def test_wrong_usage_is_one_line_too(run):
         (["eval", "m", "--mode", "warm"], "'warm' is not one of 'frozen', 'cached', 'learned'"),
         (["serve", "--backend", "other"], "'other' is not one of 'auto', 'engine', 'vllm'"),
         (["compress", "m", "o", "--weighting", "some"], "'some' is not one of 'moments', 'none'"),
-        (["reproduce", "gravity"], "'gravity' is not one of 'caching', 'invariance'"),
+        (["reproduce", "gravity"], "'gravity' is not one of 'caching', 'fidelity'"),
         (["reproduce", "caching", "--size", "huge"], "'huge' is not one of 'tiny', 'small', 'paper'"),
         (["info", "m", "--nothing"], "No such option"),
         (["what"], "No such command 'what'"),

@@ -352,7 +352,8 @@ def certify(
 @_verb("reproduce caching")
 def reproduce(
     claim: Annotated[
-        Literal["caching", "invariance", "ablation", "transfer", "handoff", "all"], Argument(help="What to look at.")
+        Literal["caching", "fidelity", "invariance", "ablation", "transfer", "handoff", "all"],
+        Argument(help="What to look at."),
     ],
     size: Annotated[
         Literal["tiny", "small", "paper"], Option(help="tiny: minutes on a CPU; small: minutes on a GPU.")
@@ -361,7 +362,9 @@ def reproduce(
     train: Annotated[list[str] | None, Option("--train", help="Training text; may be repeated.")] = None,
     validation: Annotated[list[str] | None, Option(help="Held-out text; may be repeated.")] = None,
     tokenizer: Tokenizer = None,
-    model: Annotated[Path | None, Option(help="Of caching and transfer; else the one that ships with pldr.")] = None,
+    model: Annotated[
+        Path | None, Option(help="Of caching, fidelity and transfer; else the one that ships with pldr.")
+    ] = None,
     parallel: Annotated[int, Option(help="Runs at once.")] = 1,
     device: Annotated[str, Option(help="Where models are measured.")] = "cpu",
 ) -> None:

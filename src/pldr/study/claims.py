@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerFast
 
 from pldr.cache import make_cache
-from pldr.checkpoints.load import load_model, usable_device
+from pldr.checkpoints.load import usable_device
 from pldr.data.rows import source_of
 from pldr.data.sources import BadRows, names_of, read_pieces
 from pldr.deductive import deductive_outputs, log_determinant
@@ -27,6 +26,7 @@ from pldr.models.shipped import STORIES
 from pldr.operator import DeductiveOutputs, freeze, stored_operator
 from pldr.plots import plot_curves, plot_invariance
 from pldr.recipe import DAG_TENSORS, DataRecipe
+from pldr.study.fidelity import fidelity
 from pldr.study.lab import (
     COLLAPSED_GAIN,
     INVARIANT_LOSS,
@@ -42,7 +42,6 @@ from pldr.study.lab import (
     table,
 )
 from pldr.study.timing import generations
-from pldr.tokenizer import load_tokenizer
 
 # Log-likelihoods of an ending, some 16 tokens, that differ by no more than this (nats) count as the same.
 SAME_LIKELIHOOD = 1e-3
@@ -53,18 +52,10 @@ DISTINCT = 3.0
 # --- claims about one trained model ---------------------------------------------------------------------------------
 
 
-def _learned_model(lab: Lab, claim: str) -> tuple[PldrForCausalLM, PreTrainedTokenizerFast]:
-    """Raises ValueError: the model's operator is a constant."""
-    model, tokenizer = load_model(lab.model, device=lab.device), load_tokenizer(lab.model)
-    if model.config.operator != "learned":
-        raise ValueError(f"reproduce {claim}: needs a model with a learned operator")
-    return model, tokenizer
-
-
 @torch.no_grad()
 def caching(lab: Lab) -> Finding:
     """Deductive outputs, texts and choices before and after caching, and the time of each kind of cache."""
-    model, tokenizer = _learned_model(lab, "caching")
+    model, tokenizer = lab.learned_model("caching")
     rows = lab.passages(tokenizer)
     half = rows.shape[1] // 2
     outputs = _outputs_around_caching(model, rows, half)
@@ -189,7 +180,7 @@ def _choice_section(choices: dict[str, Any]) -> list[str]:
 @torch.no_grad()
 def transfer(lab: Lab) -> Finding:
     """A learned model's weights with a constant G_LM: its own (v51Gi), and the negative test with others."""
-    model, tokenizer = _learned_model(lab, "transfer")
+    model, tokenizer = lab.learned_model("transfer")
     rows = lab.passages(tokenizer, lab.size.passages + 1)
     calibration, rows = rows[:1], rows[1:]
     G_LM = stored_operator(frozen_copy(model, calibration))
@@ -478,13 +469,14 @@ def _separation(one: Sequence[float], other: Sequence[float]) -> float | None:
 
 CLAIMS: dict[str, Callable[[Lab], Finding]] = {
     "caching": caching,
+    "fidelity": fidelity,
     "invariance": invariance,
     "ablation": ablation,
     "transfer": transfer,
     "handoff": handoff,
 }
 # Claims about one trained model, which they do not train.
-OF_A_MODEL = ("caching", "transfer")
+OF_A_MODEL = ("caching", "fidelity", "transfer")
 
 
 def run_claim(claim: str, lab: Lab) -> Finding:
@@ -523,7 +515,7 @@ def reproduce(
         output: folder for pages, pictures, numbers and trained runs; finished runs in it are kept.
         train, validation: training and held-out text, both or neither.
         tokenizer: of the runs.
-        model: for caching and transfer, in place of the one that ships with pldr.
+        model: for caching, fidelity and transfer, in place of the one that ships with pldr.
         parallel: runs at once.
         device: where models are measured.
         say: takes a line about what happens.

@@ -46,6 +46,7 @@ class Size:
         seeds: of each variant.
         length: tokens of a sequence.
         passages: held out, to measure on.
+        generated: tokens that texts are continued by, where outputs are followed.
         grid: (peak rate, warm-up, units R, GLUs N, width F_A, seed) of each run of the invariance claim.
     """
 
@@ -53,6 +54,7 @@ class Size:
     seeds: tuple[int, ...]
     length: int
     passages: int
+    generated: int
     grid: tuple[tuple[float, int, int, int, int, int], ...]
 
 
@@ -67,7 +69,7 @@ SIZES = {
                         "max_position_embeddings": 128, "metric_learner_units": 4, "metric_learner_width": 64}},
             steps=140, batch_size=16, learning_rate=4e-3, warmup_steps=60, precision="fp32",
         ),
-        seeds=(1, 2), length=64, passages=32,
+        seeds=(1, 2), length=64, passages=32, generated=32,
         grid=tuple((rate, warmup, units, 2, 64, 1) for rate, warmup, units in
                    ((1e-3, 60, 4), (8e-3, 60, 8), (3e-2, 5, 4))),
     ),
@@ -77,7 +79,7 @@ SIZES = {
                         "max_position_embeddings": 512, "metric_learner_units": 16, "metric_learner_width": 64}},
             steps=1200, batch_size=64, learning_rate=8e-3, warmup_steps=700, precision="bf16", compile=True,
         ),
-        seeds=(1, 2, 3), length=256, passages=32,
+        seeds=(1, 2, 3), length=256, passages=32, generated=256,
         grid=(
             *((rate, 700, 16, 2, 64, 1) for rate in (1e-3, 3e-3, 6e-3, 1.6e-2)),
             (8e-3, 50, 16, 2, 64, 1),
@@ -87,7 +89,7 @@ SIZES = {
     ),
     "paper": Size(
         {"model": {"preset": "v51-110M-1"}, "optimization": {"warmup_steps": 2000, "compile": True}},
-        seeds=(1, 2, 3), length=1024, passages=32,
+        seeds=(1, 2, 3), length=1024, passages=32, generated=256,
         grid=tuple((rate, warmup, 8, 2, 170, 1) for rate in (3e-4, 1e-3, 1.2e-3) for warmup in (2000, 4000, 8000)),
     ),
 }  # fmt: skip
@@ -177,6 +179,13 @@ class Lab:
         self.say(f"{name}: {time.perf_counter() - start:.0f} s{' (diverged)' if self.diverged(name) else ''}")
 
     # --- measuring ---
+
+    def learned_model(self, claim: str) -> tuple[PldrForCausalLM, PreTrainedTokenizerFast]:
+        """The model that a claim is about, with its tokenizer. Raises ValueError: its operator is a constant."""
+        model = load_model(self.model, device=self.device)
+        if model.config.operator != "learned":
+            raise ValueError(f"reproduce {claim}: needs a model with a learned operator")
+        return model, load_tokenizer(self.model)
 
     def passages(
         self, tokenizer: PreTrainedTokenizerFast, count: int | None = None, *, part: str = "validation"
