@@ -15,6 +15,7 @@ from pldr.data.rows import read_passages
 from pldr.data.sources import Source
 from pldr.deductive import numerical_rank, variation
 from pldr.models.shipped import HELD_OUT
+from pldr.study.order import continuations, distance, order_parameter
 from pldr.study.page import report
 from pldr.study.statistics import Scale, analyse_model, analyse_operator, summarise
 from pldr.tables import number
@@ -391,3 +392,40 @@ def test_an_analysis_is_short_in_a_notebook():
     assert len(repr(analysis)) + len(repr(analysis.tensors["G_LM"])) < 300
     assert len(repr(analysis.tensors)) < 300
     assert analysis._repr_html_().count("data:image/png;base64,") == 3
+
+
+class TestOrderParameter:
+    def test_distance_by_hand(self):
+        """Layer 0: squares of the difference 4, of the tensors 1 and 9, all means: √(2 · 4 / 10). Layer 1: the same. Layer 2: √2."""
+        one = torch.stack([torch.full((2, 1, 2, 2), value) for value in (1.0, 5.0, 2.0)])
+        other = torch.stack([torch.full((2, 1, 2, 2), value) for value in (3.0, 5.0, 0.0)])
+        assert distance(one, other).tolist() == pytest.approx([math.sqrt(0.8), 0.0, math.sqrt(2)])
+        assert distance(other, one).tolist() == pytest.approx(distance(one, other).tolist())
+
+    def test_is_of_two_continuations_of_a_prompt(self, small_model, ids):
+        model, prompts = small_model(), ids[:, :4].repeat(2, 1)  # more than one batch
+        found = order_parameter(model, prompts, 8)
+        one, other = ([continuations(model, few, 8, seed=seed) for few in prompts.split(4)] for seed in (0, 1))
+        assert all(text.shape[1] == 12 for text in one)
+        assert torch.equal(torch.cat(one)[:, :4], prompts)
+        assert not torch.equal(torch.cat(one), torch.cat(other))
+        for name in NAMES:
+            X, Y = (getattr(deductive_outputs(model, torch.cat(texts)), name).double() for texts in (one, other))
+            want = [math.sqrt(2) * rms(X[i] - Y[i]) / (rms(X[i]) ** 2 + rms(Y[i]) ** 2).sqrt() for i in range(2)]
+            assert found[name].tolist() == pytest.approx([float(value) for value in want], rel=1e-4)
+            assert min(want) > 1e-3  # of an untrained model
+
+    def test_of_a_constant_operator_is_zero(self, small_model, ids):
+        assert order_parameter(small_model(operator="constant"), ids, 2) == {"G_LM": pytest.approx([0.0, 0.0])}
+
+    def test_inspect_shows_it_where_it_is_asked_for(self, folder, run):
+        code, out, _ = run("inspect", folder, "--order-parameter", "--passages", "2", "--length", "16")
+        assert (code, "order parameter" in out) == (0, True)
+        code, out, _ = run("inspect", folder, "--order-parameter", "--passages", "2", "--length", "16", "--json")
+        order = json.loads(out)["order_parameter"]
+        assert set(order) == set(NAMES)
+        assert all(len(values) == 2 for values in order.values())
+        assert (
+            json.loads(run("inspect", folder, "--passages", "2", "--length", "16", "--json")[1])["order_parameter"]
+            == {}
+        )

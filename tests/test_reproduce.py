@@ -9,15 +9,18 @@ import torch
 import yaml
 
 from helpers import TINY, fails
+from pldr.deductive import deductive_outputs
+from pldr.operator import DeductiveOutputs
 from pldr.recipe import load_recipe
 from pldr.study.claims import Groups, compare_runs, must_be_no_worse, must_differ, run_claim
+from pldr.study.fidelity import along_generation, decimals
 from pldr.study.lab import SIZES, Lab, Size, Verdict, default_data, state_of, table
 from pldr.study.run import main as train_one
 
 TOY = Size(
     {"model": {"config": TINY}, "optimization": {"steps": 4, "batch_size": 4, "warmup_steps": 3, "learning_rate": 3e-3,
                                                  "precision": "fp32"}},
-    seeds=(1, 2), length=32, passages=6,
+    seeds=(1, 2), length=32, passages=6, generated=4,
     grid=((3e-3, 3, 1, 2, 24, 1), (1e30, 3, 2, 2, 24, 1)),
 )  # fmt: skip
 DIVERGES = {"optimization.learning_rate": 1e30, "optimization.clip_value": None}
@@ -202,6 +205,68 @@ def test_claims_that_a_model_does_not_bear_out(lab, claim):
     here.model = here.runs / "learned-1"
     run_claim(claim, here)
     assert "**Not confirmed" in page(here)[0]
+
+
+class TestFidelity:
+    def test_decimals_by_hand(self):
+        assert [decimals(x) for x in (0.0, 1e-16, 4e-4, 5e-4, 6e-4, 0.6, 3.2)] == [15, 15, 3, 3, 2, 0, 0]
+
+    def test_against_separate_forwards(self, small_model, ids):
+        model, ids = small_model().double(), ids.repeat(6, 1)  # 18 texts, of which each step takes every second
+        found = along_generation(model, ids, 5, [2, 3])
+        for index, step in enumerate((2, 3)):
+            texts = ids[step % 2 :: 2]
+            before, now = (deductive_outputs(model, texts[:, :n]) for n in (5, 5 + step))
+            for name in DeductiveOutputs._fields:
+                X, Y = getattr(before, name)[1].double(), getattr(now, name)[1].double()  # of the second layer
+                wanted = {
+                    "rmse": (X - Y).square().mean().sqrt(),
+                    "relative": (X - Y).norm() / X.norm(),
+                    "rms": (X.norm(dim=(2, 3)) - Y.norm(dim=(2, 3))).abs().max() / 16,
+                    "mean_rms": (X.norm(dim=(2, 3)) - Y.norm(dim=(2, 3))).mean().abs() / 16,
+                    "log10_determinant": (torch.linalg.slogdet(X)[1] - torch.linalg.slogdet(Y)[1]).abs().max()
+                    / math.log(10),
+                }
+                if name == "A":  # whose rows sum to zero without training, so that its determinant is rounding
+                    del wanted["log10_determinant"]
+                for quantity, value in wanted.items():
+                    assert found[name][quantity][index, 1].item() == pytest.approx(value.item(), rel=1e-6), (
+                        name,
+                        quantity,
+                    )
+
+    def test_a_constant_G_passes_whatever_A_does(self, small_model, ids):
+        model = small_model()
+        for layer in model.model.layers:
+            torch.nn.init.zeros_(layer.self_attn.operator.energy_weight)
+        found = along_generation(model, ids, 5, range(1, 9))
+        assert found["G_LM"]["rmse"].max() == 0
+        assert found["A"]["relative"].min() > 1e-3
+
+    def test_of_the_model_that_ships_with_pldr(self, lab, monkeypatch):
+        monkeypatch.setitem(SIZES, "tiny", TOY)  # of the control
+        size = dataclasses.replace(TOY, passages=2, length=256)
+        here = dataclasses.replace(lab("fidelity"), size=size, data=default_data("tiny", held_out=True))
+        run_claim("fidelity", here)
+        text, numbers = page(here)
+        found = numbers["numbers"]
+        assert "**Confirmed under conditions for stories-10m" in text
+        assert "both controls fail" in text
+        assert found["largest"]["G_LM"]["relative"] < 1e-3
+        assert min(control["G_LM"]["relative"] for control in found["controls"].values()) > 1e-2
+        assert len(found["controls"]) == 2
+        assert found["at_steps"] == [1, 2, 4]
+
+    def test_a_model_that_varies_is_not_confirmed(self, lab, monkeypatch):
+        monkeypatch.setitem(SIZES, "tiny", TOY)
+        here = lab("fidelity")
+        here.train({"learned-1": {"seed": 1}})
+        here.model = here.runs / "learned-1"
+        run_claim("fidelity", here)
+        assert "**Not confirmed" in page(here)[0]
+        here.size = dataclasses.replace(TOY, generated=60)
+        with pytest.raises(ValueError, match=r"fidelity: 8 \+ 60 tokens are more than the model's context of 64"):
+            run_claim("fidelity", here)
 
 
 def test_finished_runs_are_kept_but_not_taken_for_others_of_the_same_name(lab):

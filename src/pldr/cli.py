@@ -315,6 +315,9 @@ def inspect(
     g_lm: OperatorFile = None,
     as_json: AsJson = False,
     html: Annotated[Path | None, Option(help="Also write a report with pictures, one HTML file.")] = None,
+    order_parameter: Annotated[
+        bool, Option("--order-parameter", help="Also compare the outputs of two random continuations.")
+    ] = False,
     device: Device = None,
     dtype: Dtype = "auto",
 ) -> None:

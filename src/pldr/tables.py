@@ -355,6 +355,11 @@ def analysis_view(analysis: "Analysis") -> RenderableType:
         )
         what = ": relative RMSE to all tokens, from the first ones alone; mean over layers"
         parts += [Text.assemble(("growth", "bold"), what), _table([], ["tokens", *tensors], rows, **look), ""]
+    if analysis.order_parameter:
+        order = analysis.order_parameter
+        rows = ([str(layer), *map(number, values)] for layer, values in enumerate(zip(*order.values(), strict=True)))
+        what = ": distance between the outputs of two continuations of each passage's first half"
+        parts += [Text.assemble(("order parameter", "bold"), what), _table([], ["layer", *order], rows, **look), ""]
     parts.append(
         _prose(
             "Means over heads (condition: median; min, max: of all). heads: distance between the heads of a layer; "

@@ -19,19 +19,13 @@ from pldr.deductive import deductive_outputs, log_determinant
 from pldr.modeling_pldr import PldrForCausalLM
 from pldr.operator import DeductiveOutputs
 from pldr.study.lab import INVARIANT_VARIATION, SIZES, Finding, Lab, Verdict, default_data, table
+from pldr.study.order import continuations
 
 # Of a generation, the steps that tables show, and that the controls are measured at.
 _SHOWN = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256)
 _CONTROL_TEXTS = 4
 # Texts that are worked out anew at one step.
 _AT_ONCE = 8
-
-
-@torch.no_grad()
-def continuations(model: PldrForCausalLM, prompts: torch.Tensor, steps: int) -> torch.Tensor:
-    """[B, T] prompts with so many tokens drawn after them, at temperature 1, with KV-cache and G-cache: [B, T + steps]."""
-    torch.manual_seed(0)
-    return model.generate(prompts, max_new_tokens=steps, do_sample=True, top_k=0, top_p=1.0, eos_token_id=None)
 
 
 @torch.no_grad()

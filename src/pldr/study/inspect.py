@@ -14,6 +14,7 @@ from pldr.evaluation.modes import name_of
 from pldr.files import write_text
 from pldr.modeling_pldr import PldrForCausalLM
 from pldr.models.shipped import HELD_OUT
+from pldr.study.order import order_parameter as measure_order
 from pldr.study.page import report
 from pldr.study.statistics import Analysis, analyse_model, analyse_operator
 
@@ -31,6 +32,7 @@ def inspect(
     rope: str | None = None,
     g_lm: str | os.PathLike[str] | None = None,
     html: str | os.PathLike[str] | None = None,
+    order_parameter: bool = False,
     device: str | None = None,
     dtype: str = "auto",
 ) -> Analysis:
@@ -45,6 +47,7 @@ def inspect(
         text_column: of JSON lines, Parquet files and hub data sets.
         tokenizer, rope, g_lm, device, dtype: see `pldr.checkpoints.load.load_with_tokenizer`.
         html: also write a report with pictures, one HTML file.
+        order_parameter: also continue the first half of each passage twice, at random, and compare the outputs of the two.
 
     Raises:
         ValueError, OSError: an option outside its range, too little text, a model, tokenizer or file that can not be
@@ -54,13 +57,10 @@ def inspect(
         raise ValueError(f"passages: must be at least 1, got {passages}")
     if html is not None and Path(html).is_dir():
         raise ValueError(f"html: {html} is a folder; name a file")
-    if (
-        not isinstance(model, PldrForCausalLM)
-        and not Path(model).is_dir()
-        and Path(model).suffix in (".safetensors", ".pkl")
-    ):
+    if _is_tensor_file(model):
+        assert not isinstance(model, PldrForCausalLM)
         others = (data, passages, length, text_column != "text", tokenizer, rope, g_lm, device not in (None, "cpu"))
-        if any(others) or dtype != "auto":
+        if any(others) or order_parameter or dtype != "auto":
             raise ValueError(f"inspect: {model} holds a tensor alone: no data and no options but html go with it")
         analysis = replace(analyse_operator(load_predefined_G(model)), model=str(model))
     else:
@@ -74,6 +74,15 @@ def inspect(
         )
         about = ", ".join(names) if names else "held-out excerpts that ship with pldr"
         analysis = replace(analyse_model(loaded, ids), model=name_of(model), source=about)
+        if order_parameter:
+            prompts, rest = ids.to(loaded.device).tensor_split([(ids.shape[1] + 1) // 2], 1)
+            analysis = replace(analysis, order_parameter=measure_order(loaded, prompts, max(1, rest.shape[1])))
     if html is not None:
         write_text(html, report(analysis, title=Path(analysis.model).resolve().name, source=analysis.source))
     return analysis
+
+
+def _is_tensor_file(model: str | os.PathLike[str] | PldrForCausalLM) -> bool:
+    if isinstance(model, PldrForCausalLM) or Path(model).is_dir():
+        return False
+    return Path(model).suffix in (".safetensors", ".pkl")

@@ -3,7 +3,7 @@
 Shapes: L layers, B passages, H heads, D head dimension, T tokens of a passage, N lengths.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -77,6 +77,7 @@ class Analysis(Printable):
         length: their tokens, or None.
         lengths: first tokens of a passage that `Statistics.growth` was computed from: 1, 2, 4, … and `length`.
         growth_passages: of how many passages.
+        order_parameter: by tensor, [L]; see `pldr.study.order`. Empty unless it was asked for.
         model: name of what was looked at.
         source: of the passages, for people.
     """
@@ -86,6 +87,7 @@ class Analysis(Printable):
     length: int | None = None
     lengths: tuple[int, ...] = ()
     growth_passages: int = 0
+    order_parameter: dict[str, torch.Tensor] = field(default_factory=dict)
     model: str = ""
     source: str = ""
 
@@ -109,6 +111,7 @@ class Analysis(Printable):
             "model": self.model, "source": self.source, "layers": layers, "heads": heads, "head_dim": dim,
             "passages": self.passages, "length": self.length, "growth_lengths": list(self.lengths),
             "growth_passages": self.growth_passages, "tensors": json_safe(numbers),
+            "order_parameter": {name: values.tolist() for name, values in self.order_parameter.items()},
         }  # fmt: skip
 
 
@@ -265,12 +268,12 @@ def _check_finite(X: torch.Tensor, name: str) -> None:
 
 def _plain(statistics: Statistics) -> dict[str, Any]:
     result: dict[str, Any] = {}
-    for field in fields(statistics):
-        value = getattr(statistics, field.name)
-        if field.name == "rank":
+    for name in (each.name for each in fields(statistics)):
+        value = getattr(statistics, name)
+        if name == "rank":
             result["rank"] = {str(tolerance): rank.tolist() for tolerance, rank in value.items()}
-        elif field.name == "scale":
+        elif name == "scale":
             result["scale"] = value._asdict()
-        elif field.name != "example":
-            result[field.name] = value.tolist()
+        elif name != "example":
+            result[name] = value.tolist()
     return result
