@@ -27,7 +27,6 @@ CHAT = [
     for question, answer in zip(QUESTIONS, ["A poor boy.", "By the sea, near the town.", "Go home."], strict=True)
 ]
 PAIRS = [row | {"chosen": row["completion"], "rejected": CHAT[1 - i]["completion"]} for i, row in enumerate(CHAT[:2])]
-OPERATORS = pytest.mark.parametrize("operator", ["learned", "frozen"])
 
 
 def settings(kind, tmp_path, **changes):
@@ -66,7 +65,6 @@ def check_adapter(trainer, folder, tmp_path):
         assert_close(load_model(tmp_path / "merged")(ids).logits, logits, max_error=1e-4)
 
 
-@OPERATORS
 @pytest.mark.parametrize("adapter", [False, True], ids=["whole", "lora"])
 def test_sft(row, operator, adapter, model_folder, chat_tokenizer, tmp_path):
     """On the answers of conversations; LoRA on what PEFT takes by itself."""
@@ -90,7 +88,6 @@ def test_sft(row, operator, adapter, model_folder, chat_tokenizer, tmp_path):
             assert_close(load_model(tmp_path / "tuned")(ids).logits, trainer.model.eval()(ids).logits, max_error=1e-6)
 
 
-@OPERATORS
 def test_sft_by_name(row, operator, model_folder, tmp_path):
     row("trl", "SFT by the model's name", operator)
     trainer = SFTTrainer(
@@ -103,7 +100,6 @@ def test_sft_by_name(row, operator, model_folder, tmp_path):
     assert losses[2] < losses[1] < losses[0]
 
 
-@OPERATORS
 @pytest.mark.parametrize("packing", [True, False], ids=["packed", "padding-free"])
 def test_sft_rows_of_many(row, operator, packing, model_folder, chat_tokenizer, tmp_path):
     """The first loss is the plain one of each conversation by itself."""
@@ -130,7 +126,6 @@ def test_sft_rows_of_many(row, operator, packing, model_folder, chat_tokenizer, 
     assert losses[2] < losses[1] < losses[0]
 
 
-@OPERATORS
 @pytest.mark.parametrize("adapter", [False, True], ids=["whole", "lora"])
 def test_dpo(row, operator, adapter, model_folder, chat_tokenizer, tmp_path):
     """Without a reference model: TRL makes one by the model's name, or leaves the adapter out."""
@@ -149,7 +144,6 @@ def test_dpo(row, operator, adapter, model_folder, chat_tokenizer, tmp_path):
         check_adapter(trainer, model_folder(operator), tmp_path)
 
 
-@OPERATORS
 @pytest.mark.parametrize("adapter", [False, True], ids=["whole", "lora"])
 def test_grpo(row, operator, adapter, model_folder, chat_tokenizer, tmp_path):
     """Answers are sampled and rewarded; the model leaves its reference with the first step, which is all that three can show."""
