@@ -46,8 +46,8 @@ def positions_of(
     """The positions of a forward's tokens, [B or 1, T]: as given, or counted over the tokens that are not padding.
 
     Raises:
-        ValueError: a sequence is longer than the context; rows may be, where they hold padding or several sequences. Or the
-            mask leaves out earlier tokens.
+        TooLong: a sequence is longer than the context; rows may be, where they hold padding or several sequences.
+        ValueError: the mask leaves out earlier tokens.
     """
     past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
     tokens, mask = inputs_embeds.shape[1], attention_mask
@@ -73,9 +73,13 @@ def positions_of(
     return position_ids
 
 
+class TooLong(ValueError):
+    """A sequence is longer than the context."""
+
+
 def _check_context(config: PldrConfig, longest: int) -> None:
     if longest > config.max_position_embeddings:
-        raise ValueError(
+        raise TooLong(
             f"input of {longest} tokens is longer than the context length "
             f"max_position_embeddings={config.max_position_embeddings}"
         )

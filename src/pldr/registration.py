@@ -27,19 +27,20 @@ _TABLES = {
 
 
 def register() -> None:
-    """Tell transformers, lm-evaluation-harness and PEFT, now or when they are imported."""
+    """Tell transformers and its server, lm-evaluation-harness and PEFT, now or when they are imported."""
     hooks = {
         "transformers": name_classes,
         f"{_AUTO}.auto_mappings": _name_configuration,
         f"{_AUTO}.modeling_auto": _name_models,
         "lm_eval.models": _name_in_harness,
         "peft.utils.constants": _name_in_peft,
+        "transformers.cli.serving.server": _answer_in_server,
     }
     there = {name: sys.modules[name] for name in hooks if name in sys.modules}
     sys.meta_path.insert(0, _Finder({name: hook for name, hook in hooks.items() if name not in there}))
     if f"{_AUTO}.auto_mappings" in there:  # too late for its tables
         importlib.import_module("pldr.heads")
-    for name in {"transformers", "lm_eval.models", "peft.utils.constants"} & there.keys():
+    for name in there.keys() - {f"{_AUTO}.auto_mappings", f"{_AUTO}.modeling_auto"}:
         hooks[name](there[name])
 
 
@@ -67,6 +68,10 @@ def _name_in_harness(module: Any) -> None:
 
 def _name_in_peft(module: Any) -> None:
     importlib.import_module("pldr.integrations.peft").register(module)
+
+
+def _answer_in_server(module: Any) -> None:
+    importlib.import_module("pldr.integrations.serve").register(module)
 
 
 class _Finder(MetaPathFinder):

@@ -15,7 +15,25 @@ from pldr.configuration_pldr import PldrConfig
 # The modules that hub folders name, and what they call our classes.
 _HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
 _NAMED = {
-    "configuration_pldrllm": "from .configuration_pldr import PldrConfig as PldrllmConfig  # noqa: F401\n",
+    "configuration_pldrllm": '''import types
+
+import transformers
+
+from .configuration_pldr import PldrConfig as PldrllmConfig  # noqa: F401
+
+
+class PldrllmForCausalLM:
+    """What `transformers serve` takes for the class that config.json names, which it looks for in transformers itself."""
+
+    @staticmethod
+    def from_pretrained(*args, **kwargs):
+        return transformers.AutoModelForCausalLM.from_pretrained(*args, **kwargs)
+
+
+# The package may be there twice, because its processors import it anew: their type is the same.
+if type(transformers) is not types.ModuleType:
+    type(transformers).PldrllmForCausalLM = PldrllmForCausalLM
+''',
     "modeling_pldrllm": "from .heads import (  # noqa: F401\n"
     + "".join(f"    Pldr{head} as Pldrllm{head},\n" for head in _HEADS)
     + ")\nfrom .modeling_pldr import PldrForCausalLM as PldrllmForCausalLM  # noqa: F401\n"
