@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import json
 import math
@@ -8,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from helpers import TINY, fails
+from helpers import TINY, assert_close, fails
 from pldr.deductive import deductive_outputs
 from pldr.operator import DeductiveOutputs
 from pldr.recipe import load_recipe
@@ -16,6 +17,7 @@ from pldr.study.claims import Groups, compare_runs, must_be_no_worse, must_diffe
 from pldr.study.fidelity import along_generation, decimals
 from pldr.study.lab import SIZES, Lab, Size, Verdict, default_data, state_of, table
 from pldr.study.run import main as train_one
+from pldr.study.sdpa import with_llama_attention
 
 TOY = Size(
     {"model": {"config": TINY}, "optimization": {"steps": 4, "batch_size": 4, "warmup_steps": 3, "learning_rate": 3e-3,
@@ -183,7 +185,7 @@ def test_what_is_measured_of_a_run(lab):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("claim", ["caching", "transfer"])
+@pytest.mark.parametrize("claim", ["caching", "sdpa", "transfer"])
 def test_claims_about_the_model_that_ships_with_pldr(lab, claim, monkeypatch):
     data = default_data("tiny", held_out=True)
     here = dataclasses.replace(lab(claim), size=dataclasses.replace(TOY, passages=4, length=16), data=data)
@@ -205,6 +207,23 @@ def test_claims_that_a_model_does_not_bear_out(lab, claim):
     here.model = here.runs / "learned-1"
     run_claim(claim, here)
     assert "**Not confirmed" in page(here)[0]
+
+
+@pytest.mark.parametrize("pairing", ["adjacent", "halves"])
+def test_llama_attention_is_the_identity_operator(small_model, ids, pairing):
+    """Also with padding; and of another operator it is not."""
+    model = small_model(operator="constant", rope_pairing=pairing, rope_theta=500.0)
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    other = copy.deepcopy(model)
+    other.model.layers[1].self_attn.operator.G_LM[0, 0, 1] = 0.5  # one entry of one head
+    with torch.no_grad():
+        llama, own, changed = (
+            m(ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
+            for m in (with_llama_attention(model), model, other)
+        )
+    assert_close(llama, own, max_error=1e-5)
+    assert (llama - changed).abs().max() > 1e-3
 
 
 class TestFidelity:

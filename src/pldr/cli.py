@@ -355,7 +355,7 @@ def certify(
 @_verb("reproduce caching")
 def reproduce(
     claim: Annotated[
-        Literal["caching", "fidelity", "invariance", "ablation", "transfer", "handoff", "all"],
+        Literal["caching", "fidelity", "sdpa", "invariance", "ablation", "transfer", "handoff", "all"],
         Argument(help="What to look at."),
     ],
     size: Annotated[
@@ -366,7 +366,7 @@ def reproduce(
     validation: Annotated[list[str] | None, Option(help="Held-out text; may be repeated.")] = None,
     tokenizer: Tokenizer = None,
     model: Annotated[
-        Path | None, Option(help="Of caching, fidelity and transfer; else the one that ships with pldr.")
+        Path | None, Option(help="Of caching, fidelity, sdpa and transfer; else the one that ships with pldr.")
     ] = None,
     parallel: Annotated[int, Option(help="Runs at once.")] = 1,
     device: Annotated[str, Option(help="Where models are measured.")] = "cpu",

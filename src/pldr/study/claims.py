@@ -41,6 +41,7 @@ from pldr.study.lab import (
     state_of,
     table,
 )
+from pldr.study.sdpa import sdpa
 from pldr.study.timing import generations
 
 # Log-likelihoods of an ending, some 16 tokens, that differ by no more than this (nats) count as the same.
@@ -470,13 +471,14 @@ def _separation(one: Sequence[float], other: Sequence[float]) -> float | None:
 CLAIMS: dict[str, Callable[[Lab], Finding]] = {
     "caching": caching,
     "fidelity": fidelity,
+    "sdpa": sdpa,
     "invariance": invariance,
     "ablation": ablation,
     "transfer": transfer,
     "handoff": handoff,
 }
 # Claims about one trained model, which they do not train.
-OF_A_MODEL = ("caching", "fidelity", "transfer")
+OF_A_MODEL = ("caching", "fidelity", "sdpa", "transfer")
 
 
 def run_claim(claim: str, lab: Lab) -> Finding:
@@ -515,7 +517,7 @@ def reproduce(
         output: folder for pages, pictures, numbers and trained runs; finished runs in it are kept.
         train, validation: training and held-out text, both or neither.
         tokenizer: of the runs.
-        model: for caching, fidelity and transfer, in place of the one that ships with pldr.
+        model: for caching, fidelity, sdpa and transfer, in place of the one that ships with pldr.
         parallel: runs at once.
         device: where models are measured.
         say: takes a line about what happens.
