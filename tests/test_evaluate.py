@@ -367,6 +367,17 @@ class TestTheHarnessModel:
         assert point.load() is PldrLM
 
 
+def test_bound_on_a_share_by_hand():
+    from pldr.evaluation.harness import share_bound
+
+    assert share_bound(0, 1838) == pytest.approx(1 - 0.05 ** (1 / 1838), rel=1e-9)  # (1 - p)^n = 0.05
+    assert share_bound(9, 10) == pytest.approx(0.95 ** (1 / 10), rel=1e-9)  # 1 - p^n = 0.05
+    one = share_bound(1, 10)
+    assert (1 - one) ** 10 + 10 * one * (1 - one) ** 9 == pytest.approx(0.05, rel=1e-9)
+    assert share_bound(10, 10) == 1.0
+    assert share_bound(0, 10, 0.5) < share_bound(0, 10) < share_bound(1, 10)
+
+
 def test_differences_between_two_runs():
     from types import SimpleNamespace
 

@@ -50,7 +50,7 @@ def evaluation(name="piqa"):
         mode: {f"acc, {name}": 0.5 + index / 100, f"acc_stderr, {name}": 0.0123} for index, mode in enumerate(modes)
     }
     task = {"questions": 1838, "num_fewshot": 0, "scores": scores, "differ": {"cached": 3, "frozen": 4},
-            "largest": {"cached": 1e-5, "frozen": float("inf")}}  # fmt: skip
+            "share_bound": {"cached": 0.0123, "frozen": 1.0}, "largest": {"cached": 1e-5, "frozen": float("inf")}}  # fmt: skip
     text = {"tokens": 12345, "nats_per_token": 1.5, "bits_per_byte": 0.75, "word_perplexity": None}
     return {
         "model": name, "operator": "learned", "modes": modes, "device": "cpu", "dtype": "float32", "tasks": {name: task},
@@ -85,7 +85,7 @@ def results(model):
     """One of each of the smaller results, and what it says."""
     finding = Finding("A claim", Verdict.CONFIRMED, "it is so", ["A section."], {"x": 1.5}, subject="a model")
     task = {"questions": 2, "num_fewshot": 0, "scores": {"learned": {"acc": 1.0}, "frozen": {"acc": 0.5}},
-            "differ": {"frozen": 1}, "largest": {"frozen": float("inf")}}  # fmt: skip
+            "differ": {"frozen": 1}, "share_bound": {"frozen": 0.5}, "largest": {"frozen": float("inf")}}  # fmt: skip
     evaluation = Evaluation(
         "m",
         "learned",
@@ -200,8 +200,8 @@ def test_evaluation(printed):
     assert "piqa 1,838 0 acc, piqa 0.5000 0.5100 0.5200 0.0123" in lines
     assert "piqa group acc, piqa 0.5000 0.5100 0.5200 0.0123" in lines
     assert "average 0.6250 0.6250 0.6250" in lines
-    assert "piqa cached 3 of 1,838 1.0e-05" in lines
-    assert "frozen 4 of 1,838 inf" in lines
+    assert "piqa cached 3 of 1,838 1.23% 1.0e-05" in lines
+    assert "frozen 4 of 1,838 100.00% inf" in lines
     assert "frozen 12,345 1.500000 0.750000 too large" in lines
     alone = printed(evaluation_view(evaluation() | {"modes": ["frozen"], "texts": {}}))
     assert "against" not in alone

@@ -248,7 +248,13 @@ def evaluation_view(report: dict[str, Any]) -> RenderableType:
         parts.append(_score_table(report))
     if report["tasks"] and len(modes) > 1:
         rows = (row for name, task in report["tasks"].items() for row in _difference_rows(name, task, modes[1:]))
-        parts.append(_table([f"against {modes[0]}", "G_LM"], ["answers that differ", "largest difference, nats"], rows))
+        parts.append(
+            _table(
+                [f"against {modes[0]}", "G_LM"],
+                ["answers that differ", "share, at most (95%)", "largest difference, nats"],
+                rows,
+            )
+        )
     parts += [_perplexity_table(name, found) for name, found in report.get("texts", {}).items()]
     parts += [_prose(f"warning: {warning}", "yellow") for warning in report["warnings"]]
     return Group(*parts)
@@ -282,7 +288,7 @@ def _score_rows(name: str, task: dict[str, Any], modes: list[str]) -> Iterator[l
 def _difference_rows(name: str, task: dict[str, Any], modes: list[str]) -> Iterator[list[str]]:
     for place, mode in enumerate(modes):
         differ = f"{task['differ'][mode]:,} of {task['questions']:,}"
-        yield ["" if place else name, mode, differ, f"{task['largest'][mode]:.1e}"]
+        yield ["" if place else name, mode, differ, f"{task['share_bound'][mode]:.2%}", f"{task['largest'][mode]:.1e}"]
 
 
 def _perplexity_table(name: str, found: dict[str, dict[str, Any]]) -> Table:

@@ -35,8 +35,8 @@ class Evaluation(Printable):
         device, dtype: what it ran on, and in.
         calibration: what a learned G_LM was frozen from.
         tasks: by name "questions", "num_fewshot", "scores" (by mode: each metric and its standard error) and, against the
-            first mode, "differ" (by mode: questions with another answer) and "largest" (by mode: difference of one
-            log-likelihood, nats).
+            first mode, "differ" (by mode: questions with another answer), "share_bound" (by mode: the exact 95% upper bound
+            on their share among all such questions) and "largest" (by mode: difference of one log-likelihood, nats).
         groups: of tasks, by name "scores" alone.
         seconds: of the tasks, by mode.
         texts: by name and mode the fields of `pldr.evaluation.perplexity.Perplexity`.

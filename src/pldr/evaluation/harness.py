@@ -383,10 +383,11 @@ def run_tasks(
                 entry |= {"questions": found["n-samples"][name]["effective"], "num_fewshot": found["n-shot"][name]}
     first, *others = scorers
     for name, entry in report["tasks"].items():
-        entry |= {"differ": {}, "largest": {}}
+        entry |= {"differ": {}, "share_bound": {}, "largest": {}}
         for mode in others:
             differ, largest = _differences(tasks["tasks"][name], samples[first][name], samples[mode][name])
             entry["differ"][mode], entry["largest"][mode] = differ, largest
+            entry["share_bound"][mode] = share_bound(differ, entry["questions"])
     return report
 
 
@@ -435,6 +436,29 @@ def _differences(task: Any, one: list[dict[str, Any]], other: list[dict[str, Any
         for a, b in zip(_log_likelihoods(before), _log_likelihoods(after), strict=True):
             largest = max(largest, abs(a - b))
     return len(differ), largest
+
+
+def share_bound(count: int, of: int, confidence: float = 0.95) -> float:
+    """The exact upper bound (Clopper and Pearson, one-sided) on a share, of which `count` were seen among so many.
+
+    It is the share with which so few would be seen with a probability of 1 - confidence.
+    """
+    if count >= of:
+        return 1.0
+
+    def probability(share: float) -> float:  # of so few or fewer
+        parts = (
+            math.lgamma(of + 1) - math.lgamma(k + 1) - math.lgamma(of - k + 1)
+            + k * math.log(share) + (of - k) * math.log1p(-share)
+            for k in range(count + 1)
+        )  # fmt: skip
+        return math.fsum(map(math.exp, parts))
+
+    low, high = count / of, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if probability(middle) > 1 - confidence else (low, middle)
+    return high
 
 
 def _log_likelihoods(sample: dict[str, Any]) -> list[float]:
