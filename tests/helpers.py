@@ -105,6 +105,8 @@ def serving(folder, key):
         lines = []
         try:
             for line in process.stderr:
+                if not line.startswith("{"):  # what other libraries say while they are imported, as torchao does
+                    continue
                 lines.append(json.loads(line))
                 if lines[-1]["event"] == "ready":
                     break
