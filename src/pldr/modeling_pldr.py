@@ -49,6 +49,8 @@ from pldr.operator import (
 )
 from pldr.ops import reference
 from pldr.ops.cross_entropy import linear_cross_entropy
+from pldr.ops.norm import add_norm
+from pldr.ops.projections import project
 from pldr.provenance import add_card
 from pldr.registration import name_classes
 
@@ -110,14 +112,8 @@ class PldrAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None, DeductiveOutputs]:
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(shape).transpose(1, 2)  # [B, H, T, D]
-        key = self.k_proj(hidden_states).view(shape).transpose(1, 2)  # [B, H, T, D]
-        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)  # [B, H, T, D]
-
-        cos, sin = position_embeddings
-        query = reference.apply_rotary(query, cos, sin, self.rope_pairing)  # [B, H, T, D]
-        key = reference.apply_rotary(key, cos, sin, self.rope_pairing)  # [B, H, T, D]
+        layers = (self.q_proj, self.k_proj, self.v_proj)
+        query, key, value = project(hidden_states, layers, position_embeddings, self.head_dim, self.rope_pairing)
         state = operator_state(past_key_values, self.layer_idx)
         query, key, deductive = self.operator(query, key, padding_mask, state)  # q G_LM and k, each [B, H, T, D or r]
 
@@ -175,8 +171,8 @@ class PldrDecoderLayer(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         attended, _, _ = self.self_attn(hidden_states, **kwargs)
-        hidden_states = self.post_attention_layernorm(attended + hidden_states)
-        return self.post_feedforward_layernorm(self.mlp(hidden_states) + hidden_states)
+        hidden_states, rounded = add_norm(attended, hidden_states, self.post_attention_layernorm, rounded=True)
+        return add_norm(self.mlp(rounded), hidden_states, self.post_feedforward_layernorm)[0]
 
 
 class RotaryEmbedding(nn.Module):
@@ -351,11 +347,11 @@ class PldrModel(PldrPreTrainedModel):
         elif position_ids is not None and self.config.operator == "learned":  # each has a G_LM of its own
             attention_mask = packed.one_a_row(torch.ones_like(packed.place))
             hidden_states, position_ids = packed.one_a_row(hidden_states), packed.one_a_row(position_ids)
-        position_ids = positions_of(self.config, hidden_states, attention_mask, past_key_values, position_ids)
         if isinstance(attention_mask, dict):
             masks = attention_mask
-        else:
+        else:  # with the positions as given: to look for packed ones in those counted here is to wait for the device
             masks = create_masks(self.config, hidden_states, attention_mask, past_key_values, position_ids)
+        position_ids = positions_of(self.config, hidden_states, attention_mask, past_key_values, position_ids)
         if self.config.operator == "learned" and past_key_values is not None:
             check_operator_cache(past_key_values, self.config.num_hidden_layers, hidden_states.shape[0])
 

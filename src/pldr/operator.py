@@ -20,6 +20,8 @@ from pldr.cache import OperatorState
 from pldr.configuration_pldr import PldrConfig
 from pldr.ops import reference
 from pldr.ops.aligned import gated_linear_unit
+from pldr.ops.bilinear import apply_operator, density_matrix
+from pldr.ops.metric_learner import residual_network
 from pldr.pictures import layers_html
 
 if TYPE_CHECKING:
@@ -130,15 +132,13 @@ class LearnedOperator(nn.Module):
                 deductive = DeductiveOutputs(None, None, None, state.operator_state)
             else:
                 deductive = self.energy_curvature(state.operator_state)
-        return query @ deductive.G_LM.to(query.dtype), key, deductive
+        return apply_operator(query, deductive.G_LM), key, deductive
 
     def metric(self, query: torch.Tensor, padding_mask: torch.Tensor | None = None) -> torch.Tensor:
         """A: the density matrix qᵀq through the residual network. [B, H, T, D] → [B, H, D, D]."""
-        A = self.input_norm(reference.density_matrix(query, padding_mask))
+        A = self.input_norm(density_matrix(query, padding_mask))
         rows = A.flatten(0, 1)  # as most quantised linears want it
-        for unit in self.metric_learner:
-            rows = unit(rows)
-        return rows.view_as(A)
+        return residual_network(rows, self.metric_learner).view_as(A)
 
     def energy_curvature(self, A: torch.Tensor) -> DeductiveOutputs:
         """A_LM, A_P and G_LM from A, each [B, H, D, D]."""
@@ -169,7 +169,7 @@ class ConstantOperator(nn.Module):
         state: OperatorState | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, DeductiveOutputs]:
         """Like `LearnedOperator.forward`; `padding_mask` and `state` have no effect on a constant."""
-        return query @ self.G_LM, key, DeductiveOutputs(None, None, None, self.G_LM[None])
+        return apply_operator(query, self.G_LM), key, DeductiveOutputs(None, None, None, self.G_LM[None])
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What multiplies queries, [H, D, R], and what multiplies keys before they are kept, likewise; None: nothing does."""

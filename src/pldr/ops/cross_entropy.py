@@ -68,7 +68,10 @@ def _loss_and_gradients(
         )  # fmt: skip
         if gradients:
             torch.mm(logits, weight, out=grad_hidden[start : start + step])
-            grad_weight += logits.t() @ part
+            if hidden.dtype == torch.float32:
+                grad_weight.addmm_(logits.t(), part)
+            else:
+                torch.addmm(grad_weight, logits.t(), part, out_dtype=torch.float32, out=grad_weight)
             grad_bias += logits.sum(0, dtype=torch.float32)
     return losses.sum(), correct.sum(), grad_hidden, grad_weight, grad_bias
 
@@ -132,21 +135,24 @@ if triton is not None:
             tl.store(losses + row, 0.0)
             tl.store(correct + row, 0.0)
             return
-        highest = -float("inf")
-        total = 0.0
+        # Each column of a block on its own, so that the threads meet only once; from a finite number, so that no difference is NaN.
+        highest, total = tl.full([BLOCK], -1e38, tl.float32), tl.zeros([BLOCK], tl.float32)
         for start in range(0, vocabulary, BLOCK):
             columns = start + tl.arange(0, BLOCK)
-            x = tl.load(base + columns, mask=columns < vocabulary, other=-float("inf")).to(tl.float32)
-            new = tl.maximum(highest, tl.max(x, 0))
-            total = total * tl.exp(highest - new) + tl.sum(tl.exp(x - new), 0)
+            inside = columns < vocabulary
+            x = tl.load(base + columns, mask=inside, other=-float("inf"), eviction_policy="evict_last").to(tl.float32)
+            new = tl.maximum(highest, x)
+            total = total * tl.exp(highest - new) + tl.exp(x - new)
             highest = new
+        top = tl.max(highest, 0)
+        log_sum = top + tl.log(tl.sum(total * tl.exp(highest - top), 0))
         target_logit = tl.load(base + target).to(tl.float32)
-        tl.store(losses + row, tl.log(total) + highest - target_logit)
-        tl.store(correct + row, tl.where(target_logit >= highest, 1.0, 0.0))
+        tl.store(losses + row, log_sum - target_logit)
+        tl.store(correct + row, tl.where(target_logit >= top, 1.0, 0.0))
         tl.debug_barrier()  # the target's logit is read before any warp overwrites it
         for start in range(0, vocabulary, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             inside = columns < vocabulary
             x = tl.load(base + columns, mask=inside).to(tl.float32)
-            gradient = tl.exp(x - highest) / total - tl.where(columns == target, 1.0, 0.0)
-            tl.store(base + columns, gradient.to(logits.dtype.element_ty), mask=inside)
+            gradient = tl.exp(x - log_sum) - tl.where(columns == target, 1.0, 0.0)
+            tl.store(base + columns, gradient.to(logits.dtype.element_ty), mask=inside, eviction_policy="evict_first")

@@ -93,8 +93,10 @@ def compile_layers(model: PldrForCausalLM) -> None:
     """Compile a model's layers, in place: one graph for all, where compiling the whole model would unroll them."""
     # Torch would cut each layer's graph where a bucket of DDP's is full, to send it early. Layers are such pieces already.
     torch._dynamo.config.optimize_ddp = False
+    # A layer has up to 150 modules; to check at each call that nobody changed them would take longer than the call.
+    options = {"guard_filter_fn": torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe}
     for layer in model.model.layers:
-        layer.compile()
+        layer.compile(options=options)
 
 
 class PldrTrainer(Trainer):
