@@ -49,7 +49,7 @@ def _apply(query: torch.Tensor, G_LM: torch.Tensor) -> torch.Tensor:
     """[B, T, H, D], [B or 1, H, D, D] → [B, T, H, D]."""
     batch, length, heads, width = query.shape
     output = query.new_empty(query.shape)
-    _product[(batch * heads, triton.cdiv(length, _ROWS))](
+    _operator_product[(batch * heads, triton.cdiv(length, _ROWS))](
         query, G_LM, output, length, *query.stride()[:3], heads if len(G_LM) == 1 else batch * heads,
         H=heads, D=width, ROWS=_ROWS, PRECISION=_precision(query),
     )  # fmt: skip
@@ -73,7 +73,7 @@ def _apply_backward(
     batch, length, heads, width = query.shape
     by_query = query.new_empty(query.shape)
     by_operator = torch.empty((batch, *G_LM.shape[1:]), dtype=torch.float32, device=query.device)
-    _product_backward[(batch * heads,)](
+    _operator_backward[(batch * heads,)](
         gradient, query, G_LM, by_query, by_operator, length, *gradient.stride()[:3], *query.stride()[:3],
         heads if len(G_LM) == 1 else batch * heads, H=heads, D=width, ROWS=_ROWS, PRECISION=_precision(query), DENSITY=False,
     )  # fmt: skip
@@ -101,7 +101,7 @@ def _density(query: torch.Tensor) -> torch.Tensor:
     """[B, T, H, D] → [B, H, D, D], float32."""
     batch, length, heads, width = query.shape
     output = torch.empty((batch, heads, width, width), dtype=torch.float32, device=query.device)
-    _product_backward[(batch * heads,)](
+    _operator_backward[(batch * heads,)](
         query, query, output, query, output, length, *query.stride()[:3], *query.stride()[:3],
         1, H=heads, D=width, ROWS=_ROWS, PRECISION=_precision(query), DENSITY=True,
     )  # fmt: skip
@@ -129,7 +129,7 @@ _density.register_autograd(_density_backward, setup_context=_save_query)
 if triton is not None:
 
     @triton.jit
-    def _product(  # type: ignore[no-untyped-def]
+    def _operator_product(  # type: ignore[no-untyped-def]
         query, G_LM, output, length, of_sequence, of_position, of_head, operators,
         H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
@@ -137,13 +137,15 @@ if triton is not None:
         sequence, head = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
         row, d = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None], tl.arange(0, D)
         inside = row < length
-        q = tl.load(query + sequence * of_sequence + row * of_position + head * of_head + d[None, :], mask=inside, other=0.0)
+        q = tl.load(
+            query + sequence * of_sequence + row * of_position + head * of_head + d[None, :], mask=inside, other=0.0
+        )
         G = tl.load(G_LM + (tl.program_id(0) % operators).to(tl.int64) * D * D + d[:, None] * D + d[None, :])
         y = tl.dot(q, G.to(q.dtype), input_precision=PRECISION).to(output.dtype.element_ty)
         tl.store(output + ((sequence * length + row) * H + head) * D + d[None, :], y, mask=inside)
 
     @triton.jit
-    def _product_backward(  # type: ignore[no-untyped-def]
+    def _operator_backward(  # type: ignore[no-untyped-def]
         gradient, query, G_LM, by_query, by_operator, length, of_sequence, of_position, of_head,
         query_of_sequence, query_of_position, query_of_head, operators,
         H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr, DENSITY: tl.constexpr,

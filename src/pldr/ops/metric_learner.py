@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from pldr.ops.aligned import has_hooks, is_plain
+from pldr.ops.aligned import has_hooks, is_plain, training_dtype
 
 try:
     import triton
@@ -28,7 +28,7 @@ MIN_ROWS = 4096
 # Sums of each weight's gradient that are added afterwards: as many programs as fill a GPU.
 SPLITS = 11
 # Rows a program, warps, stages of the pipeline, registers a thread: of the output, the input's gradient, the weights' gradients.
-FORWARD, BACKWARD, WEIGHTS = (128, 8, 2, 128), (64, 4, 3, None), (32, 4, 3, None)
+FORWARD, BACKWARD, WEIGHTS = (128, 8, 1, 128), (64, 4, 3, None), (32, 4, 3, None)
 
 
 def residual_network(rows: torch.Tensor, units: nn.ModuleList) -> torch.Tensor:
@@ -37,23 +37,26 @@ def residual_network(rows: torch.Tensor, units: nn.ModuleList) -> torch.Tensor:
     Returns:
         The same shape; float32 under autocast, as LayerNorm gives it, else the dtype of `rows`.
     """
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else rows.dtype
-    if not fits(rows, units, dtype):
+    dtype = training_dtype(rows)
+    if dtype is None or not fits(rows, units):
         for unit in units:
             rows = unit(rows)
         return rows
-    glus = [glu for unit in units for glu in unit.glus]  # type: ignore[union-attr]
-    linears = [[getattr(glu, name) for glu in glus] for name in ("gate_proj", "up_proj", "down_proj")]
-    norms = [unit.norm for unit in units]
-    parameters = [getattr(m, name) for kind in (*linears, norms) for name in ("weight", "bias") for m in kind]
-    output, *_ = _network(rows.reshape(-1, rows.shape[-1]), parameters, len(units), norms[0].eps, dtype)  # type: ignore[arg-type]
+    norm = units[0].norm
+    output, *_ = _network(rows.reshape(-1, rows.shape[-1]), parameters_of(units), len(units), norm.eps, dtype)  # type: ignore[union-attr]
     return output.view_as(rows)
 
 
-def fits(rows: torch.Tensor, units: nn.ModuleList, dtype: torch.dtype) -> bool:
-    """Whether the kernels do what the modules would, and faster: in training, in half precision, of plain modules."""
-    if triton is None or not rows.is_cuda or not torch.is_grad_enabled() or dtype not in (torch.bfloat16, torch.float16):
-        return False
+def parameters_of(units: nn.ModuleList) -> list[torch.Tensor]:
+    """Weights, then biases, of all gate projections; of all up and of all down projections; of all norms."""
+    glus = [glu for unit in units for glu in unit.glus]  # type: ignore[union-attr]
+    linears = [[getattr(glu, name) for glu in glus] for name in ("gate_proj", "up_proj", "down_proj")]
+    kinds = [*linears, [unit.norm for unit in units]]
+    return [getattr(module, name) for kind in kinds for name in ("weight", "bias") for module in kind]
+
+
+def fits(rows: torch.Tensor, units: nn.ModuleList) -> bool:
+    """Whether the kernels do what the modules would, and faster: for a width that they know, many rows and plain modules."""
     if rows.shape[-1] not in (32, 64, 128) or rows.numel() < MIN_ROWS * rows.shape[-1]:
         return False
     for module in units.modules():
@@ -74,8 +77,8 @@ def _network(
     weights, vectors = _pack(parameters, units, dtype)
     glus = weights.shape[1]
     output, kept, scale = _empty(rows, glus, units, dtype)
-    block, warps, stages, registers = FORWARD
-    _forward[(triton.cdiv(count, block),)](
+    block, warps, stages, registers = _tile(FORWARD, width, dtype)
+    _learner_forward[(triton.cdiv(count, block),)](
         rows, weights, vectors, output, kept, scale, count, eps,
         GLUS=glus, UNITS=units, D=width, F=weights.shape[2], CHUNK=CHUNK, ROWS=block, STAGES=stages,
         PRECISION=_precision(dtype), num_warps=warps, maxnreg=registers,
@@ -83,11 +86,25 @@ def _network(
     return output, kept, scale, weights, vectors
 
 
+def _tile(tile: tuple[int, int, int, int | None], width: int, dtype: torch.dtype) -> tuple[int, int, int, int | None]:
+    """A tile for rows of 64 numbers as one for wider rows; smaller in float32, which is there for tests."""
+    rows, warps, stages, registers = tile
+    if dtype == torch.float32:
+        return 32, 4, 1, None
+    return (
+        (rows // 2, 8, stages, registers)
+        if width > 64 and rows > 32
+        else (rows, warps * max(1, width // 64), stages, registers)
+    )
+
+
 def _precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32"  # of half precision there is only one
 
 
-def _empty(rows: torch.Tensor, glus: int, units: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _empty(
+    rows: torch.Tensor, glus: int, units: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     count, width = rows.shape
     kept = rows.new_empty((glus + 1, count, width), dtype=dtype)
     return torch.empty_like(rows), kept, rows.new_empty((units, count), dtype=torch.float32)
@@ -109,7 +126,7 @@ def _pack(parameters: Sequence[torch.Tensor], units: int, dtype: torch.dtype) ->
     flat = torch._utils._flatten_dense_tensors(list(parameters))
     weights, vectors = flat.new_empty(of_weights, dtype=dtype), flat.new_empty(of_vectors, dtype=torch.float32)
     _, glus, F, _ = of_weights
-    _pack_flat[(glus * F // CHUNK, 3)](
+    _learner_pack[(glus * F // CHUNK, 3)](
         flat, weights, vectors, inner, GLUS=glus, UNITS=units, D=width, F=F, CHUNK=CHUNK, num_warps=8
     )
     return weights, vectors
@@ -143,18 +160,18 @@ def _network_backward(
     _, glus, F, width = weights.shape
     by_rows = torch.empty_like(gradient)
     ahead = torch.empty_like(kept[1:])  # the gradient of what each gated unit gives
-    block, warps, stages, registers = BACKWARD
+    block, warps, stages, registers = _tile(BACKWARD, width, kept.dtype)
     programs = triton.cdiv(count, block)
     sums = vectors.new_empty((programs, (glus + 2 * units) * width))
     constants = {"GLUS": glus, "UNITS": units, "D": width, "F": F, "CHUNK": CHUNK, "PRECISION": _precision(kept.dtype)}
-    _backward_rows[(programs,)](
+    _learner_rows[(programs,)](
         gradient, kept, scale, weights, vectors, by_rows, ahead, sums, count,
         **constants, ROWS=block, STAGES=stages, num_warps=warps, maxnreg=registers,
     )  # fmt: skip
-    block, warps, stages, registers = WEIGHTS
+    block, warps, stages, registers = _tile(WEIGHTS, width, kept.dtype)
     steps = triton.cdiv(triton.cdiv(count, SPLITS), block)
     partial = vectors.new_empty((SPLITS, glus * inner * (3 * width + 2)))
-    _backward_weights[(glus * F // CHUNK, SPLITS)](
+    _learner_weights[(glus * F // CHUNK, SPLITS)](
         kept, ahead, weights, vectors, partial, count, inner, steps,
         **constants, ROWS=block, STAGES=stages, num_warps=warps, maxnreg=registers,
     )  # fmt: skip
@@ -198,7 +215,7 @@ _network.register_autograd(_backward, setup_context=_save)
 if triton is not None:
 
     @triton.jit
-    def _forward(  # type: ignore[no-untyped-def]
+    def _learner_forward(  # type: ignore[no-untyped-def]
         rows, weights, vectors, output, kept, scale, count, eps,
         GLUS: tl.constexpr, UNITS: tl.constexpr, D: tl.constexpr, F: tl.constexpr, CHUNK: tl.constexpr,
         ROWS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
@@ -270,7 +287,7 @@ if triton is not None:
         return z
 
     @triton.jit
-    def _backward_rows(  # type: ignore[no-untyped-def]
+    def _learner_rows(  # type: ignore[no-untyped-def]
         gradient, kept, scale, weights, vectors, by_rows, ahead, sums, count,
         GLUS: tl.constexpr, UNITS: tl.constexpr, D: tl.constexpr, F: tl.constexpr, CHUNK: tl.constexpr,
         ROWS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
@@ -328,7 +345,7 @@ if triton is not None:
         tl.store(by_rows + at, (total + residual).to(by_rows.dtype.element_ty), mask=inside)
 
     @triton.jit
-    def _backward_weights(  # type: ignore[no-untyped-def]
+    def _learner_weights(  # type: ignore[no-untyped-def]
         kept, ahead, weights, vectors, partial, count, inner, steps,
         GLUS: tl.constexpr, UNITS: tl.constexpr, D: tl.constexpr, F: tl.constexpr, CHUNK: tl.constexpr,
         ROWS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
@@ -384,7 +401,7 @@ if triton is not None:
         tl.store(partial + 2 * plane + at, of_down, mask=there[:, None])
 
     @triton.jit
-    def _pack_flat(  # type: ignore[no-untyped-def]
+    def _learner_pack(  # type: ignore[no-untyped-def]
         flat, weights, vectors, inner,
         GLUS: tl.constexpr, UNITS: tl.constexpr, D: tl.constexpr, F: tl.constexpr, CHUNK: tl.constexpr,
     ):  # fmt: skip

@@ -39,7 +39,7 @@ def add_norm(
         y = norm(x + residual)
         return y, y
     weight, bias = norm.weight, norm.bias
-    y, low, *_ = _add_norm(x.contiguous(), residual.contiguous(), weight, bias, norm.eps, rounded)  # type: ignore[arg-type]
+    y, low, *_ = _add_norm(x.contiguous(), residual.contiguous(), weight, bias, norm.eps, rounded)
     return y, low if rounded else y
 
 
@@ -50,7 +50,7 @@ def _add_norm(
     """The norm, rounded or [0], and for the backward the normalised values and 1 / deviation."""
     y, low, kept, scale = _empty(x, residual, rounded)
     rows, width = scale.numel(), x.shape[-1]
-    _forward[(triton.cdiv(rows, _ROWS),)](
+    _norm_forward[(triton.cdiv(rows, _ROWS),)](
         x, residual, weight, bias, y, low, kept, scale, rows, width, eps,
         ROUNDED=rounded, BLOCK=triton.next_power_of_2(width), ROWS=_ROWS,
     )  # fmt: skip
@@ -79,7 +79,7 @@ def _add_norm_backward(
     rows, width = scale.numel(), kept.shape[-1]
     by_x, by_residual = of_rounded.new_empty(kept.shape), torch.empty_like(gradient)
     sums = torch.empty((_PROGRAMS, 2, width), dtype=torch.float32, device=kept.device)
-    _backward_rows[(_PROGRAMS,)](
+    _norm_backward[(_PROGRAMS,)](
         gradient, of_rounded, kept, scale, weight, by_x, by_residual, sums, rows, width,
         ROUNDED=of_rounded.numel() > 0, BLOCK=triton.next_power_of_2(width), ROWS=_ROWS,
     )  # fmt: skip
@@ -111,7 +111,7 @@ _add_norm.register_autograd(_backward, setup_context=_save)
 if triton is not None:
 
     @triton.jit
-    def _forward(  # type: ignore[no-untyped-def]
+    def _norm_forward(  # type: ignore[no-untyped-def]
         x, residual, weight, bias, y, low, kept, scale, rows, width, eps,
         ROUNDED: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     ):  # fmt: skip
@@ -134,7 +134,7 @@ if triton is not None:
             tl.store(low + at, v.to(low.dtype.element_ty), mask=inside)
 
     @triton.jit
-    def _backward_rows(  # type: ignore[no-untyped-def]
+    def _norm_backward(  # type: ignore[no-untyped-def]
         gradient, of_rounded, kept, scale, weight, by_x, by_residual, sums, rows, width,
         ROUNDED: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     ):  # fmt: skip

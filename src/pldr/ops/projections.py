@@ -42,7 +42,12 @@ def project(
     """
     cos, sin = position_embeddings
     dtype = training_dtype(x)
-    if dtype is not None and x.shape[:-1].numel() >= MIN_ROWS and head_dim in (16, 32, 64, 128) and all(map(is_plain, layers)):
+    if (
+        dtype is not None
+        and x.shape[:-1].numel() >= MIN_ROWS
+        and head_dim in (16, 32, 64, 128)
+        and all(map(is_plain, layers))
+    ):
         weight = torch.cat([layer.weight for layer in layers]).to(dtype)  # type: ignore[misc]
         bias = torch.cat([layer.bias for layer in layers]).to(dtype)  # type: ignore[misc]
         rotated = _project(x.to(dtype), weight, bias, cos[:, 0], sin[:, 0], head_dim, pairing == "adjacent")
@@ -64,7 +69,9 @@ def _project(
     return parts
 
 
-def _empty_parts(x: torch.Tensor, weight: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _empty_parts(
+    x: torch.Tensor, weight: torch.Tensor, head_dim: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     shape = (*x.shape[:-1], len(weight) // 3 // head_dim, head_dim)
     return x.new_empty(shape), x.new_empty(shape), x.new_empty(shape)
 
@@ -104,8 +111,7 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx, by_query, by_key, by_value):  # type: ignore[no-untyped-def]
-    parts = (by_query, by_key, by_value)
-    parts = [part if part.stride(-1) == 1 else part.contiguous() for part in parts]
+    parts = (part if part.stride(-1) == 1 else part.contiguous() for part in (by_query, by_key, by_value))
     return *_project_backward(*parts, *ctx.saved_tensors, ctx.adjacent), None, None, None, None
 
 
