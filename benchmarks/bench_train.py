@@ -5,10 +5,12 @@
 A step is bf16 autocast, forward, backward, gradients clipped by value, AdamW (fused). Before a model is timed, its compiled
 loss is compared with the eager one in float32. The rows:
 
-- learned, constant, identity: the preset with such an operator, layers compiled as `pldr train` does (identity: not trained);
+- learned, constant, identity: the preset with such an operator, layers compiled, and forward and backward as one CUDA graph, as
+  `pldr train` does it (identity: not trained);
 - llama: transformers' with the preset's width, layers and heads, a feed-forward width that is a multiple of 64, compiled layer by
-  layer, attention with `is_causal` and no mask, and our loss without whole logits; llama-liger: the same with Liger's
-  kernels in place of compilation, where that package is installed;
+  layer, attention with `is_causal` and no mask, and our loss without whole logits; llama-graph: the same, and forward
+  and backward as one CUDA graph, which its users do not have; llama-liger: with Liger's kernels in place of compilation, where
+  that package is installed;
 - trainer: the learned operator through what `pldr train` runs: the Trainer with its callbacks and log lines, and the data
   loader over memory-mapped rows (of random tokens);
 - plain: the learned operator without the kernels of `pldr.ops` for training, compiled as well;
@@ -42,9 +44,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pldr import STORIES, PldrConfig, PldrForCausalLM
 from pldr.ops import aligned
 from pldr.ops.cross_entropy import linear_cross_entropy
+from pldr.training.graph import GraphedStep
 from pldr.training.trainer import compile_layers
 
-ROWS = ["learned", "trainer", "constant", "identity", "plain", "llama", "llama-liger", "stories"]
+ROWS = ["learned", "trainer", "constant", "identity", "plain", "llama", "llama-graph", "llama-liger", "stories"]
 # Steps timed at once: like training, the host runs ahead of the device and is waited for only now and then.
 BLOCK = 10
 # Tokens per second of the published implementation, measured before on an H100.
@@ -133,24 +136,35 @@ def compile_model(model: Any) -> None:
 class Step:
     """Forward, backward, clipping and optimiser, as a function of token ids that gives the loss."""
 
-    def __init__(self, model: torch.nn.Module, loss: Loss, rate: float = 1e-4) -> None:
+    def __init__(self, model: torch.nn.Module, loss: Loss, rate: float = 1e-4, *, graph: bool = False) -> None:
         self.loss, self.parameters = loss, [p for p in model.parameters() if p.requires_grad]
+        self.gradients: Any = GraphedStep(self.compute, self.parameters) if graph else self.compute
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=rate, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.1, fused=True
         )
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cuda", dtype=torch.bfloat16):
-            loss = self.loss(ids)
-        loss.backward()
+        (loss,) = self.gradients({"ids": ids})
         torch.nn.utils.clip_grad_value_(self.parameters, 1.0)
         self.optimizer.step()
-        return loss.detach()
+        return loss
+
+    def compute(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor]:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            loss = self.loss(inputs["ids"])
+        loss.backward()
+        return (loss.detach(),)
 
 
 def measure(
-    make: Callable[[], tuple[Any, Loss]], shape: tuple[int, int], steps: int, *, compiled: bool = True, warmup: int = 6
+    make: Callable[[], tuple[Any, Loss]],
+    shape: tuple[int, int],
+    steps: int,
+    *,
+    compiled: bool = True,
+    graph: bool = True,
+    warmup: int = 6,
 ) -> dict[str, Any]:
     torch.manual_seed(0)
     model, loss_of = make()
@@ -160,7 +174,7 @@ def measure(
         reference = sum(loss_of(part).item() * len(part) for part in parts) / len(ids) if shape[0] % 4 == 0 else None
     if compiled:
         compile_model(model)
-    step = Step(model, loss_of)
+    step = Step(model, loss_of, graph=graph)
     first = step(ids).item()
     if reference is not None:
         assert abs(first - reference) < 2e-2 * reference, f"loss in bf16 {first}, eager in float32 {reference}"
@@ -364,9 +378,10 @@ def measure_row(name: str, config: PldrConfig, shape: tuple[int, int], steps: in
         return measure_trainer(config, shape, steps)
     if name.startswith("llama"):
         liger = name == "llama-liger"
-        return measure(partial(make_llama, config, liger=liger), shape, steps, compiled=not liger)
+        make = partial(make_llama, config, liger=liger)
+        return measure(make, shape, steps, compiled=not liger, graph=name == "llama-graph")
     with without_kernels() if name == "plain" else contextlib.nullcontext():
-        return measure(partial(make_pldr, config), shape, steps)
+        return measure(partial(make_pldr, config), shape, steps, graph=name != "plain")
 
 
 def print_row(row: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from pldr import PldrConfig, PldrForCausalLM
 from pldr.operator import ResidualUnit
 from pldr.ops import aligned, bilinear, metric_learner, norm, projections, reference
+from pldr.training.graph import WARMUP, GraphedStep
 from pldr.training.trainer import compile_layers
 
 pytestmark = [
@@ -224,3 +225,54 @@ def test_model_with_kernels_is_the_model(operator, pairing, monkeypatch):
     plain = run()
     for other in (found, compiled):
         assert (other - exact).norm() <= 1.3 * (plain - exact).norm()
+
+
+def test_a_step_as_a_graph_is_the_step(tmp_path):
+    """Losses and weights of a run with the graph are those without; evaluation between the steps, and going on, change nothing."""
+    from pldr import HELD_OUT, STORIES, load_model
+    from pldr.recipe import DataRecipe, ModelRecipe, OptimizationRecipe, Recipe
+    from pldr.training.run import train
+
+    def run(name, **fields):
+        recipe = Recipe(
+            str(tmp_path / name),
+            DataRecipe([str(HELD_OUT)], [str(HELD_OUT)], tokenizer=str(STORIES), sequence_length=64, cache=str(tmp_path / "cache")),
+            ModelRecipe(config={"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2, "metric_learner_units": 2}),
+            OptimizationRecipe(**{"steps": 20, "batch_size": 8, "warmup_steps": 2, "learning_rate": 1e-3} | fields),
+            log_steps=1, eval_steps=7, save_steps=10, report_to=[],
+        )  # fmt: skip
+        train(recipe, progress=False)
+        return recipe, load_model(recipe.output).state_dict()
+
+    recipe, graph = run("graph")
+    _, eager = run("eager", cuda_graph="never")
+    _, other = run("other", cuda_graph="never", learning_rate=1.01e-3)
+    train(recipe, resume=tmp_path / "graph" / "checkpoint-10", progress=False)
+    resumed = load_model(recipe.output).state_dict()
+    largest = [max((a[k] - eager[k]).abs().max().item() for k in eager) for a in (graph, resumed, other)]
+    assert max(largest[:2]) <= 1e-6, largest
+    assert largest[2] > 1e-5
+
+
+def test_a_step_that_can_not_be_a_graph_goes_on_without():
+    weight = nn.Parameter(rand(3, 3))
+
+    def step(inputs):
+        loss = (weight * inputs["x"]).sum()
+        loss.backward()
+        loss.item()
+        return (loss.detach(),)
+
+    graphed = GraphedStep(step, [weight])
+
+    def call(number):
+        weight.grad = None
+        (loss,) = graphed({"x": torch.full((3, 3), float(number), device="cuda")})
+        assert torch.allclose(loss, number * weight.sum())
+        assert (weight.grad == number).all()
+
+    for number in range(WARMUP):
+        call(number)
+    with pytest.warns(UserWarning, match=r"optimization.cuda_graph: this step can not be a CUDA graph"):
+        call(7)
+    call(8)

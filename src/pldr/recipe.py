@@ -107,6 +107,8 @@ class OptimizationRecipe:
         clip_norm: bound on the gradient's norm, or None.
         precision: "fp32" or "bf16" (autocast).
         compile: run the decoder layers through torch.compile, all with the same graph.
+        cuda_graph: "auto": forward and backward run as one CUDA graph, where there is one process with a GPU, and neither
+            accumulation, gradient checkpointing nor a DAG loss; the numbers are the same. Or "never".
         gradient_checkpointing: recompute activations in the backward pass, for memory.
         dag_A_LM, dag_A_P, dag_G_LM: coefficients of the DAG loss of each deductive output, added to the cross-entropy
             (0.05 each in v51-DAG); they need a learned operator.
@@ -130,6 +132,7 @@ class OptimizationRecipe:
     clip_norm: float | None = None
     precision: str = "bf16"
     compile: bool = False
+    cuda_graph: str = "auto"
     gradient_checkpointing: bool = False
     dag_A_LM: float = 0.0
     dag_A_P: float = 0.0
@@ -228,6 +231,7 @@ _RULES: list[tuple[str, Callable[[Any], bool], list[str]]] = [
         "optimization.learning_rate", "optimization.epsilon", "optimization.clip_value", "optimization.clip_norm",
     ]),
     ("fp32 or bf16", lambda x: x in ("fp32", "bf16"), ["optimization.precision"]),
+    ("auto or never", lambda x: x in ("auto", "never"), ["optimization.cuda_graph"]),
     ("packed, padded or unpadded", lambda x: x in ("packed", "padded", "unpadded"), ["data.layout"]),
     ("none, full or hybrid", lambda x: x in ("none", "full", "hybrid"), ["distributed.sharding"]),
     ("any of tensorboard, wandb, trackio", lambda x: {*x} <= {"tensorboard", "wandb", "trackio"}, ["report_to"]),

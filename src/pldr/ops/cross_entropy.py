@@ -48,8 +48,9 @@ def linear_cross_entropy(
 @torch.library.custom_op("pldr::linear_cross_entropy", mutates_args=())
 def _loss_and_gradients(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, targets: torch.Tensor, gradients: bool = True
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The summed loss, right guesses, and the loss's gradients by hidden (its dtype), weight and bias (float32).
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The summed loss, right guesses, and the loss's gradients: by hidden (its dtype); by weight and bias (float32, [V, M + 8]:
+    M columns of the one, then the other).
 
     Without `gradients` these are empty, and the two matrix products that they take are saved.
     """
@@ -57,8 +58,11 @@ def _loss_and_gradients(
     weight, bias = weight.to(hidden.dtype), bias.to(hidden.dtype)
     losses = torch.empty(rows, dtype=torch.float32, device=hidden.device)
     correct = torch.empty(rows, dtype=torch.float32, device=hidden.device)
-    grad_hidden, grad_weight, grad_bias = _empty_gradients(hidden, weight, bias, gradients)
+    grad_hidden, summed = _empty_gradients(hidden, weight, gradients)
     step = max(1, _CHUNK_BYTES // (vocabulary * hidden.element_size()))
+    # Inputs with a column of ones: the product that gives the weight's gradient then gives the bias's, too.
+    wide = hidden.new_zeros(min(step, rows), hidden.shape[1] + 8)
+    wide[:, hidden.shape[1]] = 1
     for start in range(0, rows, step):
         part = hidden[start : start + step]
         logits = torch.addmm(bias, part, weight.t())
@@ -68,48 +72,43 @@ def _loss_and_gradients(
         )  # fmt: skip
         if gradients:
             torch.mm(logits, weight, out=grad_hidden[start : start + step])
+            wide[: len(part), : part.shape[1]] = part
             if hidden.dtype == torch.float32:
-                grad_weight.addmm_(logits.t(), part)
+                summed.addmm_(logits.t(), wide[: len(part)])
             else:
-                torch.addmm(grad_weight, logits.t(), part, out_dtype=torch.float32, out=grad_weight)
-            grad_bias += logits.sum(0, dtype=torch.float32)
-    return losses.sum(), correct.sum(), grad_hidden, grad_weight, grad_bias
+                torch.addmm(summed, logits.t(), wide[: len(part)], out_dtype=torch.float32, out=summed)
+    return losses.sum(), correct.sum(), grad_hidden, summed
 
 
-def _empty_gradients(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, wanted: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Where the gradients go: by hidden, which is overwritten, and by weight and bias, which are summed up from zero."""
+def _empty_gradients(hidden: torch.Tensor, weight: torch.Tensor, wanted: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the gradients go: by hidden, which is overwritten; by weight and bias, summed up from zero, see below."""
     if not wanted:
-        return hidden.new_empty(0), weight.new_empty(0, dtype=torch.float32), bias.new_empty(0, dtype=torch.float32)
-    of_weight, of_bias = (
-        torch.zeros(tensor.shape, dtype=torch.float32, device=hidden.device) for tensor in (weight, bias)
-    )
-    return torch.empty_like(hidden), of_weight, of_bias
+        return hidden.new_empty(0), hidden.new_empty(0, dtype=torch.float32)
+    vocabulary, width = weight.shape
+    return torch.empty_like(hidden), hidden.new_zeros((vocabulary, width + 8), dtype=torch.float32)  # rows stay aligned
 
 
 @_loss_and_gradients.register_fake
 def _(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, targets: torch.Tensor, gradients: bool = True
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     loss, correct = (hidden.new_empty((), dtype=torch.float32) for _ in range(2))
-    by_hidden, by_weight, by_bias = _empty_gradients(hidden, weight, bias, gradients)
-    return loss, correct, by_hidden, by_weight, by_bias
+    return loss, correct, *_empty_gradients(hidden, weight, gradients)
 
 
 def _save_gradients(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    _, correct, grad_hidden, grad_weight, grad_bias = output
-    ctx.mark_non_differentiable(correct)
-    ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+    _, *others = output
+    ctx.mark_non_differentiable(*others)
+    ctx.save_for_backward(*others[1:])
     ctx.dtypes = [tensor.dtype for tensor in inputs[:3]]
 
 
 def _backward(ctx, grad_loss, *_unused):  # type: ignore[no-untyped-def]
-    return (
-        *((grad * grad_loss).to(dtype) for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)),
-        None,
-        None,
-    )
+    by_hidden, summed = ctx.saved_tensors
+    width = by_hidden.shape[-1]
+    gradients = (by_hidden, summed[:, :width], summed[:, width])
+    scaled = ((grad * grad_loss).to(dtype) for grad, dtype in zip(gradients, ctx.dtypes, strict=True))
+    return *scaled, None, None
 
 
 _loss_and_gradients.register_autograd(_backward, setup_context=_save_gradients)

@@ -18,6 +18,8 @@ from pldr.ops.aligned import has_hooks, is_plain, training_dtype
 try:
     import triton
     import triton.language as tl
+
+    from pldr.ops.aligned import sigmoid
 except ModuleNotFoundError:  # the CPU build of torch brings no Triton
     triton = None
 
@@ -242,7 +244,7 @@ if triton is not None:
             v = vectors + glu * (2 * F + 3 * D)
             gate = tl.dot(z, tl.trans(w_gate), input_precision=PRECISION) + tl.load(v + chunk * CHUNK + f)[None, :]
             up = tl.dot(z, tl.trans(w_up), input_precision=PRECISION) + tl.load(v + F + chunk * CHUNK + f)[None, :]
-            total = tl.dot((gate * tl.sigmoid(gate) * up).to(dtype), w_down, total, input_precision=PRECISION)
+            total = tl.dot((gate * sigmoid(gate) * up).to(dtype), w_down, total, input_precision=PRECISION)
             if chunk == chunks - 1:
                 total += tl.load(v + 2 * F + d)[None, :]
                 z = total.to(dtype)
@@ -338,7 +340,7 @@ if triton is not None:
             gate = tl.dot(z, tl.trans(w_gate), input_precision=PRECISION) + tl.load(v + chunk * CHUNK + f)[None, :]
             up = tl.dot(z, tl.trans(w_up), input_precision=PRECISION) + tl.load(v + F + chunk * CHUNK + f)[None, :]
             by_inner = tl.dot(after, tl.trans(w_down), input_precision=PRECISION)
-            open_ = tl.sigmoid(gate)
+            open_ = sigmoid(gate)
             by_gate = by_inner * up * open_ * (1 + gate * (1 - open_))
             total = tl.dot(by_gate.to(dtype), w_gate, total, input_precision=PRECISION)
             total = tl.dot((by_inner * gate * open_).to(dtype), w_up, total, input_precision=PRECISION)
@@ -379,7 +381,7 @@ if triton is not None:
             gate = tl.dot(w_gate, tl.trans(z), input_precision=PRECISION) + bias_gate
             up = tl.dot(w_up, tl.trans(z), input_precision=PRECISION) + bias_up
             by_inner = tl.dot(w_down, tl.trans(after), input_precision=PRECISION)
-            open_ = tl.sigmoid(gate)
+            open_ = sigmoid(gate)
             silu = gate * open_
             by_gate = by_inner * up * (open_ + silu * (1 - open_))
             by_up = by_inner * silu

@@ -34,7 +34,8 @@ from pldr.training.processes import on_main
 _LOG = "log.jsonl"
 # What may change when a run goes on: everything that does not change its losses.
 _FREE = ("output", "log_steps", "eval_steps", "save_steps", "keep_checkpoints", "async_save", "report_to", "distributed",
-         "optimization.compile", "optimization.gradient_checkpointing", "optimization.skip_nonfinite", "data.cache")  # fmt: skip
+         "optimization.compile", "optimization.cuda_graph", "optimization.gradient_checkpointing", "optimization.skip_nonfinite",
+         "data.cache")  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -30,6 +30,7 @@ from pldr.training.checkpoint import (
     step_of,
 )
 from pldr.training.folder import add_to_log, described, log_lines
+from pldr.training.graph import GraphedStep, Step
 from pldr.training.parallel import (
     ShardedForward,
     average_gradients,
@@ -89,6 +90,14 @@ def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
     return arguments
 
 
+def _may_be_graph(recipe: Recipe, arguments: TrainingArguments) -> bool:
+    """Whether forward and backward of a step may be one CUDA graph."""
+    o = recipe.optimization
+    if o.accumulation > 1 or o.gradient_checkpointing or o.dag_coefficients:
+        return False
+    return o.cuda_graph == "auto" and arguments.device.type == "cuda" and arguments.world_size == 1
+
+
 def compile_layers(model: PldrForCausalLM) -> None:
     """Compile a model's layers, in place: one graph for all, where compiling the whole model would unroll them."""
     # Torch would cut each layer's graph where a bucket of DDP's is full, to send it early. Layers are such pieces already.
@@ -141,6 +150,9 @@ class PldrTrainer(Trainer):
         self._most_targets = recipe.optimization.batch_size * recipe.data.sequence_length
         self._guesses_before: torch.Tensor | None = None  # those before the step at hand
         self.judge = StepJudge(self.accelerator)
+        self._forward_and_backward: Step = self._compute_gradients
+        if _may_be_graph(recipe, self.args):
+            self._forward_and_backward = GraphedStep(self._compute_gradients, self.model.parameters())
         self._last: dict[str, float] | None = None  # loss and accuracy of the last log line
         if recipe.optimization.clip_value is not None:
             self.add_callback(ClipByValue(recipe.optimization.clip_value))
@@ -204,9 +216,6 @@ class PldrTrainer(Trainer):
         for name in ("row", "labels"):  # its targets are `shift_labels`
             inputs.pop(name, None)
         regularised = bool(self.dag_coefficients) and model.training
-        if model.training:
-            self.new_sequences += len(inputs["input_ids"]) * self.args.world_size
-            self.totals["sequences"] += len(inputs["input_ids"]) * self.args.world_size
         if regularised:
             inputs["output_deductive_outputs"] = True
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
@@ -229,8 +238,13 @@ class PldrTrainer(Trainer):
     ) -> torch.Tensor:
         if self._guesses_before is None:
             self._guesses_before = self._guesses.clone()
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self.judge.add(loss, inputs["row"])
+        self.new_sequences += len(inputs["input_ids"]) * self.args.world_size
+        self.totals["sequences"] += len(inputs["input_ids"]) * self.args.world_size
+        rows = inputs.pop("row")
+        if isinstance(num_items_in_batch, torch.Tensor):
+            inputs["num_items_in_batch"] = num_items_in_batch
+        (loss,) = self._forward_and_backward(inputs)
+        self.judge.add(loss, rows)
         if not self.accelerator.sync_gradients:  # more batches of the step are to come
             return torch.zeros_like(loss)
         average_gradients(self._whole)
@@ -238,9 +252,15 @@ class PldrTrainer(Trainer):
         # As a gradient scaler tells fused AdamW, which then changes no weight, no moment and no count of steps.
         adamw = getattr(self.optimizer, "optimizer", self.optimizer)
         adamw.found_inf = skipped.cpu() if self.sharded and self.recipe.distributed.cpu_offload else skipped
-        self._guesses = torch.where(skipped > 0, self._guesses_before, self._guesses)
+        self._guesses.copy_(torch.where(skipped > 0, self._guesses_before, self._guesses))  # where a graph adds to it
         self._guesses_before = None
         return torch.where(skipped > 0, 0.0, loss)
+
+    def _compute_gradients(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor]:
+        """Loss of a batch; its gradients are left with the parameters, and its guesses are counted."""
+        batch = dict(inputs)
+        count = batch.pop("num_items_in_batch", None)
+        return (super().training_step(self.model_wrapped, batch, count),)
 
     def check_losses(self) -> None:
         """Look at the steps since the last look: once in a while, so that the device need not be waited for.
