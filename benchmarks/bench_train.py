@@ -5,11 +5,9 @@
 A step is bf16 autocast, forward, backward, gradients clipped by value, AdamW (fused). Before a model is timed, its compiled
 loss is compared with the eager one in float32. The rows:
 
-- learned, constant, identity: the preset with such an operator, layers compiled, and forward and backward as one CUDA graph, as
-  `pldr train` does it (identity: not trained);
+- learned, constant, identity: the preset with such an operator, layers compiled (identity: not trained);
 - llama: transformers' with the preset's width, layers and heads, a feed-forward width that is a multiple of 64, compiled layer by
-  layer, attention with `is_causal` and no mask, and our loss without whole logits; llama-graph: the same, and forward
-  and backward as one CUDA graph, which its users do not have; llama-liger: with Liger's kernels in place of compilation, where
+  layer, attention with `is_causal` and no mask, and our loss without whole logits; llama-liger: with Liger's kernels in place of compilation, where
   that package is installed;
 - trainer: the learned operator through what `pldr train` runs: the Trainer with its callbacks and log lines, and the data
   loader over memory-mapped rows (of random tokens);
@@ -47,7 +45,7 @@ from pldr.ops.cross_entropy import linear_cross_entropy
 from pldr.training.graph import GraphedStep
 from pldr.training.trainer import compile_layers
 
-ROWS = ["learned", "trainer", "constant", "identity", "plain", "llama", "llama-graph", "llama-liger", "stories"]
+ROWS = ["learned", "trainer", "constant", "identity", "plain", "llama", "llama-liger", "stories"]
 # Steps timed at once: like training, the host runs ahead of the device and is waited for only now and then.
 BLOCK = 10
 # Tokens per second of the published implementation, measured before on an H100.
@@ -217,7 +215,9 @@ def parts_of(step: Callable[[], Any], count: int = 3) -> dict[str, float]:
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
-def measure_trainer(config: PldrConfig, shape: tuple[int, int], steps: int, warmup: int = 20) -> dict[str, Any]:
+def measure_trainer(
+    config: PldrConfig, shape: tuple[int, int], steps: int, *, graph: bool, warmup: int = 20
+) -> dict[str, Any]:
     from bench_parallel import make_clock, token_rows
     from transformers import PrinterCallback
 
@@ -311,6 +311,9 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--only", nargs="*", choices=ROWS, default=ROWS)
+    parser.add_argument(
+        "--graph", action="store_true", help="of all models but llama-liger: forward and backward as one CUDA graph"
+    )
     parser.add_argument("--curves", action="store_true", help="compare the losses of 200 steps, too")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
@@ -373,15 +376,15 @@ def main() -> None:
     record(result, arguments.output)
 
 
-def measure_row(name: str, config: PldrConfig, shape: tuple[int, int], steps: int) -> dict[str, Any]:
+def measure_row(name: str, config: PldrConfig, shape: tuple[int, int], steps: int, *, graph: bool) -> dict[str, Any]:
     if name == "trainer":
-        return measure_trainer(config, shape, steps)
+        return measure_trainer(config, shape, steps, graph=graph)
     if name.startswith("llama"):
         liger = name == "llama-liger"
         make = partial(make_llama, config, liger=liger)
-        return measure(make, shape, steps, compiled=not liger, graph=name == "llama-graph")
+        return measure(make, shape, steps, compiled=not liger, graph=graph and not liger)
     with without_kernels() if name == "plain" else contextlib.nullcontext():
-        return measure(partial(make_pldr, config), shape, steps, graph=name != "plain")
+        return measure(partial(make_pldr, config), shape, steps, graph=graph)
 
 
 def print_row(row: dict[str, Any]) -> None:

@@ -157,9 +157,9 @@ def test_residual_network(dtype, width, inner, glus, units, rows):
         usual = run(plain, network, x)
     exact = run(plain, network.double(), x.double())
     assert max(errors(found)) <= TOLERANCE[dtype]
-    # No further from the truth than PyTorch's own steps in this precision.
+    # No further from the truth than PyTorch's own steps in this precision, but for the rounding of float16 (2^-11) in what is kept.
     for one, other in zip(errors(found), errors(usual), strict=True):
-        assert one <= 1.5 * other + 1e-6
+        assert one <= 1.5 * other + (1e-6 if dtype == torch.float32 else 2**-11)
 
 
 def test_operations_are_well_formed():
@@ -192,7 +192,7 @@ def test_model_with_kernels_is_the_model(operator, pairing, monkeypatch):
     """Losses and gradients of bf16 autocast, eager and compiled, are as near to float32's as those of the plain operations."""
     config = PldrConfig(
         vocab_size=500, hidden_size=128, num_attention_heads=2, num_hidden_layers=2, metric_learner_units=2,
-        metric_learner_width=170, operator=operator, operator_init="uniform", rope_pairing=pairing, max_position_embeddings=256,
+        metric_learner_width=170, operator=operator, operator_init="identity", rope_pairing=pairing, max_position_embeddings=256,
     )  # fmt: skip
     model = PldrForCausalLM(config).cuda().train()
     ids = torch.randint(4, 500, (40, 129), device="cuda")
@@ -202,7 +202,7 @@ def test_model_with_kernels_is_the_model(operator, pairing, monkeypatch):
         with torch.autocast("cuda", dtype=torch.bfloat16, enabled=autocast):
             loss = model(input_ids=ids, labels=ids, use_cache=False, return_logits=False).loss
         loss.backward()
-        return torch.cat([loss.detach()[None].double() * 100, *(p.grad.flatten().double() for p in model.parameters())])
+        return loss.item(), torch.cat([p.grad.flatten().double() for p in model.parameters()])
 
     calls = []
     for module, name in (
@@ -223,8 +223,9 @@ def test_model_with_kernels_is_the_model(operator, pairing, monkeypatch):
     for module in (aligned, bilinear, metric_learner, norm, projections):
         monkeypatch.setattr(module, "training_dtype", lambda x: None)
     plain = run()
-    for other in (found, compiled):
-        assert (other - exact).norm() <= 1.3 * (plain - exact).norm()
+    for loss, gradients in (found, compiled):
+        assert loss == pytest.approx(exact[0], rel=1e-4)
+        assert (gradients - exact[1]).norm() <= 1.3 * (plain[1] - exact[1]).norm()
 
 
 def test_a_step_as_a_graph_is_the_step(tmp_path):
@@ -237,24 +238,25 @@ def test_a_step_as_a_graph_is_the_step(tmp_path):
         recipe = Recipe(
             str(tmp_path / name),
             DataRecipe([str(HELD_OUT)], [str(HELD_OUT)], tokenizer=str(STORIES), sequence_length=64, cache=str(tmp_path / "cache")),
-            ModelRecipe(config={"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2, "metric_learner_units": 2}),
+            ModelRecipe(config={"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2, "operator": "constant"}),
             OptimizationRecipe(**{"steps": 20, "batch_size": 8, "warmup_steps": 2, "learning_rate": 1e-3} | fields),
             log_steps=1, eval_steps=7, save_steps=10, report_to=[],
         )  # fmt: skip
         train(recipe, progress=False)
         return recipe, load_model(recipe.output).state_dict()
 
-    recipe, graph = run("graph")
-    _, eager = run("eager", cuda_graph="never")
-    _, other = run("other", cuda_graph="never", learning_rate=1.01e-3)
+    recipe, graph = run("graph", cuda_graph="auto")
+    _, eager = run("eager")
+    _, again = run("again")
+    _, other = run("other", learning_rate=1.01e-3)
     train(recipe, resume=tmp_path / "graph" / "checkpoint-10", progress=False)
     resumed = load_model(recipe.output).state_dict()
-    largest = [max((a[k] - eager[k]).abs().max().item() for k in eager) for a in (graph, resumed, other)]
-    assert max(largest[:2]) <= 1e-6, largest
-    assert largest[2] > 1e-5
+    away = [max((a[k] - eager[k]).abs().max().item() for k in eager) for a in (graph, resumed, again, other)]
+    assert max(away[:2]) <= 3 * away[2] + 1e-6, away  # sums on a GPU come in another order each time
+    assert away[3] > 10 * max(away[:2]), away
 
 
-def test_a_step_that_can_not_be_a_graph_goes_on_without():
+def test_a_step_that_can_not_be_a_graph_says_why():
     weight = nn.Parameter(rand(3, 3))
 
     def step(inputs):
@@ -264,15 +266,7 @@ def test_a_step_that_can_not_be_a_graph_goes_on_without():
         return (loss.detach(),)
 
     graphed = GraphedStep(step, [weight])
-
-    def call(number):
-        weight.grad = None
-        (loss,) = graphed({"x": torch.full((3, 3), float(number), device="cuda")})
-        assert torch.allclose(loss, number * weight.sum())
-        assert (weight.grad == number).all()
-
-    for number in range(WARMUP):
-        call(number)
-    with pytest.warns(UserWarning, match=r"optimization.cuda_graph: this step can not be a CUDA graph"):
-        call(7)
-    call(8)
+    for _ in range(WARMUP):
+        graphed({"x": rand(3, 3)})
+    with pytest.raises(RuntimeError, match=r"optimization.cuda_graph: .*capturing.*; set it to never"):
+        graphed({"x": rand(3, 3)})

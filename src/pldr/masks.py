@@ -28,12 +28,23 @@ def create_masks(
         "past_key_values": past_key_values,
         "position_ids": position_ids,
     }
-    attention = create_causal_mask(**arguments)
+    attention = (
+        None
+        if _is_plainly_causal(config, attention_mask, past_key_values, position_ids)
+        else create_causal_mask(**arguments)
+    )
     if config.operator != "learned" or attention_mask is None or attention_mask.ndim != 2:
         return {"attention": attention, "padding": None}
     past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
     arguments["attention_mask"] = _window(attention_mask, past_length, inputs_embeds.shape[1])
     return {"attention": attention, "padding": create_recurrent_attention_mask(**arguments)}
+
+
+def _is_plainly_causal(config: PldrConfig, *others: Any) -> bool:
+    """Whether SDPA's own causal mask is all, while a CUDA graph is recorded: transformers would then make a tensor of it."""
+    if config._attn_implementation != "sdpa" or any(other is not None for other in others):
+        return False
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def positions_of(

@@ -2,7 +2,6 @@
 for it hundreds of times.
 """
 
-import warnings
 from collections.abc import Callable, Iterable
 
 import torch
@@ -18,7 +17,7 @@ class GraphedStep:
     """A function of tensors that returns tensors and leaves gradients, called as it is at first and then replayed.
 
     It must not look at a value on the host, and find no gradients from before. Replays give the same numbers; inputs of another
-    shape are computed without the graph. Where the capture fails, a warning says why, and it goes on without.
+    shape are computed without the graph.
     """
 
     def __init__(self, step: Step, parameters: Iterable[torch.nn.Parameter]) -> None:
@@ -29,41 +28,44 @@ class GraphedStep:
         self.inputs: Inputs = {}
         self.outputs: tuple[torch.Tensor, ...] = ()
         self.gradients: list[torch.Tensor | None] = []
-        self.failed = False
 
     def __call__(self, inputs: Inputs) -> tuple[torch.Tensor, ...]:
+        """
+        Raises:
+            RuntimeError: the step did something that no graph can hold.
+        """
         self.calls += 1
-        if self.failed or self.calls <= WARMUP:
+        if self.calls <= WARMUP:
             return self.step(inputs)
-        if self.graph is None and not self._capture(inputs):
-            return self.step(inputs)
+        if self.graph is None:
+            self._capture(inputs)
         if {name: _shape(x) for name, x in inputs.items()} != {name: _shape(x) for name, x in self.inputs.items()}:
             return self.step(inputs)
         assert self.graph is not None
-        torch._foreach_copy_(list(self.inputs.values()), [inputs[name] for name in self.inputs])
+        for name, x in inputs.items():
+            self.inputs[name].copy_(x)
         self.graph.replay()
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             parameter.grad = gradient
         return tuple(output.clone() for output in self.outputs)
 
-    def _capture(self, inputs: Inputs) -> bool:
-        """Record the step; nothing is computed. Whether it went well."""
-        static = {name: x.clone() for name, x in inputs.items()}
+    def _capture(self, inputs: Inputs) -> None:
+        """Record the step; nothing is computed."""
+        self.inputs = {name: x.clone() for name, x in inputs.items()}
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         try:
             with torch.cuda.graph(graph):
-                outputs = self.step(static)
+                self.outputs = self.step(self.inputs)
         except RuntimeError as error:
-            self.failed = True
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            warnings.warn(f"optimization.cuda_graph: this step can not be a CUDA graph ({reason})", stacklevel=2)
-            for parameter in self.parameters:
-                parameter.grad = None
-            return False
-        self.graph, self.inputs, self.outputs = graph, static, outputs
-        self.gradients = [parameter.grad for parameter in self.parameters]
-        return True
+            cause: BaseException = error
+            while cause.__context__ is not None:  # the first one says what it was
+                cause = cause.__context__
+            reason = str(cause).splitlines()[0]
+            raise RuntimeError(
+                f"optimization.cuda_graph: the step can not be a CUDA graph ({reason}); set it to never"
+            ) from error
+        self.graph, self.gradients = graph, [parameter.grad for parameter in self.parameters]
 
 
 def _shape(x: torch.Tensor) -> tuple[torch.Size, torch.dtype]:

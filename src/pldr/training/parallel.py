@@ -32,7 +32,8 @@ def hide_from_ddp(model: PldrForCausalLM, parameters: Iterable[torch.nn.Paramete
 def shard(
     model: PldrForCausalLM, recipe: DistributedRecipe, device: torch.device, whole: Iterable[torch.nn.Parameter]
 ) -> None:
-    """Cut a model's parameters, all but `whole`, among the processes, in place: layer by layer, the head and the rest.
+    """Cut a model's parameters, all but `whole`, among the processes, in place: layer by layer, the head and the rest or,
+    where they are not cut again between forward and backward, all in one piece.
 
     Parameters stay float32, whose range the power law needs; a step in bf16 runs under autocast, as in one process.
     """
@@ -47,10 +48,12 @@ def shard(
         mesh = init_device_mesh(device.type, (processes,))
     policy = CPUOffloadPolicy() if recipe.cpu_offload else OffloadPolicy()
     model.to(device)
-    for module in (*model.model.layers, model.lm_head, model):
-        # None lets torch decide: all but the whole model's own, which its backward needs at once.
-        reshard = None if recipe.reshard else False
-        fully_shard(module, mesh=mesh, reshard_after_forward=reshard, offload_policy=policy, ignored_params=set(whole))
+    parts = (*model.model.layers, model.lm_head) if recipe.reshard else ()
+    for module in (
+        *parts,
+        model,
+    ):  # the whole model's own are not cut after the forward: its backward needs them at once
+        fully_shard(module, mesh=mesh, offload_policy=policy, ignored_params=set(whole))
 
 
 class ShardedForward(torch.nn.Module):
