@@ -155,8 +155,8 @@ class DistributedRecipe:
         sharding: "none": every process holds the whole model (DDP); "full": weights, gradients and optimiser are cut
             among all processes (FSDP2), but for those of the operators; "hybrid": cut within each of `replicas` groups.
         replicas: groups of hybrid sharding; as many as there are machines, usually.
-        reshard: gather a layer's sharded weights for its forward, and again for its backward; false keeps them in between,
-            for speed, where all of them fit.
+        reshard: gather a layer's sharded weights for its forward, and again for its backward; false gathers all at once and
+            keeps them in between, for speed, where they fit.
         cpu_offload: keep sharded weights and optimiser in host memory.
     """
 
