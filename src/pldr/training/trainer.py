@@ -241,8 +241,8 @@ class PldrTrainer(Trainer):
         self.new_sequences += len(inputs["input_ids"]) * self.args.world_size
         self.totals["sequences"] += len(inputs["input_ids"]) * self.args.world_size
         rows = inputs.pop("row")
-        if isinstance(num_items_in_batch, torch.Tensor):
-            inputs["num_items_in_batch"] = num_items_in_batch
+        if num_items_in_batch is not None:
+            inputs["num_items_in_batch"] = torch.as_tensor(num_items_in_batch, device=self.args.device)
         (loss,) = self._forward_and_backward(inputs)
         self.judge.add(loss, rows)
         if not self.accelerator.sync_gradients:  # more batches of the step are to come
