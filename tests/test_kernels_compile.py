@@ -1,12 +1,14 @@
 """The engine's kernels, compiled for a Hopper GPU on whatever machine this is: what the compiler refuses is seen without one."""
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: torch's build for the CPU does not bring it")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from pldr.ops import aligned, bilinear, cross_entropy, metric_learner, norm, projections  # noqa: E402
 from pldr.ops.decoding import attention, choice, few, many  # noqa: E402
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -83,4 +85,73 @@ def test_kernels_compile(kernel, types, constants, warps):
         ASTSource(kernel, signature, values), target=HOPPER, options={"num_warps": warps, "launch_pdl": True}
     )
     assert "griddepcontrol.wait" in compiled.asm["ptx"]
+    assert compiled.metadata.shared <= 227 * 1024
+
+
+def training_cases():
+    """Of each kernel for training: argument types, constants, warps, registers."""
+    rows = dict.fromkeys(("rows", "width", "count", "inner", "steps", "length", "operators"), "i32") | {"eps": "fp32"}
+    for width in (32, 64, 128):
+        for kernel, tile in (
+            (metric_learner._learner_forward, metric_learner.FORWARD),
+            (metric_learner._learner_rows, metric_learner.BACKWARD),
+            (metric_learner._learner_weights, metric_learner.WEIGHTS),
+        ):
+            block, warps, stages, registers = metric_learner._tile(tile, width, torch.bfloat16)
+            types = dict.fromkeys(
+                ("rows", "gradient", "vectors", "output", "scale", "by_rows", "sums", "partial"), FP32
+            )
+            types = rows | types | dict.fromkeys(("weights", "kept", "ahead"), BF16)
+            constants = {"GLUS": 4, "UNITS": 2, "D": width, "F": 192, "CHUNK": 64, "PRECISION": "tf32"}
+            yield kernel, types, constants | {"ROWS": block, "STAGES": stages}, warps, registers
+        types = rows | {"flat": FP32, "weights": BF16, "vectors": FP32}
+        constants = {"GLUS": 4, "UNITS": 2, "D": width, "F": 192, "CHUNK": 64}
+        yield metric_learner._learner_pack, types, constants, 8, None
+        strides = [f"{name}of_{what}" for name in ("", "query_") for what in ("sequence", "position", "head")]
+        types = rows | dict.fromkeys(strides, "i32") | dict.fromkeys(("query", "gradient", "output", "by_query"), BF16)
+        types |= {"G_LM": FP32, "by_operator": FP32}
+        constants = {"H": 14, "D": width, "ROWS": bilinear._ROWS, "PRECISION": "tf32"}
+        yield bilinear._operator_product, types, constants, 4, None
+        for density in (False, True):
+            yield bilinear._operator_backward, types, constants | {"DENSITY": density}, 4, None
+        types = (
+            rows
+            | dict.fromkeys([*strides, "angles"], "i32")
+            | {"packed": BF16, "part": BF16}
+            | dict.fromkeys(("sums", "cos", "sin"), FP32)
+        )
+        for adjacent, rotate, back in ((True, True, False), (False, True, True), (True, False, True)):
+            constants = {
+                "H": 14,
+                "D": width,
+                "ROTATE": rotate,
+                "ADJACENT": adjacent,
+                "BACK": back,
+                "ROWS": projections._ROWS,
+            }
+            yield projections._rotate, types, constants, 4, None
+    types = rows | dict.fromkeys(("both", "inner", "by_both"), BF16) | {"sums": FP32}
+    yield aligned._silu_product, types | {"inner": BF16}, {"BLOCK": 1024}, 4, None
+    yield aligned._silu_product_backward, types | {"inner": BF16}, {"ROWS": 128, "STEP": 32, "BLOCK": 128}, 8, None
+    types = rows | dict.fromkeys(("residual", "weight", "bias", "y", "scale", "gradient", "by_residual", "sums"), FP32)
+    types |= dict.fromkeys(("x", "low", "of_rounded", "by_x"), BF16) | {"kept": "*fp16"}
+    for rounded in (False, True):
+        constants = {"ROUNDED": rounded, "BLOCK": 1024, "ROWS": norm._ROWS}
+        yield norm._norm_forward, types, constants, 4, None
+        yield norm._norm_backward, types, constants, 4, None
+    types = {"logits": BF16, "targets": INT64, "losses": FP32, "correct": FP32, "vocabulary": "i32", "stride": "i32"}
+    yield cross_entropy._softmax_gradient, types, {"IGNORED": -100, "BLOCK": 4096}, 8, None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kernel", "types", "constants", "warps", "registers"),
+    training_cases(),
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_training_kernels_compile(kernel, types, constants, warps, registers):
+    signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
+    values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    options = {"num_warps": warps, "maxnreg": registers}
+    compiled = triton.compile(ASTSource(kernel, signature, values), target=HOPPER, options=options)
     assert compiled.metadata.shared <= 227 * 1024
