@@ -1,6 +1,7 @@
 """Log-likelihoods against plain forwards, in every mode; the sliding window; perplexity in closed form."""
 
 import copy
+import itertools
 import json
 import math
 import threading
@@ -11,12 +12,14 @@ import torch
 
 from helpers import shared
 from pldr import freeze, load_model, load_tokenizer, make_cache
-from pldr.evaluation.modes import MODES
+from pldr.evaluation.modes import MODES, SEQUENTIAL
 from pldr.evaluation.perplexity import evaluate_texts, perplexity, windows
 from pldr.evaluation.processes import Processes
 from pldr.evaluation.scoring import Scorer, make_scorers, mode_disagreement, read_calibration
 from pldr.generation import generate_text
 from pldr.models.shipped import STORIES
+
+SCORED = (*MODES, SEQUENTIAL)
 
 
 @pytest.fixture
@@ -48,6 +51,9 @@ def plainly(model, context, continuation, mode):
         for token in continuation[:-1]:
             logits.append(model(torch.tensor([[token]]), past_key_values=cache).logits[0, -1])
         logits = torch.stack(logits)
+    elif mode == SEQUENTIAL:
+        read = [[*context, *continuation[:place]] for place in range(len(continuation))]
+        logits = torch.stack([model(torch.tensor([ids]), use_cache=False).logits[0, -1] for ids in read])
     else:
         ids = torch.tensor([[*context, *continuation]])
         logits = model(ids[:, :-1], use_cache=False).logits[0, len(context) - 1 :]
@@ -58,7 +64,7 @@ def plain_model(model, mode, calibration):
     return freeze(copy.deepcopy(model), calibration) if mode == "frozen" else model
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", SCORED)
 def test_scores_are_those_of_a_plain_forward(small_model, pairs, calibration, mode):
     model = small_model()
     scores = Scorer(model, mode, calibration=calibration).score(pairs)
@@ -70,12 +76,12 @@ def test_scores_are_those_of_a_plain_forward(small_model, pairs, calibration, mo
 def test_the_modes_of_a_fresh_model_differ(small_model, pairs, calibration):
     """Else the test above could not tell them apart."""
     model = small_model()
-    found = [[s.log_likelihood for s in Scorer(model, m, calibration=calibration).score(pairs)] for m in MODES]
-    for one, other in ((0, 1), (1, 2), (0, 2)):
+    found = [[s.log_likelihood for s in Scorer(model, m, calibration=calibration).score(pairs)] for m in SCORED]
+    for one, other in itertools.combinations(range(4), 2):
         assert max(abs(a - b) for a, b in zip(found[one], found[other], strict=True)) > 1e-3
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", SCORED)
 @pytest.mark.parametrize("batch_size", [1, 2, 5, "auto"])
 def test_neither_batch_size_nor_order_changes_a_score(small_model, pairs, calibration, mode, batch_size):
     scorer = Scorer(small_model(), mode, calibration=calibration, batch_size=batch_size)
@@ -146,7 +152,7 @@ def test_what_can_not_be_scored_is_refused(small_model, calibration):
         with pytest.raises(ValueError, match=message):
             scorer.score(pairs)
     for arguments, message in [
-        ((model, "melted"), "must be one of learned, cached, frozen, got 'melted'"),
+        ((model, "melted"), "must be one of learned, cached, frozen, sequential, got 'melted'"),
         ((constant, "learned"), "needs a learned operator"),
         ((constant, "cached"), "needs a learned operator"),
         ((model, "frozen"), "no passages to freeze"),

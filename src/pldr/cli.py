@@ -384,7 +384,9 @@ def evaluate(
     tasks: Annotated[list[str] | None, Option(help="Tasks of lm-evaluation-harness, comma-separated.")] = None,
     suite: Annotated[Literal["paper"] | None, Option(help="The paper's eight benchmarks, and their average.")] = None,
     perplexity: Annotated[bool, Option("--perplexity", help="Measure perplexity on the files.")] = False,
-    mode: Annotated[Literal["frozen", "cached", "learned"], Option(help="Where G_LM comes from.")] = "frozen",
+    mode: Annotated[
+        Literal["frozen", "cached", "learned", "sequential"], Option(help="Where G_LM comes from.")
+    ] = "frozen",
     compare: Annotated[bool, Option("--compare", help="Run all three, and compare every answer.")] = False,
     data_dir: Annotated[Path | None, Option(help="Benchmarks' published files, in place of the hub.")] = None,
     limit: Annotated[float | None, Option(help="Questions of each task; below 1, their share.")] = None,

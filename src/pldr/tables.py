@@ -238,6 +238,7 @@ def evaluation_view(report: dict[str, Any]) -> RenderableType:
     source = {
         "learned": "computed from all that is read, the scored tokens too",
         "cached": "computed from the context and kept",
+        "sequential": "computed anew from what stands before each token",
         "frozen": "a constant" if report["operator"] != "learned" else "a constant, frozen from calibration passages",
     }
     parts: list[RenderableType] = [

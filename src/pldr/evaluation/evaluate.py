@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pldr.checkpoints.load import load_with_tokenizer
 from pldr.data.sources import names_of
-from pldr.evaluation.modes import MODES, check_mode, keeps_training, name_of
+from pldr.evaluation.modes import MODES, SEQUENTIAL, check_mode, keeps_training, name_of
 from pldr.evaluation.perplexity import check_window, evaluate_texts
 from pldr.evaluation.processes import join
 from pldr.evaluation.published import SUITES, suite_report
@@ -137,8 +137,8 @@ def evaluate(
         files: text files, whose perplexity is measured.
         tasks: of lm-evaluation-harness: names, groups, patterns, YAML files; a text may hold several, comma-separated.
         suite: "paper": the eight benchmarks of the paper, and their average.
-        mode: "frozen", "cached" or "learned".
-        compare: run all three, and compare every answer.
+        mode: "frozen", "cached", "learned" or "sequential" (see `pldr.evaluation.scoring`).
+        compare: run the first three, and compare every answer; all four where mode is "sequential".
         data_dir: folder with the benchmarks' published files, in place of the hub.
         limit: questions of each task; below 1, their share.
         num_fewshot: examples before each question.
@@ -167,8 +167,8 @@ def evaluate(
     for given, options, what in ((names, of_tasks, "tasks or a suite"), (texts, of_texts, "text files")):
         if unused := [name for name, value in options.items() if value is not None and not given]:
             raise ValueError(f"{', '.join(unused)}: only {what} can use it; name some, or leave it out")
-    if compare and mode != "frozen":
-        raise ValueError("mode, compare: choose one; compare runs every mode")
+    if compare and mode not in ("frozen", SEQUENTIAL):
+        raise ValueError("mode, compare: choose one; compare runs every mode (sequential where it is named, too)")
     if num_fewshot is not None and num_fewshot < 0:
         raise ValueError(f"num_fewshot: must be 0 or more, got {num_fewshot}")
     if data_dir is not None and not Path(data_dir).is_dir():
@@ -182,7 +182,8 @@ def evaluate(
     loaded, text_tokenizer = load_with_tokenizer(model, tokenizer, device=device, dtype=dtype, rope=rope, g_lm=g_lm)
     context = loaded.config.max_position_embeddings
     check_window(context, window, stride)
-    for asked in MODES if compare else (mode,):
+    wanted = dict.fromkeys((*MODES, mode) if compare else (mode,))
+    for asked in wanted:
         check_mode(loaded, asked)
     is_learned = loaded.config.operator == "learned"
     if calibration and not is_learned:
@@ -194,7 +195,9 @@ def evaluate(
     if is_learned:
         passages = read_calibration(text_tokenizer, context, names_of(calibration or ()), text_column)
     scorers = make_scorers(loaded, passages, batch_size=batch_size, processes=processes)
-    chosen = scorers if compare else {mode: scorers[mode]}
+    if SEQUENTIAL in wanted:
+        scorers[SEQUENTIAL] = Scorer(loaded, SEQUENTIAL, batch_size=batch_size, processes=processes)
+    chosen = {asked: scorers[asked] for asked in wanted}
     disagreement = 0.0 if passages is None else _disagreement(loaded, scorers, passages)
     perplexities = evaluate_texts(chosen, text_tokenizer, texts, length=window, stride=stride) if texts else None
     results = run_tasks(chosen, text_tokenizer, found, limit=limit) if names else {}

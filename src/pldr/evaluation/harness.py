@@ -31,7 +31,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pldr.checkpoints.load import load_with_tokenizer
 from pldr.engine import Engine, Options
-from pldr.evaluation.modes import cache_settings
+from pldr.evaluation.modes import SEQUENTIAL, cache_settings
 from pldr.evaluation.perplexity import windows
 from pldr.evaluation.published import LAYOUTS, read_benchmark
 from pldr.evaluation.scoring import Scorer, progress, read_calibration
@@ -52,7 +52,7 @@ class PldrLM(TemplateLM):
 
     Args:
         pretrained: folder in any layout, or `.pth` file; or a scorer, to which a `tokenizer` belongs, and no other argument.
-        mode: "frozen" (default), "cached" or "learned"; a constant operator is always "frozen".
+        mode: "frozen" (default), "cached", "learned" or "sequential"; a constant operator is always "frozen".
         calibration: text file or pattern that a learned operator is frozen from; by default what ships with pldr.
         tokenizer: folder or SentencePiece file, if not in the model folder, or a tokenizer.
         batch_size: sequences of a batch; "auto" fills batches by their number of tokens.
@@ -202,7 +202,7 @@ class PldrLM(TemplateLM):
                 name: value for name, value in settings.items() if name not in ("temperature", "top_p", "top_k")
             }
         # G_LM learned from all tokens so far is no cache's; and what else a task may set is transformers'.
-        if self.scorer.mode != "learned" and settings.keys() <= _ENGINE_SETTINGS:
+        if self.scorer.mode not in ("learned", SEQUENTIAL) and settings.keys() <= _ENGINE_SETTINGS:
             sampled = settings.pop("do_sample")
             new = settings.pop("max_gen_toks")
             if sampled:

@@ -23,6 +23,8 @@ from pldr.operator import freeze
 from pldr.recipe import DAG_TENSORS
 
 MODES = ("learned", "cached", "frozen")
+# A way to score with a learned G_LM: each token by a forward of its own, of what stands before it alone.
+SEQUENTIAL = "sequential"
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -40,9 +42,9 @@ def name_of(model: str | os.PathLike[str] | PldrForCausalLM) -> str:
 
 def check_mode(model: PldrForCausalLM, mode: str) -> None:
     """Raises ValueError: there is no such mode, or the model, whose operator is constant, does not have it."""
-    if mode not in MODES:
-        raise ValueError(f"mode: must be one of {', '.join(MODES)}, got {mode!r}")
-    if mode not in modes_of(model):
+    if mode not in (*MODES, SEQUENTIAL):
+        raise ValueError(f"mode: must be one of {', '.join((*MODES, SEQUENTIAL))}, got {mode!r}")
+    if mode != "frozen" and model.config.operator != "learned":
         raise ValueError(
             f"mode: {mode} needs a learned operator; this model's is constant, so that frozen is its only mode"
         )
@@ -66,7 +68,7 @@ def model_in_mode(model: PldrForCausalLM, mode: str, calibration: torch.Tensor |
 
     Args:
         model: with any operator.
-        mode: one of `MODES`.
+        mode: one of `MODES`, or `SEQUENTIAL`.
         calibration: [C, T], what a learned operator is frozen from (the mean over C); for "frozen" only.
 
     Raises:
@@ -98,7 +100,8 @@ def keeps_training(function: Callable[P, R]) -> Callable[P, R]:
 
 def cache_settings(mode: str) -> dict[str, bool]:
     """Of `generate`, so that it takes G_LM from where the mode does: a learned one comes from all tokens so far, every time."""
-    return {"use_cache": mode != "learned", "use_g_cache": mode != "learned"}
+    cached = mode not in ("learned", SEQUENTIAL)
+    return {"use_cache": cached, "use_g_cache": cached}
 
 
 class OperatorModes:

@@ -1,7 +1,8 @@
 """Log-likelihoods of continuations, in each of the modes of `pldr.evaluation.modes`.
 
 The mode decides what G_LM may see, and so what a score means: a learned one sees the very tokens whose probability is
-asked for, a cached one the context alone, a frozen one neither.
+asked for, a cached one the context alone, a frozen one neither. Sequential scoring lets a learned one see what stands before
+each token and nothing after it, as generation without a cache does, at the price of a forward a token.
 
 Sequences of one batch have one length, so that no score depends on padding. In the last two modes continuations of the
 same context share one forward of it.
@@ -24,7 +25,7 @@ from pldr.cache import make_cache
 from pldr.data.rows import choose_passages
 from pldr.data.sources import Source
 from pldr.engine import NOT_FINITE
-from pldr.evaluation.modes import model_in_mode, modes_of
+from pldr.evaluation.modes import SEQUENTIAL, model_in_mode, modes_of
 from pldr.evaluation.processes import Processes
 from pldr.modeling_pldr import PldrForCausalLM
 from pldr.models.shipped import HELD_OUT
@@ -60,7 +61,7 @@ class Scorer:
 
     Args:
         model: in float32, float16 or bfloat16; its own dtype is used, and log-softmax in float32.
-        mode: "learned", "cached" or "frozen".
+        mode: "learned", "cached", "frozen" or "sequential".
         calibration: [C, T], what a learned operator is frozen from (the mean over C); for "frozen" only.
         batch_size: sequences of a batch; "auto": as many as fit into some 2,000 tokens on a CPU, 65,000 on a GPU, fewer
             with a large vocabulary.
@@ -119,7 +120,8 @@ class Scorer:
         """
         fitted = [self._fit(tuple(context), tuple(continuation)) for context, continuation in pairs]
         scores: dict[int, Score] = {}
-        for found in self._score_whole(fitted) if self.mode == "learned" else self._score_shared(fitted):
+        score = {"learned": self._score_whole, SEQUENTIAL: self._score_sequential}.get(self.mode, self._score_shared)
+        for found in score(fitted):
             scores |= found
             done(len(found))
         done(len(fitted) - len(scores))
@@ -159,6 +161,29 @@ class Scorer:
             yield {
                 index: _score(row[-len(pairs[index].continuation) :].float(), pairs[index].continuation)
                 for index, row in zip(batch, logits, strict=True)
+            }
+
+    def _score_sequential(self, pairs: list[Pair]) -> Iterator[dict[int, Score]]:
+        """One forward of what stands before each token of a continuation; equal beginnings share it."""
+        order = sorted(range(len(pairs)), key=lambda index: pairs[index].context)  # continuations of a context together
+        for part in self.processes.share(order[start : start + 64] for start in range(0, len(order), 64)):
+            prefixes: dict[int, dict[tuple[int, ...], list[tuple[int, int]]]] = defaultdict(lambda: defaultdict(list))
+            for index in part:
+                context, continuation = pairs[index]
+                for place in range(len(continuation)):
+                    before = (*context, *continuation[:place])
+                    prefixes[len(before)][before].append((index, place))
+            tokens: dict[int, list[Score]] = defaultdict(list)
+            for length, members in prefixes.items():
+                for batch in self.batches(list(members.items()), length):
+                    ids = self._tensor([before for before, _ in batch])
+                    logits = self.model(ids, use_cache=False, logits_to_keep=1).logits.float()
+                    for row, (_, places) in zip(logits, batch, strict=True):
+                        for index, place in places:
+                            tokens[index].append(_score(row, pairs[index].continuation[place : place + 1]))
+            yield {
+                index: Score(math.fsum(t.log_likelihood for t in found), all(t.is_greedy for t in found))
+                for index, found in tokens.items()
             }
 
     def _score_shared(self, pairs: list[Pair]) -> Iterator[dict[int, Score]]:
