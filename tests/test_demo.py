@@ -43,14 +43,14 @@ def test_demo_measures_what_it_says(write_recipe, tmp_path, monkeypatch):
 
 
 def test_the_losses_of_the_modes(small_model, ids):
-    """By direct forwards: learned, cached from a prefix, frozen."""
+    """By direct forwards, of all but the last token, which is a target: learned, cached from a prefix, frozen."""
     model, constant = small_model(), freeze(small_model(), ids[1:2])
     modes = OperatorModes(model, ids[1:2])
     result = {mode: modes.loss(mode, ids, 6) for mode in MODES}
 
     def direct(running, row):
         with torch.no_grad():
-            logs = running(row[None], use_cache=False).logits[0].double().log_softmax(-1)
+            logs = running(row[None, :-1], use_cache=False).logits[0].double().log_softmax(-1)
         return -logs[torch.arange(6, 15), row[7:]].mean().item()
 
     expected = {

@@ -347,11 +347,12 @@ class PldrModel(PldrPreTrainedModel):
         elif position_ids is not None and self.config.operator == "learned":  # each has a G_LM of its own
             attention_mask = packed.one_a_row(torch.ones_like(packed.place))
             hidden_states, position_ids = packed.one_a_row(hidden_states), packed.one_a_row(position_ids)
+        given = position_ids
+        position_ids = positions_of(self.config, hidden_states, attention_mask, past_key_values, given)
         if isinstance(attention_mask, dict):
             masks = attention_mask
         else:  # with the positions as given: to look for packed ones in those counted here is to wait for the device
-            masks = create_masks(self.config, hidden_states, attention_mask, past_key_values, position_ids)
-        position_ids = positions_of(self.config, hidden_states, attention_mask, past_key_values, position_ids)
+            masks = create_masks(self.config, hidden_states, attention_mask, past_key_values, given)
         if self.config.operator == "learned" and past_key_values is not None:
             check_operator_cache(past_key_values, self.config.num_hidden_layers, hidden_states.shape[0])
 
