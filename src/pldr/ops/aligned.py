@@ -63,6 +63,11 @@ def training_dtype(x: torch.Tensor) -> torch.dtype | None:
     return dtype if dtype in (torch.float16, torch.bfloat16) else None
 
 
+def precision(dtype: torch.dtype) -> str:
+    """How a kernel's products treat float32, which is there for tests: exactly. Of half precision there is only one way."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
 def padded_gated_linear_unit(z: torch.Tensor, gate: nn.Linear, up: nn.Linear, down: nn.Linear) -> torch.Tensor:
     """Like `reference.gated_linear_unit`, with an inner width that is a multiple of `ALIGNMENT`; layers are plain."""
     missing = -gate.out_features % ALIGNMENT

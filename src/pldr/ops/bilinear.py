@@ -6,7 +6,7 @@
 import torch
 
 from pldr.ops import reference
-from pldr.ops.aligned import training_dtype
+from pldr.ops.aligned import precision, training_dtype
 
 try:
     import triton
@@ -51,13 +51,9 @@ def _apply(query: torch.Tensor, G_LM: torch.Tensor) -> torch.Tensor:
     output = query.new_empty(query.shape)
     _operator_product[(batch * heads, triton.cdiv(length, _ROWS))](
         query, G_LM, output, length, *query.stride()[:3], heads if len(G_LM) == 1 else batch * heads,
-        H=heads, D=width, ROWS=_ROWS, PRECISION=_precision(query),
+        H=heads, D=width, ROWS=_ROWS, PRECISION=precision(query.dtype),
     )  # fmt: skip
     return output
-
-
-def _precision(query: torch.Tensor) -> str:
-    return "ieee" if query.dtype == torch.float32 else "tf32"  # of half precision there is only one
 
 
 @_apply.register_fake
@@ -75,7 +71,7 @@ def _apply_backward(
     by_operator = torch.empty((batch, *G_LM.shape[1:]), dtype=torch.float32, device=query.device)
     _operator_backward[(batch * heads,)](
         gradient, query, G_LM, by_query, by_operator, length, *gradient.stride()[:3], *query.stride()[:3],
-        heads if len(G_LM) == 1 else batch * heads, H=heads, D=width, ROWS=_ROWS, PRECISION=_precision(query), DENSITY=False,
+        heads if len(G_LM) == 1 else batch * heads, H=heads, D=width, ROWS=_ROWS, PRECISION=precision(query.dtype), DENSITY=False,
     )  # fmt: skip
     return by_query, by_operator.sum_to_size(G_LM.shape).to(G_LM.dtype)
 
@@ -103,7 +99,7 @@ def _density(query: torch.Tensor) -> torch.Tensor:
     output = torch.empty((batch, heads, width, width), dtype=torch.float32, device=query.device)
     _operator_backward[(batch * heads,)](
         query, query, output, query, output, length, *query.stride()[:3], *query.stride()[:3],
-        1, H=heads, D=width, ROWS=_ROWS, PRECISION=_precision(query), DENSITY=True,
+        1, H=heads, D=width, ROWS=_ROWS, PRECISION=precision(query.dtype), DENSITY=True,
     )  # fmt: skip
     return output
 
@@ -114,16 +110,12 @@ def _(query: torch.Tensor) -> torch.Tensor:
     return query.new_empty((batch, heads, width, width), dtype=torch.float32)
 
 
-def _save_query(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(*inputs)
-
-
 def _density_backward(ctx, gradient):  # type: ignore[no-untyped-def]
     (query,) = ctx.saved_tensors
     return _apply(query, gradient + gradient.transpose(-1, -2))
 
 
-_density.register_autograd(_density_backward, setup_context=_save_query)
+_density.register_autograd(_density_backward, setup_context=_save)
 
 
 if triton is not None:

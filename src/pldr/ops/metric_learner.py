@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from pldr.ops.aligned import has_hooks, is_plain, training_dtype
+from pldr.ops.aligned import has_hooks, is_plain, precision, training_dtype
 
 try:
     import triton
@@ -83,7 +83,7 @@ def _network(
     _learner_forward[(triton.cdiv(count, block),)](
         rows, weights, vectors, output, kept, scale, count, eps,
         GLUS=glus, UNITS=units, D=width, F=weights.shape[2], CHUNK=CHUNK, ROWS=block, STAGES=stages,
-        PRECISION=_precision(dtype), num_warps=warps, maxnreg=registers,
+        PRECISION=precision(dtype), num_warps=warps, maxnreg=registers,
     )  # fmt: skip
     return output, kept, scale, weights, vectors
 
@@ -98,10 +98,6 @@ def _tile(tile: tuple[int, int, int, int | None], width: int, dtype: torch.dtype
         if width > 64 and rows > 32
         else (rows, warps * max(1, width // 64), stages, registers)
     )
-
-
-def _precision(dtype: torch.dtype) -> str:
-    return "ieee" if dtype == torch.float32 else "tf32"  # of half precision there is only one
 
 
 def _empty(
@@ -165,7 +161,7 @@ def _network_backward(
     block, warps, stages, registers = _tile(BACKWARD, width, kept.dtype)
     programs = triton.cdiv(count, block)
     sums = vectors.new_empty((programs, (glus + 2 * units) * width))
-    constants = {"GLUS": glus, "UNITS": units, "D": width, "F": F, "CHUNK": CHUNK, "PRECISION": _precision(kept.dtype)}
+    constants = {"GLUS": glus, "UNITS": units, "D": width, "F": F, "CHUNK": CHUNK, "PRECISION": precision(kept.dtype)}
     _learner_rows[(programs,)](
         gradient, kept, scale, weights, vectors, by_rows, ahead, sums, count,
         **constants, ROWS=block, STAGES=stages, num_warps=warps, maxnreg=registers,

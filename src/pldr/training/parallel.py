@@ -52,7 +52,7 @@ def shard(
     for module in (
         *parts,
         model,
-    ):  # the whole model's own are not cut after the forward: its backward needs them at once
+    ):  # what is left to the model stays whole after the forward: the backward needs it at once
         fully_shard(module, mesh=mesh, offload_policy=policy, ignored_params=set(whole))
 
 
