@@ -421,9 +421,9 @@ def measure(arguments: argparse.Namespace, operator: str, sharding: str) -> dict
     return row
 
 
-def token_rows(folder: Path, count: int, length: int) -> Path:
+def token_rows(folder: Path, count: int, length: int, vocabulary: int = 32000) -> Path:
     """Rows for so many tokens at once, random ones, as the token cache keeps them."""
-    np.random.default_rng(0).integers(4, 32000, count * (length + 1), np.uint16).tofile(folder / "tokens.bin")
+    np.random.default_rng(0).integers(4, vocabulary, count * (length + 1), np.uint16).tofile(folder / "tokens.bin")
     facts = {"rows": count, "row_length": length + 1, "dtype": "uint16", "short_rows": []}
     (folder / "facts.json").write_text(json.dumps(facts))
     return folder

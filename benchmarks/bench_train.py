@@ -5,14 +5,15 @@
 A step is bf16 autocast, forward, backward, gradients clipped by value, AdamW (fused). Before a model is timed, its compiled
 loss is compared with the eager one in float32. The rows:
 
-- learned, constant, identity: the preset with such an operator, layers compiled (identity: not trained);
+- learned, constant, identity: the preset with such an operator, layers compiled, forward and backward as one CUDA graph (identity:
+  not trained);
 - llama: transformers' with the preset's width, layers and heads, a feed-forward width that is a multiple of 64, compiled layer by
   layer, attention with `is_causal` and no mask, and our loss without whole logits; llama-liger: with Liger's kernels in place of compilation, where
-  that package is installed;
+  that package is installed; llama-graph: llama, with a CUDA graph, which transformers' users have to make themselves;
 - trainer: the learned operator through what `pldr train` runs: the Trainer with its callbacks and log lines, and the data
   loader over memory-mapped rows (of random tokens);
 - plain: the learned operator without the kernels of `pldr.ops` for training, compiled as well;
-- stories: the model that ships with pldr at its recipe's batch.
+- stories: the model that ships with pldr at its recipe's batch; small: that of `pldr reproduce --size small`, through the Trainer.
 
 Utilisation is the arithmetic of the matrix products (6 FLOPs a weight and token, attention and metric learner counted; nothing
 that is computed twice) over the time, as a share of a measured matrix rate. With `--curves` the losses of 200 steps are
@@ -45,7 +46,19 @@ from pldr.ops.cross_entropy import linear_cross_entropy
 from pldr.training.graph import GraphedStep
 from pldr.training.trainer import compile_layers
 
-ROWS = ["learned", "trainer", "constant", "identity", "plain", "llama", "llama-liger", "stories"]
+ROWS = [
+    "learned",
+    "trainer",
+    "constant",
+    "identity",
+    "plain",
+    "llama",
+    "llama-graph",
+    "llama-liger",
+    "stories",
+    "small",
+]
+SMALL = ["stories", "small"]
 # Steps timed at once: like training, the host runs ahead of the device and is waited for only now and then.
 BLOCK = 10
 # Tokens per second of the published implementation, measured before on an H100.
@@ -161,7 +174,7 @@ def measure(
     steps: int,
     *,
     compiled: bool = True,
-    graph: bool = True,
+    graph: bool = False,
     warmup: int = 6,
 ) -> dict[str, Any]:
     torch.manual_seed(0)
@@ -174,12 +187,12 @@ def measure(
         compile_model(model)
     step = Step(model, loss_of, graph=graph)
     first = step(ids).item()
+    torch.cuda.reset_peak_memory_stats()
     if reference is not None:
         assert abs(first - reference) < 2e-2 * reference, f"loss in bf16 {first}, eager in float32 {reference}"
     for _ in range(warmup):
         step(ids)
     torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
     times = []
     for _ in range(steps // BLOCK):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -229,10 +242,11 @@ def measure_trainer(
     clock = make_clock(warmup, BLOCK)
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work)
-        rows = TokenRows(token_rows(folder, shape[0] * (warmup + steps), shape[1]))
+        rows = TokenRows(token_rows(folder, shape[0] * (warmup + steps), shape[1], config.vocab_size))
         optimization = OptimizationRecipe(
-            steps=warmup + steps, batch_size=shape[0], warmup_steps=10, learning_rate=1e-4
-        )
+            steps=warmup + steps, batch_size=shape[0], warmup_steps=10, learning_rate=1e-4,
+            cuda_graph="auto" if graph else "never",
+        )  # fmt: skip
         data = DataRecipe(["-"], sequence_length=shape[1])
         recipe = Recipe(work, data, log_steps=10, report_to=[], optimization=optimization)
         model = PldrForCausalLM(config)
@@ -311,9 +325,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--only", nargs="*", choices=ROWS, default=ROWS)
-    parser.add_argument(
-        "--graph", action="store_true", help="of all models but llama-liger: forward and backward as one CUDA graph"
-    )
+    parser.add_argument("--no-graph", action="store_true", help="our models without CUDA graphs")
     parser.add_argument("--curves", action="store_true", help="compare the losses of 200 steps, too")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
@@ -331,31 +343,15 @@ def main() -> None:
     }
     for batch in arguments.batches:
         for name in arguments.only:
-            shape, compiled, context, config = (
-                (batch, arguments.length),
-                True,
-                contextlib.nullcontext,
-                presets["learned"],
-            )
+            config, shape = presets.get(name, presets["learned"]), (batch, arguments.length)
             if name == "llama-liger" and importlib.util.find_spec("liger_kernel") is None:
                 continue
-            if name in ("trainer", "plain", "stories") and batch != arguments.batches[0]:
+            if name in ("trainer", "plain", *SMALL) and batch != arguments.batches[0]:
                 continue
-            if name in presets:
-                config = presets[name]
-            if name == "stories":
-                config, shape = PldrConfig.from_pretrained(STORIES), (64, 256)
-            make = partial(make_pldr, config)
-            if name.startswith("llama"):
-                make, compiled = partial(make_llama, config, liger="liger" in name), "liger" not in name
-            with without_kernels() if name == "plain" else context():
-                run = measure_trainer if name == "trainer" else measure
-                row = (
-                    run(config, shape, arguments.steps)
-                    if name == "trainer"
-                    else measure(make, shape, arguments.steps, compiled=compiled)
-                )  # type: ignore[arg-type]
-            row = {"name": name} | row | {"utilisation": row["flops_per_token"] * row["tokens_per_second"] / rate}
+            if name in SMALL:
+                config, shape = small_config(name), (64, 256)
+            row = {"name": name} | measure_row(name, config, shape, arguments.steps, graph=not arguments.no_graph)
+            row |= {"utilisation": row["flops_per_token"] * row["tokens_per_second"] / rate}
             result["rows"].append(row)
             print_row(row)
             torch._dynamo.reset()
@@ -363,7 +359,7 @@ def main() -> None:
             torch.cuda.empty_cache()
     for row in result["rows"]:
         llama = [r for r in result["rows"] if r["name"] == "llama" and r["batch"] == row["batch"]]
-        if llama and row["name"] != "stories":
+        if llama and row["name"] not in SMALL:
             row["ratio_to_llama"] = row["tokens_per_second"] / llama[0]["tokens_per_second"]
     by_name = {row["name"]: row for row in result["rows"] if row["batch"] == arguments.batches[0]}
     if {"learned", "trainer"} <= by_name.keys():
@@ -376,13 +372,24 @@ def main() -> None:
     record(result, arguments.output)
 
 
+def small_config(name: str) -> PldrConfig:
+    from pldr.study.lab import SIZES
+
+    if name == "stories":
+        return PldrConfig.from_pretrained(STORIES)
+    return PldrConfig(**SIZES["small"].recipe["model"]["config"], vocab_size=6144)
+
+
 def measure_row(name: str, config: PldrConfig, shape: tuple[int, int], steps: int, *, graph: bool) -> dict[str, Any]:
-    if name == "trainer":
+    if name in ("trainer", "small"):
         return measure_trainer(config, shape, steps, graph=graph)
     if name.startswith("llama"):
-        liger = name == "llama-liger"
+        liger, graph = name == "llama-liger", name == "llama-graph"
         make = partial(make_llama, config, liger=liger)
-        return measure(make, shape, steps, compiled=not liger, graph=graph and not liger)
+        # It makes a mask while a graph is recorded, and no graph can hold how.
+        no_mask = mock.patch("transformers.models.llama.modeling_llama.create_causal_mask", return_value=None)
+        with no_mask if graph else contextlib.nullcontext():
+            return measure(make, shape, steps, compiled=not liger, graph=graph)
     with without_kernels() if name == "plain" else contextlib.nullcontext():
         return measure(partial(make_pldr, config), shape, steps, graph=graph)
 

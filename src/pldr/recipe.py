@@ -107,8 +107,8 @@ class OptimizationRecipe:
         clip_norm: bound on the gradient's norm, or None.
         precision: "fp32" or "bf16" (autocast).
         compile: run the decoder layers through torch.compile, all with the same graph.
-        cuda_graph: "never", or "auto": forward and backward run as one CUDA graph, where there is one process with a GPU, and
-            neither accumulation, gradient checkpointing nor a DAG loss.
+        cuda_graph: "auto": a step's forward, backward and optimiser run as CUDA graphs where there is one process with a GPU, and
+            neither accumulation, gradient checkpointing nor a DAG loss; or "never".
         gradient_checkpointing: recompute activations in the backward pass, for memory.
         dag_A_LM, dag_A_P, dag_G_LM: coefficients of the DAG loss of each deductive output, added to the cross-entropy
             (0.05 each in v51-DAG); they need a learned operator.
@@ -132,7 +132,7 @@ class OptimizationRecipe:
     clip_norm: float | None = None
     precision: str = "bf16"
     compile: bool = False
-    cuda_graph: str = "never"
+    cuda_graph: str = "auto"
     gradient_checkpointing: bool = False
     dag_A_LM: float = 0.0
     dag_A_P: float = 0.0

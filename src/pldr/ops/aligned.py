@@ -24,8 +24,8 @@ except ModuleNotFoundError:  # the CPU build of torch brings no Triton
 ALIGNMENT = 64
 # Below so many rows the padding costs more than it brings (decoding).
 MIN_ROWS = 512
-# Rows whose sum a program of the backward writes, and how many at a time; columns.
-_ROWS, _STEP, _BLOCK = 128, 32, 128
+# Of a program of the backward: rows, whose sum it writes, and how many at a time; columns; warps.
+_ROWS, _STEP, _BLOCK, _WARPS = 128, 16, 128, 4
 
 
 def gated_linear_unit(z: torch.Tensor, gate: nn.Module, up: nn.Module, down: nn.Module) -> torch.Tensor:
@@ -111,7 +111,7 @@ def _gated_unit_backward(
     programs = triton.cdiv(rows, _ROWS)
     sums = torch.empty(programs, 2 * width, dtype=torch.float32, device=z.device)
     _silu_product_backward[(programs, triton.cdiv(width, _BLOCK))](
-        inner, both, by_both, sums, rows, width, ROWS=_ROWS, STEP=_STEP, BLOCK=_BLOCK, num_warps=8
+        inner, both, by_both, sums, rows, width, ROWS=_ROWS, STEP=_STEP, BLOCK=_BLOCK, num_warps=_WARPS
     )
     of_down = gradient.t() @ inner, gradient.sum(0)
     return by_both @ weight, by_both.t() @ z, sums.sum(0).to(z.dtype), *of_down

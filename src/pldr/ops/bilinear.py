@@ -34,10 +34,11 @@ def apply_operator(query: torch.Tensor, G_LM: torch.Tensor) -> torch.Tensor:
 
 
 def density_matrix(query: torch.Tensor, padding_mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Like `reference.density_matrix`, which see; float32 where the kernel runs."""
+    """Like `reference.density_matrix`, which see; float32 where the kernel runs under autocast."""
     if padding_mask is not None or not _fits(query):
         return reference.density_matrix(query, padding_mask)
-    return _density(query.transpose(1, 2))
+    density = _density(query.transpose(1, 2))
+    return density if torch.is_autocast_enabled("cuda") else density.to(query.dtype)
 
 
 def _fits(query: torch.Tensor) -> bool:

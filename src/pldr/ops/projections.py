@@ -18,8 +18,8 @@ try:
 except ModuleNotFoundError:  # the CPU build of torch brings no Triton
     triton = None
 
-# Positions a program.
-_ROWS = 64
+# Positions and heads a program, and its warps.
+_ROWS, _HEADS, _WARPS = 32, 7, 2
 
 
 def project(
@@ -124,10 +124,11 @@ def _rotate_all(  # type: ignore[no-untyped-def]
     """From `packed` [N, 3M] to queries, keys and values [B, T, H, D] or, with `sums` [programs, 3M], back from there."""
     count, width = len(packed), packed.shape[1] // 3
     for number, part in enumerate(parts):
-        _rotate[(triton.cdiv(count, _ROWS),)](
+        _rotate[(triton.cdiv(count, _ROWS), triton.cdiv(part.shape[2], _HEADS))](
             packed[:, number * width :], part, packed if sums is None else sums[:, number * width :], cos, sin,
             count, part.shape[1], cos.stride(0) if len(cos) > 1 else 0, *part.stride()[:3],
             H=part.shape[2], D=part.shape[3], ROTATE=number < 2, ADJACENT=adjacent, BACK=sums is not None, ROWS=_ROWS,
+            HEADS=_HEADS, num_warps=_WARPS,
         )  # fmt: skip
 
 
@@ -137,9 +138,9 @@ if triton is not None:
     def _rotate(  # type: ignore[no-untyped-def]
         packed, part, sums, cos, sin, count, length, angles, of_sequence, of_position, of_head,
         H: tl.constexpr, D: tl.constexpr, ROTATE: tl.constexpr, ADJACENT: tl.constexpr, BACK: tl.constexpr,
-        ROWS: tl.constexpr,
+        ROWS: tl.constexpr, HEADS: tl.constexpr,
     ):  # fmt: skip
-        """A program: ROWS positions, all heads. BACK rotates the other way, and sums up what it writes."""
+        """A program: ROWS positions, HEADS heads. BACK rotates the other way, and sums up what it writes."""
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         inside = (row < count)[:, None]
         d, half = tl.arange(0, D)[None, :], tl.arange(0, D // 2)[None, :]
@@ -153,7 +154,7 @@ if triton is not None:
             s = tl.load(sin + at, mask=inside, other=0.0)
             if BACK:
                 s = -s
-        for head in range(H):
+        for head in range(tl.program_id(1) * HEADS, min(tl.program_id(1) * HEADS + HEADS, H)):
             if BACK:
                 x = tl.load(part + head * of_head + d, mask=inside, other=0.0).to(tl.float32)
             else:

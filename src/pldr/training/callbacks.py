@@ -1,4 +1,4 @@
-"""What happens between the steps of a training: progress, clipping, stopping."""
+"""What happens between the steps of a training: progress, stopping."""
 
 import contextlib
 import math
@@ -10,7 +10,6 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pldr.recipe import Recipe
-from pldr.training.parallel import local
 
 if TYPE_CHECKING:
     from pldr.training.trainer import PldrTrainer
@@ -63,18 +62,6 @@ class Stops(TrainerCallback):
         highest = torch.tensor(self.trainer.stop_signal or 0, device=args.device)
         torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX)
         return int(highest) or None
-
-
-class ClipByValue(TrainerCallback):
-    """Bounds every element of the gradient."""
-
-    def __init__(self, bound: float) -> None:
-        self.bound = bound
-
-    def on_pre_optimizer_step(self, *event: object, model: torch.nn.Module, **more: object) -> None:
-        gradients = [local(p.grad) for p in model.parameters() if p.grad is not None]
-        torch._foreach_clamp_min_(gradients, -self.bound)
-        torch._foreach_clamp_max_(gradients, self.bound)
 
 
 class ProgressBar(TrainerCallback):

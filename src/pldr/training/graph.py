@@ -2,6 +2,7 @@
 for it hundreds of times.
 """
 
+import warnings
 from collections.abc import Callable, Iterable
 
 import torch
@@ -17,31 +18,29 @@ class GraphedStep:
     """A function of tensors that returns tensors and leaves gradients, called as it is at first and then replayed.
 
     It must not look at a value on the host, and find no gradients from before. Replays give the same numbers; inputs of another
-    shape are computed without the graph.
+    shape are computed without the graph. If it does what no graph can hold, a warning says so, and it goes on as it is.
+
+    Attributes:
+        replayed: whether the last call was a replay: then its gradients lie where those of every other replay do.
     """
 
     def __init__(self, step: Step, parameters: Iterable[torch.nn.Parameter]) -> None:
         self.step = step
         self.parameters = list(parameters)
         self.calls = 0
+        self.replayed = False
         self.graph: torch.cuda.CUDAGraph | None = None
         self.inputs: Inputs = {}
         self.outputs: tuple[torch.Tensor, ...] = ()
         self.gradients: list[torch.Tensor | None] = []
 
     def __call__(self, inputs: Inputs) -> tuple[torch.Tensor, ...]:
-        """
-        Raises:
-            RuntimeError: the step did something that no graph can hold.
-        """
         self.calls += 1
-        if self.calls <= WARMUP:
-            return self.step(inputs)
-        if self.graph is None:
+        if self.calls == WARMUP + 1:
             self._capture(inputs)
-        if {name: _shape(x) for name, x in inputs.items()} != {name: _shape(x) for name, x in self.inputs.items()}:
+        self.replayed = self.graph is not None and _shapes(inputs) == _shapes(self.inputs)
+        if self.graph is None or not self.replayed:
             return self.step(inputs)
-        assert self.graph is not None
         for name, x in inputs.items():
             self.inputs[name].copy_(x)
         self.graph.replay()
@@ -55,18 +54,22 @@ class GraphedStep:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         try:
-            with torch.cuda.graph(graph):
+            # What other threads do meanwhile (batches that are pinned, a checkpoint that is written) is not the step's.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.outputs = self.step(self.inputs)
+            self.graph, self.gradients = graph, [parameter.grad for parameter in self.parameters]
         except RuntimeError as error:
             cause: BaseException = error
             while cause.__context__ is not None:  # the first one says what it was
                 cause = cause.__context__
+            for parameter in self.parameters:
+                parameter.grad = None
             reason = str(cause).splitlines()[0]
-            raise RuntimeError(
-                f"optimization.cuda_graph: the step can not be a CUDA graph ({reason}); set it to never"
-            ) from error
-        self.graph, self.gradients = graph, [parameter.grad for parameter in self.parameters]
+            warnings.warn(
+                f"optimization.cuda_graph: the step can not be a CUDA graph ({reason}); it goes on without",
+                stacklevel=2,
+            )
 
 
-def _shape(x: torch.Tensor) -> tuple[torch.Size, torch.dtype]:
-    return x.shape, x.dtype
+def _shapes(tensors: Inputs) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (x.shape, x.dtype) for name, x in tensors.items()}

@@ -31,6 +31,11 @@ class SkippedStep:
         return f"{what} became {became} at step {self.step} (data rows {', '.join(map(str, self.rows))})"
 
 
+def largest_gradient(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
+    """The largest element of all gradients, regardless of sign: a scalar, NaN or infinite if one is."""
+    return torch.nn.utils.get_total_norm([local(p.grad) for p in parameters if p.grad is not None], math.inf)
+
+
 class StepJudge:
     """Decides for all processes of a run alike which steps count."""
 
@@ -45,12 +50,12 @@ class StepJudge:
         self._batches.append((loss, rows))
 
     @torch.no_grad()
-    def judge(self, step: int, parameters: Iterable[torch.nn.Parameter]) -> tuple[torch.Tensor, torch.Tensor]:
+    def judge(self, step: int, largest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Whether the step that ends here is skipped.
 
         Args:
             step: its number.
-            parameters: whose gradients are complete, before anything bounds them.
+            largest: see `largest_gradient`, of gradients that are complete and not yet bounded.
 
         Returns:
             The step's loss on this process, the sum over its batches; and 1 if it or a gradient is NaN or infinite on any
@@ -59,7 +64,6 @@ class StepJudge:
         losses, rows = zip(*self._batches, strict=True)
         self._batches = []
         loss = torch.stack(losses).sum()
-        largest = torch.nn.utils.get_total_norm([local(p.grad) for p in parameters if p.grad is not None], math.inf)
         skipped = (~(torch.isfinite(loss) & torch.isfinite(largest.to(loss.device)))).float()
         if self._accelerator.num_processes > 1:
             torch.distributed.all_reduce(skipped, torch.distributed.ReduceOp.MAX)

@@ -18,7 +18,7 @@ from pldr.evaluation.modes import operator_metrics
 from pldr.files import read_json, write_json
 from pldr.modeling_pldr import PldrForCausalLM
 from pldr.recipe import Recipe
-from pldr.training.callbacks import ClipByValue, Stops, tensorboard_callback
+from pldr.training.callbacks import Stops, tensorboard_callback
 from pldr.training.checkpoint import (
     RECIPE,
     STATE,
@@ -30,11 +30,11 @@ from pldr.training.checkpoint import (
     step_of,
 )
 from pldr.training.folder import add_to_log, described, log_lines
-from pldr.training.graph import GraphedStep, Step
+from pldr.training.graph import GraphedStep
+from pldr.training.optimizer import BoundedAdamW
 from pldr.training.parallel import (
     ShardedForward,
     average_gradients,
-    by_kind,
     clip_by_norm,
     hide_from_ddp,
     local,
@@ -42,7 +42,7 @@ from pldr.training.parallel import (
     whole_parameters,
 )
 from pldr.training.randomness import random_file, read_random_states, save_random_states, set_random_states
-from pldr.training.skipping import StepJudge
+from pldr.training.skipping import StepJudge, largest_gradient
 
 # Held-out passages that an evaluation measures the operator on.
 PROBED = 16
@@ -150,12 +150,10 @@ class PldrTrainer(Trainer):
         self._most_targets = recipe.optimization.batch_size * recipe.data.sequence_length
         self._guesses_before: torch.Tensor | None = None  # those before the step at hand
         self.judge = StepJudge(self.accelerator)
-        self._forward_and_backward: Step = self._compute_gradients
+        self._graphed: GraphedStep | None = None
         if _may_be_graph(recipe, self.args):
-            self._forward_and_backward = GraphedStep(self._compute_gradients, self.model.parameters())
+            self._graphed = GraphedStep(self._compute_whole_step, self.model.parameters())
         self._last: dict[str, float] | None = None  # loss and accuracy of the last log line
-        if recipe.optimization.clip_value is not None:
-            self.add_callback(ClipByValue(recipe.optimization.clip_value))
         self.add_callback(Stops(self))
         if "tensorboard" in recipe.report_to and self.is_world_process_zero():
             self.add_callback(tensorboard_callback(folder / "tensorboard"))
@@ -169,17 +167,14 @@ class PldrTrainer(Trainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """AdamW of the recipe; decay on every parameter. The Trainer's own steps them one by one where only some are cut."""
         if self.optimizer is None:
-            o = self.recipe.optimization
             if self.args.world_size > 1:
                 self._whole = whole_parameters(self.model)
                 if self.sharded:  # first, because it replaces the parameters that the optimiser is made of
                     shard(self.model, self.recipe.distributed, self.args.device, self._whole)
                 else:
                     hide_from_ddp(self.model, self._whole)
-            groups = [{"params": kind} for kind in by_kind(p for p in self.model.parameters() if p.requires_grad)]
-            self.optimizer = torch.optim.AdamW(
-                groups, o.learning_rate, (o.beta1, o.beta2), o.epsilon, o.weight_decay, fused=True
-            )
+            trained = (p for p in self.model.parameters() if p.requires_grad)
+            self.optimizer = BoundedAdamW(trained, self.recipe.optimization)
         return self.optimizer
 
     def _wrap_model(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
@@ -243,24 +238,35 @@ class PldrTrainer(Trainer):
         rows = inputs.pop("row")
         if num_items_in_batch is not None:
             inputs["num_items_in_batch"] = torch.as_tensor(num_items_in_batch, device=self.args.device)
-        (loss,) = self._forward_and_backward(inputs)
+        largest = None
+        if self._graphed is None:
+            loss = self._compute_gradients(inputs)
+        else:
+            loss, largest = self._graphed(inputs)
         self.judge.add(loss, rows)
         if not self.accelerator.sync_gradients:  # more batches of the step are to come
             return torch.zeros_like(loss)
         average_gradients(self._whole)
-        loss, skipped = self.judge.judge(self.state.global_step + 1, self.model.parameters())
+        if largest is None:
+            largest = largest_gradient(self.model.parameters())
+        loss, skipped = self.judge.judge(self.state.global_step + 1, largest)
         # As a gradient scaler tells fused AdamW, which then changes no weight, no moment and no count of steps.
         adamw = getattr(self.optimizer, "optimizer", self.optimizer)
+        adamw.gradients_stay = self._graphed is not None and self._graphed.replayed
         adamw.found_inf = skipped.cpu() if self.sharded and self.recipe.distributed.cpu_offload else skipped
         self._guesses.copy_(torch.where(skipped > 0, self._guesses_before, self._guesses))  # where a graph adds to it
         self._guesses_before = None
         return torch.where(skipped > 0, 0.0, loss)
 
-    def _compute_gradients(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor]:
+    def _compute_gradients(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Loss of a batch; its gradients are left with the parameters, and its guesses are counted."""
         batch = dict(inputs)
         count = batch.pop("num_items_in_batch", None)
-        return (super().training_step(self.model_wrapped, batch, count),)
+        return super().training_step(self.model_wrapped, batch, count)
+
+    def _compute_whole_step(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same of a batch that is a step of its own, in one process, and the largest gradient."""
+        return self._compute_gradients(inputs), largest_gradient(self.model.parameters())
 
     def check_losses(self) -> None:
         """Look at the steps since the last look: once in a while, so that the device need not be waited for.
