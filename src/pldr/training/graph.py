@@ -2,7 +2,6 @@
 for it hundreds of times.
 """
 
-import warnings
 from collections.abc import Callable, Iterable
 
 import torch
@@ -18,7 +17,7 @@ class GraphedStep:
     """A function of tensors that returns tensors and leaves gradients, called as it is at first and then replayed.
 
     It must not look at a value on the host, and find no gradients from before. Replays give the same numbers; inputs of another
-    shape are computed without the graph. If it does what no graph can hold, a warning says so, and it goes on as it is.
+    shape are computed without the graph.
 
     Attributes:
         replayed: whether the last call was a replay: then its gradients lie where those of every other replay do.
@@ -35,8 +34,12 @@ class GraphedStep:
         self.gradients: list[torch.Tensor | None] = []
 
     def __call__(self, inputs: Inputs) -> tuple[torch.Tensor, ...]:
+        """
+        Raises:
+            RuntimeError: the step did something that no graph can hold.
+        """
         self.calls += 1
-        if self.calls == WARMUP + 1:
+        if self.graph is None and self.calls > WARMUP:
             self._capture(inputs)
         self.replayed = self.graph is not None and _shapes(inputs) == _shapes(self.inputs)
         if self.graph is None or not self.replayed:
@@ -62,13 +65,10 @@ class GraphedStep:
             cause: BaseException = error
             while cause.__context__ is not None:  # the first one says what it was
                 cause = cause.__context__
-            for parameter in self.parameters:
-                parameter.grad = None
             reason = str(cause).splitlines()[0]
-            warnings.warn(
-                f"optimization.cuda_graph: the step can not be a CUDA graph ({reason}); it goes on without",
-                stacklevel=2,
-            )
+            raise RuntimeError(
+                f"optimization.cuda_graph: the step can not be a CUDA graph ({reason}); set it to never"
+            ) from error
 
 
 def _shapes(tensors: Inputs) -> dict[str, tuple[torch.Size, torch.dtype]]:

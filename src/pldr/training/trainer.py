@@ -174,7 +174,7 @@ class PldrTrainer(Trainer):
                 else:
                     hide_from_ddp(self.model, self._whole)
             trained = (p for p in self.model.parameters() if p.requires_grad)
-            self.optimizer = BoundedAdamW(trained, self.recipe.optimization)
+            self.optimizer = BoundedAdamW(trained, self.recipe.optimization, graphed=self._graphed is not None)
         return self.optimizer
 
     def _wrap_model(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
