@@ -9,7 +9,7 @@ loss is compared with the eager one in float32. The rows:
   not trained);
 - llama: transformers' with the preset's width, layers and heads, a feed-forward width that is a multiple of 64, compiled layer by
   layer, attention with `is_causal` and no mask, and our loss without whole logits; llama-liger: with Liger's kernels in place of compilation, where
-  that package is installed; llama-graph: llama, with a CUDA graph, which transformers' users have to make themselves;
+  that package is installed;
 - trainer: the learned operator through what `pldr train` runs: the Trainer with its callbacks and log lines, and the data
   loader over memory-mapped rows (of random tokens);
 - plain: the learned operator without the kernels of `pldr.ops` for training, compiled as well;
@@ -256,6 +256,7 @@ def measure_trainer(
             data_collator=partial(collate, pad_token_id=0, length=None), callbacks=[clock],
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
+        torch.cuda.reset_peak_memory_stats()
         trainer.train()
     times = [(b - a) / BLOCK for a, b in zip(clock.times, clock.times[1:], strict=False)]
     seconds = statistics.median(times)
@@ -384,12 +385,8 @@ def measure_row(name: str, config: PldrConfig, shape: tuple[int, int], steps: in
     if name in ("trainer", "small"):
         return measure_trainer(config, shape, steps, graph=graph)
     if name.startswith("llama"):
-        liger, graph = name == "llama-liger", name == "llama-graph"
-        make = partial(make_llama, config, liger=liger)
-        # It makes a mask while a graph is recorded, and no graph can hold how.
-        no_mask = mock.patch("transformers.models.llama.modeling_llama.create_causal_mask", return_value=None)
-        with no_mask if graph else contextlib.nullcontext():
-            return measure(make, shape, steps, compiled=not liger, graph=graph)
+        liger = name == "llama-liger"
+        return measure(partial(make_llama, config, liger=liger), shape, steps, compiled=not liger)
     with without_kernels() if name == "plain" else contextlib.nullcontext():
         return measure(partial(make_pldr, config), shape, steps, graph=graph)
 

@@ -270,7 +270,7 @@ def test_a_step_as_a_graph_is_the_step(tmp_path, fields):
             str(tmp_path / name),
             DataRecipe([str(HELD_OUT)], [str(HELD_OUT)], tokenizer=str(STORIES), sequence_length=64, cache=str(tmp_path / "cache")),
             ModelRecipe(config=shape),
-            OptimizationRecipe(**settings | handoff | changes), log_steps=1, eval_steps=7, save_steps=10, report_to=[],
+            OptimizationRecipe(**settings | handoff | changes), log_steps=1, eval_steps=7, save_steps=8, report_to=[],
         )  # fmt: skip
         train(recipe, progress=False)
         return recipe, load_model(recipe.output).state_dict()
@@ -279,7 +279,7 @@ def test_a_step_as_a_graph_is_the_step(tmp_path, fields):
     _, eager = run("eager")
     _, again = run("again")
     _, other = run("other", learning_rate=1.01e-3)
-    train(recipe, resume=tmp_path / "graph" / "checkpoint-10", progress=False)
+    train(recipe, resume=tmp_path / "graph" / "checkpoint-16", progress=False)
     resumed = load_model(recipe.output).state_dict()
     away = [max((a[k] - eager[k]).abs().max().item() for k in eager) for a in (graph, resumed, again, other)]
     assert max(away[:2]) <= 3 * away[2] + 1e-6, away  # sums on a GPU come in another order each time
