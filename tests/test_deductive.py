@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from helpers import assert_close
-from pldr.deductive import dag_loss, deductive_outputs, log_determinant, numerical_rank, variation
+from pldr.deductive import dag_loss, deductive_outputs, log_determinant, numerical_rank, row_jacobians, variation
 
 
 def test_dag_loss_in_closed_form():
@@ -85,3 +85,37 @@ def test_they_print_in_a_few_lines_and_are_pictures_in_a_notebook(small_model, i
     (_, layer) = small_model(operator="constant")(ids, output_deductive_outputs=True).deductive_outputs
     assert repr(layer) == "DeductiveOutputs(A=None, A_LM=None, A_P=None, G_LM=[1, 2, 16, 16] float32)"
     assert layer._repr_html_().count("<img") == 1
+
+
+class TestRowJacobians:
+    def test_against_differences(self, small_model, ids):
+        model = small_model().double()
+        operator = model.model.layers[1].self_attn.operator
+        found = row_jacobians(model, ids, rows=5)
+        assert found.shape == (2, 5, 16, 16)
+        seen = []
+        hook = operator.input_norm.register_forward_hook(lambda module, args, output: seen.append(output))
+        deductive_outputs(model, ids)
+        hook.remove()
+        every = seen[0].flatten(0, -2)
+        row = every[:: len(every) // 5][3]
+        with torch.no_grad():
+            for place in (0, 7):
+                step = 1e-5 * torch.eye(16, dtype=torch.float64)[place]
+                ends = [row + step, row - step]
+                for unit in operator.metric_learner:
+                    ends = [unit(end) for end in ends]
+                assert_close(found[1, 3, :, place], (ends[0] - ends[1]) / 2e-5, max_error=1e-6)
+
+    def test_a_network_that_forgets_its_input_has_none(self, small_model, ids):
+        model = small_model()
+        for unit in model.model.layers[0].self_attn.operator.metric_learner:
+            torch.nn.init.zeros_(unit.norm.weight)
+        found = row_jacobians(model, ids)
+        assert found[0].abs().max() == 0
+        assert found[1].abs().max() > 0.1
+        assert not model.model.layers[0].self_attn.operator.input_norm._forward_hooks
+
+    def test_a_constant_operator_has_no_network(self, small_model, ids):
+        with pytest.raises(ValueError, match="row_jacobians: needs a learned operator"):
+            row_jacobians(small_model(operator="constant"), ids)

@@ -365,6 +365,13 @@ class TestTrain:
             difference = frozen(**batch).loss - model(**batch).loss
         assert metrics["G_frozen_difference"] == pytest.approx(difference.item(), abs=1e-6)
         assert metrics["G_variation"] == pytest.approx(variation(deductive_outputs(model, inputs).G_LM).tolist())
+        G_LM = deductive_outputs(model, inputs).G_LM.double()
+        assert metrics["G_rank"] == pytest.approx(
+            torch.linalg.matrix_rank(G_LM, rtol=1e-2).double().mean((1, 2)).tolist()
+        )
+        wanted = G_LM.det().abs().log10().mean((1, 2))
+        assert metrics["G_log10_determinant"] == pytest.approx(wanted.tolist(), rel=1e-6)
+        assert all(0 < gain <= norm for gain, norm in zip(metrics["row_gain"], metrics["row_norm"], strict=True))
 
     @pytest.mark.parametrize("rows", [1, 7])
     def test_an_evaluation_is_over_everything(self, write_recipe, toy_tokenizer, tmp_path, rows):

@@ -4,11 +4,13 @@ Shapes: L layers, B passages, H heads, D head dimension.
 """
 
 import math
+from typing import cast
 
 import torch
 
-from pldr.modeling_pldr import PldrForCausalLM
-from pldr.operator import DeductiveOutputs
+from pldr.modeling_pldr import PldrAttention, PldrForCausalLM
+from pldr.operator import DeductiveOutputs, LearnedOperator
+from pldr.ops.metric_learner import residual_network
 
 # Shares of the largest singular value below which another counts as zero, where a numerical rank is shown.
 RANK_TOLERANCES = (1e-2, 1e-3)
@@ -86,6 +88,45 @@ def log_determinant(X: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     sign, log = torch.linalg.slogdet(_finite(X, "log_determinant"))
     return sign, log / math.log(10.0)
+
+
+def row_jacobians(model: PldrForCausalLM, input_ids: torch.Tensor, *, rows: int = 32) -> torch.Tensor:
+    """Jacobians of the metric learner's residual network at its input: how a row of A follows a row of LayerNorm(qᵀq).
+
+    Where they contract in every layer, what differs between texts is lost on the way to A, and G_LM becomes a constant.
+
+    Args:
+        model: with a learned operator.
+        input_ids: [B, T].
+        rows: of each layer, spread evenly over sequences, heads and rows of the density matrix.
+
+    Returns:
+        [L, rows or less, D, D], at least float32: derivatives of each output number by each input number.
+
+    Raises:
+        ValueError: the operator is constant, and has no such network.
+    """
+    if model.config.operator != "learned":
+        raise ValueError("row_jacobians: needs a learned operator; a constant one has no metric learner")
+    operators = [cast(LearnedOperator, cast(PldrAttention, layer.self_attn).operator) for layer in model.model.layers]
+    inputs: list[torch.Tensor] = []
+    hooks = [
+        each.input_norm.register_forward_hook(lambda module, args, output: inputs.append(output.detach()))
+        for each in operators
+    ]
+    try:
+        deductive_outputs(model, input_ids)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found = []
+    for operator, A in zip(operators, inputs, strict=True):
+        every = A.flatten(0, -2)
+        picked = every[:: max(1, len(every) // rows)][:rows]
+        of_one = torch.func.jacrev(lambda row, units=operator.metric_learner: residual_network(row[None], units)[0])
+        found.append(torch.func.vmap(of_one)(picked).detach())
+    jacobians = torch.stack(found)
+    return jacobians.to(torch.promote_types(jacobians.dtype, torch.float32))
 
 
 def numerical_rank(X: torch.Tensor, tolerance: float = 1e-2) -> torch.Tensor:

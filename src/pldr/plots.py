@@ -15,28 +15,43 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+# A grey that reads on white and on black alike, for all that is no data; pages have either background.
+_NEUTRAL = "#808080"
+_STYLE: dict[Any, Any] = {
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor", "xtick.color", "ytick.color"), _NEUTRAL),
+    "grid.color": _NEUTRAL, "legend.facecolor": "none", "legend.edgecolor": _NEUTRAL, "legend.labelcolor": _NEUTRAL,
+}  # fmt: skip
+
+
 def _figure(size: tuple[float, float], rows: int = 1, columns: int = 1) -> tuple["Figure", Any]:
     """A figure of `size` inches and its axes [rows, columns].
 
     It is none of pyplot's, so that a notebook's own figures, and the backend that shows them, stay as they are.
     """
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=size, layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
+    with rc_context(_STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def _save(figure: "Figure", path: str | os.PathLike[str]) -> None:
-    """As a PNG, whole or not at all."""
-    with whole_file(path) as partial:
-        figure.savefig(partial, dpi=110, format="png")
+    """As a PNG with no background of its own, whole or not at all."""
+    from matplotlib import rc_context
+
+    with rc_context(_STYLE), whole_file(path) as partial:
+        figure.savefig(partial, dpi=110, format="png", transparent=True)
 
 
 def _finish(axes: Iterable["Axes"], **labels: str) -> None:
+    from matplotlib import rc_context
+
     for axis in axes:
-        axis.set(**labels)
-        axis.legend()
-        axis.grid(alpha=0.3)
+        with rc_context(_STYLE):
+            axis.set(**labels)
+            axis.legend()
+            axis.grid(alpha=0.3)
 
 
 # --- operators ------------------------------------------------------------------------------------------------------
@@ -161,31 +176,58 @@ def _read_log(file: Path) -> list[dict[str, Any]]:
 # --- claims ---------------------------------------------------------------------------------------------------------
 
 
-def plot_invariance(rows: list[dict[str, Any]], usual: tuple[float, ...], bound: float, path: Path) -> None:
+_STATES = {"invariant": "tab:green", "varies": "tab:orange", "collapsed": "tab:red", "diverged": "tab:purple"}
+
+
+def plot_invariance(rows: list[dict[str, Any]], usual: dict[str, float], bound: float, path: Path) -> None:
     """Every run's loss over the variation of its G_LM, labelled with what differs from the usual settings.
 
     Args:
-        rows: of each run "condition" (learning rate, warm-up, R, N, F_A, seed) and "state"; unless "diverged", "loss" and
-            "variation", layer by layer.
-        usual: a condition without a seed.
+        rows: of each run "cell" (its settings by name), "seed" and "state"; unless "diverged", "loss" and "variation", layer by
+            layer.
+        usual: settings by name.
         bound: of the variation, for what counts as invariant: a line.
         path: PNG file to write.
     """
-    figure, ((axis,),) = _figure((7, 5))
+    figure, ((axis,),) = _figure((9, 6))
     points = [(max(row["variation"]), row["loss"], row) for row in rows if not row["diverged"]]
-    for state, colour in {"invariant": "tab:green", "varies": "tab:orange", "collapsed": "tab:red"}.items():
+    for state, colour in _STATES.items():
         picked = [(x, y) for x, y, row in points if row["state"] == state]
-        axis.scatter([x for x, _ in picked], [y for _, y in picked], color=colour, label=state)
-    names = ("rate", "warm-up", "R", "N", "F_A")
+        if picked:
+            axis.scatter(*zip(*picked, strict=True), color=colour, label=state)
     for x, y, row in points:
-        *settings, seed = row["condition"]
-        other = [f"{name} {value:g}" for name, value, base in zip(names, settings, usual, strict=True) if value != base]
-        label = ", ".join(other) or f"seed {seed}"
-        axis.annotate(label, (x, y), fontsize=7, xytext=(4, 4), textcoords="offset points")
-    axis.axvline(bound, color="grey", linewidth=0.8)
-    usually = ", ".join(f"{name} {value:g}" for name, value in zip(names, usual, strict=True))
+        other = [f"{name} {value:g}" for name, value in row["cell"].items() if value != usual[name]]
+        label = ", ".join([*other, f"seed {row['seed']}"])
+        axis.annotate(label, (x, y), fontsize=6, xytext=(4, 4), textcoords="offset points")
+    axis.axvline(bound, linewidth=0.8, color=_NEUTRAL)
+    usually = ", ".join(f"{name} {value:g}" for name, value in usual.items())
     axis.set(xscale="log", title=f"labels: what differs from {usually}")
     _finish([axis], xlabel="variation of G_LM over held-out passages", ylabel="held-out loss, nats per token")
+    _save(figure, path)
+
+
+def plot_trajectories(rows: list[dict[str, Any]], quantities: dict[str, str], path: Path) -> None:
+    """What is followed through training, a line for each run, in the colour of what became of it.
+
+    Args:
+        rows: of each run "state" and "trajectory": "step" and, by quantity, a number or None at each.
+        quantities: name → title of its picture.
+        path: PNG file to write.
+    """
+    figure, axes = _figure((4.5 * len(quantities), 4), 1, len(quantities))
+    for axis, (name, title) in zip(axes[0], quantities.items(), strict=True):
+        labelled = set()
+        for row in rows:
+            steps, values = row["trajectory"]["step"], row["trajectory"][name]
+            points = [(step, value) for step, value in zip(steps, values, strict=True) if value is not None]
+            if points:
+                label = None if row["state"] in labelled else row["state"]
+                labelled.add(row["state"])
+                axis.plot(
+                    *zip(*points, strict=True), color=_STATES[row["state"]], label=label, linewidth=0.9, alpha=0.8
+                )
+        axis.set(title=title, yscale="log" if name in ("G_variation", "row_gain") else "linear")
+    _finish(axes[0], xlabel="step")
     _save(figure, path)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional as F
 
 from pldr.cache import make_cache
-from pldr.deductive import dag_loss, deductive_outputs, variation
+from pldr.deductive import dag_loss, deductive_outputs, log_determinant, numerical_rank, row_jacobians, variation
 from pldr.modeling_pldr import PldrForCausalLM
 from pldr.operator import freeze
 from pldr.recipe import DAG_TENSORS
@@ -25,6 +25,8 @@ from pldr.recipe import DAG_TENSORS
 MODES = ("learned", "cached", "frozen")
 # A way to score with a learned G_LM: each token by a forward of its own, of what stands before it alone.
 SEQUENTIAL = "sequential"
+# Rows that rank, determinant and contraction are followed on.
+_FOLLOWED = 4
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -158,7 +160,11 @@ def operator_metrics(model: PldrForCausalLM, rows: torch.Tensor) -> dict[str, An
     Returns:
         "G_variation", of G_LM over the rows, layer by layer (see `pldr.deductive.variation`); "G_frozen_difference",
         the mean loss of all rows but the first with G_LM frozen from the first, minus that with a learned G_LM, in
-        nats per token; "dag_A_LM", "dag_A_P" and "dag_G_LM", the DAG loss of each deductive output.
+        nats per token; "dag_A_LM", "dag_A_P" and "dag_G_LM", the DAG loss of each deductive output. Layer by layer, of the
+        first rows: "G_rank", the mean numerical rank of G_LM (singular values over 1e-2 of the largest); "G_log10_determinant",
+        the mean of its magnitude's logarithm, null where a head's is 0; "row_gain" and "row_norm", of the Jacobians of the metric
+        learner's network (`pldr.deductive.row_jacobians`): by what a small random change of a row grows (RMS; 1 leaves it as it
+        is), and the mean of the largest singular values.
     """
     was_training = model.training
     model.eval()
@@ -174,4 +180,16 @@ def operator_metrics(model: PldrForCausalLM, rows: torch.Tensor) -> dict[str, An
         "G_frozen_difference": frozen - learned,
         # In float64, which holds the exponentials of larger tensors.
         **{f"dag_{name}": float(dag_loss(getattr(outputs, name).double())) for name in DAG_TENSORS},
+        **_singularity(model, ids[:_FOLLOWED], outputs.G_LM[:, :_FOLLOWED]),
+    }
+
+
+def _singularity(model: PldrForCausalLM, ids: torch.Tensor, G_LM: torch.Tensor) -> dict[str, list[float]]:
+    """See `operator_metrics`; G_LM [L, B, H, D, D]."""
+    jacobians = row_jacobians(model, ids)  # [L, rows, D, D]
+    return {
+        "G_rank": numerical_rank(G_LM).double().mean((1, 2)).tolist(),
+        "G_log10_determinant": log_determinant(G_LM)[1].mean((1, 2)).tolist(),
+        "row_gain": (jacobians.square().sum((-1, -2)).mean(1) / jacobians.shape[-1]).sqrt().tolist(),
+        "row_norm": torch.linalg.matrix_norm(jacobians, 2).mean(1).tolist(),
     }

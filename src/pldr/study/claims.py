@@ -6,9 +6,8 @@ only once) and measures trained models. What is found is reported whether it bea
 
 import math
 import os
-import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,31 +22,17 @@ from pldr.evaluation.modes import MODES, OperatorModes, frozen_copy
 from pldr.files import require
 from pldr.modeling_pldr import PldrForCausalLM
 from pldr.models.shipped import STORIES
-from pldr.operator import DeductiveOutputs, freeze, stored_operator
-from pldr.plots import plot_curves, plot_invariance
-from pldr.recipe import DAG_TENSORS, DataRecipe
+from pldr.operator import DeductiveOutputs, stored_operator
+from pldr.recipe import DataRecipe
 from pldr.study.fidelity import fidelity
-from pldr.study.lab import (
-    COLLAPSED_GAIN,
-    INVARIANT_LOSS,
-    INVARIANT_VARIATION,
-    SIZES,
-    Finding,
-    Lab,
-    Verdict,
-    default_data,
-    is_healthy,
-    mean_loss,
-    state_of,
-    table,
-)
+from pldr.study.invariance import invariance
+from pldr.study.lab import INVARIANT_LOSS, SIZES, Finding, Lab, Verdict, default_data, mean_loss, table
+from pldr.study.operators import ablation, handoff
 from pldr.study.sdpa import sdpa
 from pldr.study.timing import generations
 
 # Log-likelihoods of an ending, some 16 tokens, that differ by no more than this (nats) count as the same.
 SAME_LIKELIHOOD = 1e-3
-# Means of two variants at least so many standard errors apart count as distinct.
-DISTINCT = 3.0
 
 
 # --- claims about one trained model ---------------------------------------------------------------------------------
@@ -221,249 +206,6 @@ def transfer(lab: Lab) -> Finding:
         {"loss": loss, "gain": gain, "losses": losses},
         subject=lab.model.name,
     )  # fmt: skip
-
-
-# --- where G_LM becomes invariant -----------------------------------------------------------------------------------
-
-
-def invariance(lab: Lab) -> Finding:
-    """Where G_LM becomes invariant, where not, and where the model itself collapses."""
-    usual, runs = _grid(lab)
-    lab.train({name: changes for name, (_, changes) in runs.items()})
-    rows = []
-    for name, (condition, _) in runs.items():
-        found = lab.measure(name)
-        rows.append(found | {"condition": condition, "state": state_of(found)})
-    order = ("invariant", "varies", "collapsed", "diverged")
-    counts = {state: sum(row["state"] == state for row in rows) for state in order}
-    cells = []
-    for row in rows:
-        rate, warmup, units, glus, width, seed = row["condition"]
-        settings = [f"{rate:g}", str(warmup), str(units), str(glus), str(width), str(seed)]
-        measured = [""] * 4 if row["diverged"] else [
-            f"{row['loss']:.3f}", f"{row['gain']:.3f}", f"{max(row['variation']):.1e}", f"{row['frozen_difference']:+.1e}"
-        ]  # fmt: skip
-        cells.append([*settings, *measured, row["state"]])
-    plot_invariance(rows, usual, INVARIANT_VARIATION, lab.folder / "invariance.png")
-    partly = Verdict.CONDITIONS if counts["invariant"] else Verdict.NOT_CONFIRMED
-    return Finding(
-        "G_LM becomes invariant",
-        Verdict.CONFIRMED if counts["invariant"] == len(rows) else partly,
-        f"of {len(rows)} runs {', '.join(f'{count} {state}' for state, count in counts.items() if count)}",
-        [
-            f"Invariant: G_LM varies over held-out passages by less than {INVARIANT_VARIATION:g} (relative RMSE, largest "
-            f"layer) and freezing it moves the loss by less than {INVARIANT_LOSS:g} nats per token. Collapsed: the whole "
-            f"context gains less than {COLLAPSED_GAIN} nats per token over one token of context.",
-            table(["peak rate", "warm-up", "R", "N", "F_A", "seed", "loss", "gain", "variation", "frozen − learned",
-                   "state"], cells),
-            "![the map](invariance.png)",
-        ],
-        {"runs": rows, "counts": counts},
-    )  # fmt: skip
-
-
-def _grid(lab: Lab) -> tuple[tuple[float, ...], dict[str, tuple[tuple[float, ...], dict[str, Any]]]]:
-    """The size's own setting, and by name each run's setting and seed, and what it changes in the recipe."""
-    base = lab.size.recipe
-    config = base["model"].get("config", {})
-    usual = (base["optimization"].get("learning_rate", 1e-3), base["optimization"]["warmup_steps"],
-             config.get("metric_learner_units", 8), config.get("metric_learner_glus", 2),
-             config.get("metric_learner_width", 170))  # fmt: skip
-    conditions = {(*usual, seed) for seed in lab.size.seeds} | set(lab.size.grid)
-    runs: dict[str, tuple[tuple[float, ...], dict[str, Any]]] = {}
-    for condition in sorted(conditions):
-        rate, warmup, units, glus, width, seed = condition
-        if condition[:-1] == usual:  # the very runs of the other claims
-            runs[f"learned-{seed}"] = (condition, {"seed": seed})
-            continue
-        runs[f"rate{rate:g}-warmup{warmup}-R{units}-N{glus}-W{width}-seed{seed}"] = (condition, {
-            "seed": seed, "optimization.learning_rate": rate, "optimization.warmup_steps": warmup,
-            "model.config.metric_learner_units": units, "model.config.metric_learner_glus": glus,
-            "model.config.metric_learner_width": width,
-        })  # fmt: skip
-    return usual, runs
-
-
-# --- operators compared in training ---------------------------------------------------------------------------------
-
-
-def ablation(lab: Lab) -> Finding:
-    """Learned against transferred, uniform, normal and identity operators, and DAG-regularised."""
-    seeds = lab.size.seeds
-    lab.train({f"learned-{seed}": {"seed": seed} for seed in seeds})
-    healthy = [f"learned-{seed}" for seed in seeds if is_healthy(lab.measure(f"learned-{seed}"))]
-    if not healthy:
-        raise ValueError(
-            "reproduce ablation: every learned run diverged or collapsed; there is no operator to transfer; try a larger size"
-        )
-    source = lab.load(healthy[0])
-    assert source is not None
-    model, tokenizer = source
-    transferred = lab.runs / "transferred-operator"
-    freeze(model, lab.passages(tokenizer, 4, part="train")).save_pretrained(transferred)
-    variants: dict[str, dict[str, Any]] = {
-        "learned": {},
-        "DAG-regularised": {f"optimization.dag_{name}": 0.05 for name in DAG_TENSORS},
-        "transferred": {"model.G_LM": str(transferred)},
-        **{
-            init: {"model.config.operator": "constant", "model.config.operator_init": init}
-            for init in ("uniform", "normal", "identity")
-        },
-    }
-    return compare_runs(
-        lab, "Operators train differently", _measure_variants(lab, variants), "learned",
-        "Held-out loss of each kind of operator, the same recipe otherwise; transferred is the operator of the first "
-        "learned run that came through, frozen. Uniform on [0, 1] is what the published random operator is. Identity is "
-        "ordinary attention.", judge=must_differ,
-    )  # fmt: skip
-
-
-def handoff(lab: Lab) -> Finding:
-    """The learned operator handed over as a trainable constant during training, against keeping its network."""
-    steps = lab.size.recipe["optimization"].get("steps", 250_000)
-    variants: dict[str, dict[str, Any]] = {
-        "learned": {},
-        "handed off at a half": {"optimization.handoff_step": steps // 2},
-        "handed off at a quarter": {"optimization.handoff_step": steps // 4},
-    }
-    return compare_runs(
-        lab, "A handed-off operator can replace its network in training", _measure_variants(lab, variants), "learned",
-        "At the step named, the learned operator becomes a trainable constant and its network is dropped; the optimiser "
-        "keeps its state for the rest.", judge=must_be_no_worse,
-    )  # fmt: skip
-
-
-def _measure_variants(lab: Lab, variants: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Train every variant with every seed; what was measured of each run, by variant."""
-    names = {kind: [f"{kind.replace(' ', '-')}-{seed}" for seed in lab.size.seeds] for kind in variants}
-    lab.train({
-        name: changes | {"seed": seed}
-        for kind, changes in variants.items() for name, seed in zip(names[kind], lab.size.seeds, strict=True)
-    })  # fmt: skip
-    return {kind: [lab.measure(name) for name in runs] for kind, runs in names.items()}
-
-
-@dataclass(frozen=True)
-class Groups:
-    """Variants by how they compare with the reference; one may be `better` beside its other group.
-
-    Attributes:
-        apart: means that are distinct.
-        near: means that are not.
-        unknown: too few runs to tell.
-        better: lower mean loss.
-    """
-
-    apart: list[str]
-    near: list[str]
-    unknown: list[str]
-    better: list[str]
-
-
-def must_differ(groups: Groups) -> Verdict:
-    if not groups.near + groups.unknown:
-        return Verdict.CONFIRMED
-    return Verdict.CONDITIONS if groups.apart else Verdict.NOT_CONFIRMED
-
-
-def must_be_no_worse(groups: Groups) -> Verdict:
-    worse = [kind for kind in groups.apart if kind not in groups.better]
-    if len(worse) == len(groups.apart + groups.near):
-        return Verdict.NOT_CONFIRMED
-    return Verdict.CONDITIONS if worse + groups.unknown else Verdict.CONFIRMED
-
-
-def compare_runs(
-    lab: Lab,
-    claim: str,
-    found: dict[str, list[dict[str, Any]]],
-    reference: str,
-    text: str,
-    *,
-    judge: Callable[[Groups], Verdict],
-) -> Finding:
-    """Compare variants by what was measured of their runs: curves with their spread, final numbers, which differ.
-
-    Runs that diverged or whose attention died are counted, and left out of the means.
-
-    Args:
-        found: by variant, of each run what `Lab.measure` found.
-        reference: the variant that the others are compared with.
-        text: what the page says first.
-        judge: the verdict, from how the variants group.
-    """
-    summary = {kind: _summary(lab, rows) for kind, rows in found.items() if any(map(is_healthy, rows))}
-    base = [row["loss"] for row in found[reference] if is_healthy(row)]
-    for kind, row in summary.items():
-        losses = [run["loss"] for run in found[kind] if is_healthy(run)]
-        row["separation"] = None if kind == reference else _separation(losses, base)
-    plot_curves(
-        {kind: [lab.log(row["run"]) for row in rows] for kind, rows in found.items()}, lab.folder / "curves.png"
-    )
-    others = {kind: row for kind, row in summary.items() if kind != reference}
-    told = {kind: row["separation"] >= DISTINCT for kind, row in others.items() if row["separation"] is not None}
-    groups = Groups(
-        apart=[kind for kind, distinct in told.items() if distinct],
-        near=[kind for kind, distinct in told.items() if not distinct],
-        unknown=[kind for kind in found if kind != reference and kind not in told],
-        better=[kind for kind, row in others.items() if base and row["loss"][0] < statistics.fmean(base)],
-    )
-    parts = {f"distinct from {reference}": groups.apart, f"not told apart from {reference}": groups.near,
-             "too few runs to tell": groups.unknown, f"lower mean loss than {reference}": groups.better}  # fmt: skip
-    reasons = [f"{label}: {', '.join(kinds)}" for label, kinds in parts.items() if kinds]
-    cells = [_comparison_row(kind, rows, summary.get(kind), base, reference) for kind, rows in found.items()]
-    return Finding(
-        claim,
-        judge(groups),
-        "; ".join(reasons) or "no run came through",
-        [
-            text,
-            table(["operator", "runs", "held-out loss", "accuracy", f"loss against {reference}", "separation"], cells),
-            "Mean ± standard deviation over seeds, without runs that diverged or collapsed (whose whole context gains less "
-            f"than {COLLAPSED_GAIN} nats per token over one token of it). Separation: difference of the means over their "
-            f"standard error (Welch); {DISTINCT:g} or more counts as distinct, and it takes two runs on each side.",
-            "![curves](curves.png)",
-        ],
-        {"runs": found, "summary": summary},
-    )
-
-
-def _summary(lab: Lab, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of a variant's healthy runs: mean and spread of loss and accuracy, their number, mean seconds."""
-    good = [row for row in rows if is_healthy(row)]
-    loss, accuracy = (_mean_and_spread([row[key] for row in good]) for key in ("loss", "accuracy"))
-    seconds = [sum(line.get("train_runtime", 0) for line in lab.log(row["run"])) for row in good]
-    return {"loss": loss, "accuracy": accuracy, "runs": len(good), "seconds": statistics.fmean(seconds)}
-
-
-def _comparison_row(
-    kind: str, rows: list[dict[str, Any]], summary: dict[str, Any] | None, base: list[float], reference: str
-) -> list[str]:
-    states = [state_of(row) for row in rows]
-    lost = [f"{states.count(state)} {state}" for state in ("collapsed", "diverged") if state in states]
-    runs = f"{sum(map(is_healthy, rows))} of {len(rows)}" + (f" ({', '.join(lost)})" if lost else "")
-    if summary is None:
-        return [kind, runs, "", "", "", ""]
-    difference = "" if kind == reference or not base else f"{summary['loss'][0] - statistics.fmean(base):+.4f}"
-    separation = "" if summary["separation"] is None else f"{summary['separation']:.1f}"
-    return [kind, runs, _shown(*summary["loss"]), _shown(*summary["accuracy"]), difference, separation]
-
-
-def _mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
-
-
-def _shown(value: float, spread: float | None) -> str:
-    return f"{value:.4f}" + ("" if spread is None else f" ± {spread:.4f}")
-
-
-def _separation(one: Sequence[float], other: Sequence[float]) -> float | None:
-    """Welch's t of two samples, in absolute value; None where a sample has fewer than two."""
-    if min(len(one), len(other)) < 2:
-        return None
-    error = math.sqrt(statistics.variance(one) / len(one) + statistics.variance(other) / len(other))
-    difference = abs(statistics.fmean(one) - statistics.fmean(other))
-    return math.inf if error == 0 and difference else difference / error if error else 0.0
 
 
 # --- all of them ----------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -35,6 +35,26 @@ from pldr.tokenizer import load_tokenizer
 INVARIANT_VARIATION, INVARIANT_LOSS = 1e-3, 1e-4
 # A model that gains less from its context than this (nats per token, over one token of context) has no attention left.
 COLLAPSED_GAIN = 0.02
+# Validation text is read up to so many rows for each that is measured.
+_MOST_ROWS = 64
+
+
+class Cell(NamedTuple):
+    """The settings of one cell of the map of invariance; each is trained with several seeds.
+
+    Attributes:
+        rate, warmup, steps: peak rate, steps of warm-up and of the whole run.
+        units, glus, width: of the metric learner: R, N and F_A.
+        data: percent of the training documents.
+    """
+
+    rate: float
+    warmup: int
+    units: int
+    glus: int
+    width: int
+    steps: int
+    data: int = 100
 
 
 @dataclass(frozen=True)
@@ -43,19 +63,33 @@ class Size:
 
     Attributes:
         recipe: what its runs share, in the terms of a recipe (without output and data).
-        seeds: of each variant.
+        seeds: of each variant that is compared.
+        cell_seeds: of each cell of the map of invariance.
+        rates: peak rates that each operator is first tried at, in rising order.
         length: tokens of a sequence.
         passages: held out, to measure on.
         generated: tokens that texts are continued by, where outputs are followed.
-        grid: (peak rate, warm-up, units R, GLUs N, width F_A, seed) of each run of the invariance claim.
+        cells: of the map of invariance, beside the recipe's own, by what differs from that.
     """
 
     recipe: dict[str, Any]
     seeds: tuple[int, ...]
+    cell_seeds: tuple[int, ...]
+    rates: tuple[float, ...]
     length: int
     passages: int
     generated: int
-    grid: tuple[tuple[float, int, int, int, int, int], ...]
+    cells: tuple[dict[str, Any], ...]
+
+    @property
+    def usual(self) -> Cell:
+        """The recipe's own cell."""
+        optimization, config = self.recipe["optimization"], self.recipe["model"].get("config", {})
+        return Cell(
+            optimization.get("learning_rate", 1e-3), optimization["warmup_steps"],
+            config.get("metric_learner_units", 8), config.get("metric_learner_glus", 2),
+            config.get("metric_learner_width", 170), optimization.get("steps", 250_000),
+        )  # fmt: skip
 
 
 def _recipe(model: dict[str, Any], **optimization: Any) -> dict[str, Any]:
@@ -69,9 +103,8 @@ SIZES = {
                         "max_position_embeddings": 128, "metric_learner_units": 4, "metric_learner_width": 64}},
             steps=140, batch_size=16, learning_rate=4e-3, warmup_steps=60, precision="fp32",
         ),
-        seeds=(1, 2), length=64, passages=32, generated=32,
-        grid=tuple((rate, warmup, units, 2, 64, 1) for rate, warmup, units in
-                   ((1e-3, 60, 4), (8e-3, 60, 8), (3e-2, 5, 4))),
+        seeds=(1, 2), cell_seeds=(1, 2), rates=(4e-3, 8e-3), length=64, passages=32, generated=32,
+        cells=({"rate": 8e-3}, {"rate": 3e-2, "warmup": 5}, {"units": 8}),
     ),
     "small": Size(
         _recipe(
@@ -79,18 +112,20 @@ SIZES = {
                         "max_position_embeddings": 512, "metric_learner_units": 16, "metric_learner_width": 64}},
             steps=1200, batch_size=64, learning_rate=8e-3, warmup_steps=700, precision="bf16", compile=True,
         ),
-        seeds=(1, 2, 3), length=256, passages=32, generated=256,
-        grid=(
-            *((rate, 700, 16, 2, 64, 1) for rate in (1e-3, 3e-3, 6e-3, 1.6e-2)),
-            (8e-3, 50, 16, 2, 64, 1),
-            *((8e-3, 700, units, glus, width, 1) for units, glus, width in
-              ((2, 2, 64), (8, 2, 64), (16, 1, 64), (16, 2, 170))),
+        seeds=(1, 2, 3, 4, 5), cell_seeds=(1, 2, 3), rates=(1e-3, 2e-3, 4e-3, 8e-3),
+        length=256, passages=32, generated=256,
+        cells=(
+            *({"rate": rate} for rate in (1e-3, 2e-3, 4e-3, 1.6e-2)), *({"warmup": warmup} for warmup in (50, 300)),
+            *({"units": units} for units in (2, 8)), {"glus": 1}, {"width": 170},
+            {"steps": 600, "warmup": 350}, {"steps": 2400, "warmup": 1400}, {"data": 10},
         ),
     ),
     "paper": Size(
         {"model": {"preset": "v51-110M-1"}, "optimization": {"warmup_steps": 2000, "compile": True}},
-        seeds=(1, 2, 3), length=1024, passages=32, generated=256,
-        grid=tuple((rate, warmup, 8, 2, 170, 1) for rate in (3e-4, 1e-3, 1.2e-3) for warmup in (2000, 4000, 8000)),
+        seeds=(1, 2, 3, 4, 5), cell_seeds=(1, 2, 3), rates=(3e-4, 6e-4, 1.2e-3, 2.4e-3),
+        length=1024, passages=32, generated=256,
+        cells=tuple({"rate": rate, "warmup": warmup} for rate in (3e-4, 1e-3, 1.2e-3) for warmup in (2000, 4000, 8000)
+                    if (rate, warmup) != (1e-3, 2000)),
     ),
 }  # fmt: skip
 
@@ -122,6 +157,11 @@ class Lab:
     command: str = ""
 
     # --- training ---
+
+    @staticmethod
+    def run_name(kind: str, rate: float, seed: int) -> str:
+        """Of a kind of operator at a peak rate; claims share runs by it."""
+        return f"{kind.replace(' ', '-')}-rate{rate:g}-seed{seed}"
 
     def recipe(self, name: str, changes: dict[str, Any]) -> dict[str, Any]:
         """A run's recipe: the size's, with changes of dotted keys."""
@@ -168,7 +208,8 @@ class Lab:
     def _train_one(self, name: str, changes: dict[str, Any]) -> None:
         self.runs.mkdir(parents=True, exist_ok=True)
         recipe, diverged = self.runs / f"{name}.yaml", self.runs / f"{name}.diverged.json"
-        diverged.unlink(missing_ok=True)
+        for stale in (diverged, self._measured(name)):
+            stale.unlink(missing_ok=True)
         write_text(recipe, yaml.safe_dump(self.recipe(name, changes), sort_keys=False))
         start = time.perf_counter()
         command = [sys.executable, "-m", "pldr.study.run", str(recipe), str(diverged)]
@@ -194,6 +235,17 @@ class Lab:
         rows = read_passages(source_of(data, part), tokenizer, self.size.length, count, streaming=data.streaming)
         return rows.to(self.device)
 
+    def halves(self, tokenizer: PreTrainedTokenizerFast) -> tuple[torch.Tensor, torch.Tensor]:
+        """`passages` rows of each half of the validation text, evenly spread: one to choose by, the other to report on."""
+        data, count = DataRecipe(**self.data), self.size.passages
+        rows = read_passages(
+            source_of(data, "validation"), tokenizer, self.size.length, _MOST_ROWS * count, streaming=data.streaming
+        )
+        if len(rows) < 2:
+            raise ValueError("reproduce: the validation text must fill at least two rows, one for each of its halves")
+        first, second = rows[: len(rows) // 2], rows[len(rows) // 2 :]
+        return tuple(half[:: max(1, len(half) // count)][:count].to(self.device) for half in (first, second))  # type: ignore[return-value]
+
     def load(self, name: str) -> tuple[PldrForCausalLM, PreTrainedTokenizerFast] | None:
         """A trained run's model and tokenizer; None if it diverged."""
         run = self.runs / name
@@ -205,20 +257,34 @@ class Lab:
         file = self.runs / name / "log.jsonl"
         return [line for _, line in read_json_lines(file)] if file.is_file() else []
 
-    @torch.no_grad()
     def measure(self, name: str) -> dict[str, Any]:
-        """Held-out loss and accuracy of a run, what its context gains it and, of a learned operator, its invariance."""
+        """Loss and accuracy of a run, what its context gains it and, of a learned operator, its invariance.
+
+        "loss_to_choose" is the loss on the first half of the validation text, by which settings are chosen; all else is of the
+        second. What was measured is kept beside the run.
+        """
+        file, how = self._measured(name), {"size": [self.size.length, self.size.passages], "data": self.data}
+        if file.is_file() and (kept := read_json(file))["how"] == how:
+            found: dict[str, Any] = kept["found"]
+            return found
         loaded = self.load(name)
         if loaded is None:
             return {"run": name, "diverged": True}
-        model, tokenizer = loaded
-        rows = self.passages(tokenizer)
+        found = {"run": name, "diverged": False, **self._numbers_of(*loaded)}
+        write_json(file, {"how": how, "found": found})
+        return found
+
+    def _measured(self, name: str) -> Path:
+        return self.runs / f"{name}.measured.json"
+
+    @torch.no_grad()
+    def _numbers_of(self, model: PldrForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+        to_choose, rows = self.halves(tokenizer)
         outputs = [model(row[None, :-1], shift_labels=row[None, 1:], use_cache=False) for row in rows]
         loss = statistics.fmean(float(output.loss) for output in outputs)
-        found = {
-            "run": name,
-            "diverged": False,
+        found: dict[str, Any] = {
             "loss": loss,
+            "loss_to_choose": mean_loss(model, to_choose),
             "accuracy": statistics.fmean(float(output.accuracy) for output in outputs),
             "gain": mean_loss(model, rows.reshape(-1, 2)) - loss,
         }
