@@ -21,7 +21,7 @@ INITIALIZATIONS = ("v51", "v52")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 # By any other name transformers may fetch a kernel and run it; and by these, where the package of the name is not installed.
 ATTENTIONS = ("eager", "sdpa", "flex_attention")
-_FLASH = {
+FLASH = {
     "flash_attention_2": ("flash_attn", is_flash_attn_2_available),
     "flash_attention_3": ("flash_attn_interface", is_flash_attn_3_available),
 }
@@ -209,14 +209,14 @@ class PldrConfig(PreTrainedConfig):
 
     def _check_attention(self) -> None:
         name = self._attn_implementation
-        if name in _FLASH:
-            package, is_available = _FLASH[name]
+        if name in FLASH:
+            package, is_available = FLASH[name]
             if not is_available():
                 raise ValueError(
                     f"PldrConfig: attn_implementation={name!r} needs the package {package} and a CUDA device"
                 )
         elif name not in (None, *ATTENTIONS):
-            raise ValueError(f"PldrConfig: attn_implementation must be one of {(*ATTENTIONS, *_FLASH)}, got {name!r}")
+            raise ValueError(f"PldrConfig: attn_implementation must be one of {(*ATTENTIONS, *FLASH)}, got {name!r}")
 
     def check_ranks(self, ranks: list[int]) -> None:
         """

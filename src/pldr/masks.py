@@ -3,14 +3,16 @@
 Shapes: B batch, T tokens of this forward, S tokens that attention sees, N packed sequences.
 """
 
+import sys
 from typing import Any, NamedTuple
 
 import torch
 from transformers import Cache
 from transformers.masking_utils import create_causal_mask, create_recurrent_attention_mask, find_packed_sequence_indices
 from transformers.utils import is_tracing
+from transformers.utils.generic import is_flash_attention_requested
 
-from pldr.configuration_pldr import ATTENTIONS, PldrConfig
+from pldr.configuration_pldr import ATTENTIONS, FLASH, PldrConfig
 
 
 def create_masks(
@@ -66,7 +68,7 @@ def positions_of(
         mask = None
     # A static cache counts on the device; its size is checked when it is made. An engine that brings attention of its own
     # checks its requests.
-    checked = isinstance(past_length, int) and config._attn_implementation in ATTENTIONS
+    checked = isinstance(past_length, int) and config._attn_implementation in (*ATTENTIONS, *FLASH)
     if checked and mask is not None and mask.shape[1] < past_length + tokens:
         raise ValueError(
             f"attention_mask: covers {mask.shape[1]} tokens, but there are {past_length} earlier and {tokens} new ones"
@@ -84,16 +86,28 @@ def positions_of(
     return position_ids
 
 
+def _check_context(config: PldrConfig, longest: int) -> None:
+    if longest > config.max_position_embeddings:
+        raise _too_long(
+            f"input of {longest} tokens is longer than the context length "
+            f"max_position_embeddings={config.max_position_embeddings}"
+        )
+
+
 class TooLong(ValueError):
     """A sequence is longer than the context."""
 
 
-def _check_context(config: PldrConfig, longest: int) -> None:
-    if longest > config.max_position_embeddings:
-        raise TooLong(
-            f"input of {longest} tokens is longer than the context length "
-            f"max_position_embeddings={config.max_position_embeddings}"
-        )
+def _too_long(message: str) -> TooLong:
+    """The error; in a process that runs a server made with Starlette, as `transformers serve` is, one that it answers with 400.
+
+    No handler has to be put into the server for it, so that a model's own code beside its weights has it, too.
+    """
+    starlette = sys.modules.get("starlette.exceptions")
+    if starlette is None:
+        return TooLong(message)
+    answer = {"status_code": 400, "detail": message, "headers": None, "__str__": ValueError.__str__}
+    return type("TooLong", (TooLong, starlette.HTTPException), answer)(message)
 
 
 def _window(values: torch.Tensor, past_length: int | torch.Tensor, tokens: int) -> torch.Tensor:
@@ -109,19 +123,22 @@ class Packed(NamedTuple):
 
     Attributes:
         sequence, place: [B, T], the token's sequence, from 0 to N - 1, and its place in it.
+        apart: whether they are computed one a row: with a learned operator, for each has a G_LM of its own; and several rows
+            with FlashAttention, for which transformers cuts one.
     """
 
     sequence: torch.Tensor
     place: torch.Tensor
+    apart: bool
 
     def one_a_row(self, values: torch.Tensor) -> torch.Tensor:
         """[B, T, …] → [N, longest, …], zeros behind the shorter ones."""
-        rows, columns = (int(index.max()) + 1 for index in self)
-        return values.new_zeros(rows, columns, *values.shape[2:]).index_put(tuple(self), values)
+        rows, columns = (int(index.max()) + 1 for index in self[:2])
+        return values.new_zeros(rows, columns, *values.shape[2:]).index_put(self[:2], values)
 
     def as_given(self, values: torch.Tensor) -> torch.Tensor:
         """[N, longest, …] → [B, T, …]."""
-        return values[tuple(self)]
+        return values[self[:2]]
 
 
 def find_packed(config: PldrConfig, position_ids: torch.Tensor, batch: int) -> Packed | None:
@@ -143,4 +160,5 @@ def find_packed(config: PldrConfig, position_ids: torch.Tensor, batch: int) -> P
     begins = of_row.diff(dim=-1, prepend=of_row[:, :1] - 1) != 0
     columns = torch.arange(of_row.shape[1], device=of_row.device).expand_as(of_row)
     first = torch.where(begins, columns, 0).cummax(-1).values
-    return Packed((begins.flatten().cumsum(0) - 1).view_as(of_row), columns - first)
+    apart = config.operator == "learned" or (batch > 1 and is_flash_attention_requested(config))
+    return Packed((begins.flatten().cumsum(0) - 1).view_as(of_row), columns - first, apart)

@@ -344,7 +344,7 @@ class PldrModel(PldrPreTrainedModel):
             packed = find_packed(self.config, position_ids, len(hidden_states))
         if packed is None:
             past_key_values = self._cache_for(past_key_values, use_cache, use_g_cache)
-        elif position_ids is not None and self.config.operator == "learned":  # each has a G_LM of its own
+        elif position_ids is not None and packed.apart:
             attention_mask = packed.one_a_row(torch.ones_like(packed.place))
             hidden_states, position_ids = packed.one_a_row(hidden_states), packed.one_a_row(position_ids)
         given = position_ids
@@ -363,7 +363,7 @@ class PldrModel(PldrPreTrainedModel):
                 hidden_states, position_embeddings=position_embeddings, attention_mask=masks["attention"],
                 padding_mask=masks["padding"], past_key_values=past_key_values, position_ids=position_ids, **kwargs,
             )  # fmt: skip
-        if packed is not None and self.config.operator == "learned":
+        if packed is not None and packed.apart:
             hidden_states = packed.as_given(hidden_states)
         return PldrModelOutput(last_hidden_state=hidden_states, past_key_values=past_key_values)
 

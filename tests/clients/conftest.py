@@ -10,17 +10,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
-from table import OPERATORS, read_record, write_record
+from table import OPERATORS, record
 
 from pldr import freeze
 from pldr.study.compress import factored_copy
 
 HERE = Path(__file__).parent
-_ROWS, _RAN = pytest.StashKey[list](), pytest.StashKey[list]()
-
-
-def pytest_configure(config):
-    config.stash[_RAN] = []
+_ROWS = pytest.StashKey[list]()
 
 
 def pytest_collection_modifyitems(items):
@@ -37,7 +33,7 @@ def row(request):
     """
     rows = request.node.stash.setdefault(_ROWS, [])
 
-    def record(client, use, *operators, refused=""):
+    def tried(client, use, *operators, refused=""):
         assert operators
         assert set(operators) <= set(OPERATORS), operators
         try:
@@ -49,23 +45,17 @@ def row(request):
             fields | {"operator": operator, "outcome": refused or "works", "test": test} for operator in operators
         )
 
-    return record
+    return tried
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
+    """What a test tried replaces what was known of it, at once: a run that is stopped keeps what it has found."""
     report = yield
     if report.when == "call" and not report.skipped and _ROWS in item.stash:
         failed = {} if report.passed else {"outcome": f"fails: {call.excinfo.typename}"}
-        item.config.stash[_RAN].extend(row | failed for row in item.stash[_ROWS])
+        record([row | failed for row in item.stash[_ROWS]])
     return report
-
-
-def pytest_sessionfinish(session):
-    """What was tried replaces what was known of it."""
-    if ran := session.config.stash[_RAN]:
-        anew = {(row["test"], row["use"], row["operator"]) for row in ran}
-        write_record([row for row in read_record() if (row["test"], row["use"], row["operator"]) not in anew] + ran)
 
 
 # --- models to try them with ----------------------------------------------------------------------------------------

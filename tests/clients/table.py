@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from pldr.files import write_text
+
 OPERATORS = ("learned", "frozen", "factored")
 RECORD = Path(__file__).parent / "record.jsonl"
 PAGE = Path(__file__).parents[2] / "docs" / "ecosystem.md"
@@ -14,9 +16,16 @@ def read_record():
     return [json.loads(line) for line in RECORD.read_text(encoding="utf-8").splitlines()] if RECORD.exists() else []
 
 
-def write_record(rows):
+def record(rows):
+    """Put the rows into the record, in place of those of the same tests, uses and operators."""
+
+    def tried(row):
+        return row["test"], row["use"], row["operator"]
+
+    anew = {tried(row) for row in rows}
+    rows = [*rows, *(row for row in read_record() if tried(row) not in anew)]
     lines = {json.dumps(row, ensure_ascii=False) for row in rows}
-    RECORD.write_text("".join(f"{line}\n" for line in sorted(lines)), encoding="utf-8")
+    write_text(RECORD, "".join(f"{line}\n" for line in sorted(lines)))
 
 
 def table(rows):

@@ -118,9 +118,8 @@ def test_serve_and_chat(row, operator, chatty, environment):
 
 
 def test_serve_without_pldr(row, chatty, environment, tmp_path):
-    """By the code that a hub folder brings; which can not tell the server that a prompt is too long."""
-    row("transformers", "`transformers serve --trust-remote-code` of `pldr convert --with-code`", "frozen",
-        refused="works; a too-long prompt is answered with 500: its server takes no word for it from a model's own code")  # fmt: skip
+    """By the code that a hub folder brings, which says itself that a prompt is too long."""
+    row("transformers", "`transformers serve --trust-remote-code` of `pldr convert --with-code`", "frozen")
     folder, expected = chatty("frozen")
     convert_checkpoint(folder, tmp_path / "coded", to="hub", with_code=True, tokenizer=folder)
     with (
@@ -128,6 +127,7 @@ def test_serve_without_pldr(row, chatty, environment, tmp_path):
         asking(url, tmp_path / "coded") as (ask, _),
     ):
         assert ask(QUESTION) == expected
-        with pytest.raises(openai.InternalServerError):
+        with pytest.raises(openai.BadRequestError) as refused:
             ask(TOO_LONG)
+        assert "longer than the context length max_position_embeddings=1024" in refused.value.body["detail"]
         assert ask(QUESTION) == expected

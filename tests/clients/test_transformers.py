@@ -132,7 +132,7 @@ def test_flash_attention_that_is_not_installed(row, operator, model_folder):
         "transformers",
         "attn_implementation: FlashAttention 2, 3",
         operator,
-        refused="needs its package and a GPU; not tried",
+        refused="needs its package and a GPU; tried up to its kernels (`tests/test_flash.py`)",
     )
     for name, package in (("flash_attention_2", "flash_attn"), ("flash_attention_3", "flash_attn_interface")):
         with pytest.raises(Exception, match=f"attn_implementation='{name}' needs the package {package}"):

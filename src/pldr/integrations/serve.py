@@ -1,4 +1,7 @@
-"""`transformers serve`: what is longer than the context is the client's mistake, and answered with 400 in place of 500."""
+"""`transformers serve`: what is longer than the context is the client's mistake, which the answer says in OpenAI's form.
+
+Without this, as with a model's own code, the answer has the status 400 as well (`pldr.masks`), but OpenAI's client does not show why.
+"""
 
 from typing import Any
 
