@@ -16,6 +16,8 @@ from pldr.evaluation.scoring import Scorer, read_calibration
 from pldr.generation import generate_text
 
 tasks = pytest.importorskip("lm_eval.tasks", reason="extra eval")
+from lm_eval import simple_evaluate  # noqa: E402
+
 from pldr.evaluation import harness  # noqa: E402
 
 
@@ -428,6 +430,32 @@ def test_what_the_harness_prints_does_not_get_into_the_json(run, folder, tmp_pat
         found.append(json.loads(out))
     assert found[0]["tasks"] == found[1]["tasks"]
     assert found[0]["tasks"]["likelihood"]["scores"]["frozen"]["perplexity"] > 1
+
+
+@pytest.mark.parametrize("mode", ["frozen", "learned"])
+def test_simple_evaluate_knows_the_model(run, folder, tmp_path, data, mode):
+    """lm_eval's own function, from Python, by a task's name: every answer and the scores are those of `pldr eval`."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in read_benchmark("piqa", data)["validation"]))
+    (tmp_path / "choice.yaml").write_text(json.dumps(yaml_task("choice", rows)))
+    found = simple_evaluate(
+        model="pldr",
+        model_args={"pretrained": str(folder), "mode": mode},
+        tasks=["choice"],
+        task_manager=tasks.TaskManager(include_path=str(tmp_path), include_defaults=False),
+        device="cpu",
+        bootstrap_iters=0,
+    )
+    assert found["config"]["model"] == "pldr"
+    assert len(found["samples"]["choice"]) == len(rows.read_text().splitlines())
+    code, out, err = run("eval", folder, "--tasks", tmp_path / "choice.yaml", "--allow-code", "--mode", mode, "--json")
+    assert code == 0, err
+    assert found["results"]["choice"]["acc,none"] == json.loads(out)["tasks"]["choice"]["scores"][mode]["acc"]
+    model = harness.PldrLM(folder, mode=mode, device="cpu")
+    asked = [tuple(pair) for sample in found["samples"]["choice"] for pair in sample["arguments"]]
+    expected = model.loglikelihood([harness.Instance("loglikelihood", {}, pair, 0) for pair in asked])
+    answered = [tuple(answer[0]) for sample in found["samples"]["choice"] for answer in sample["resps"]]
+    assert answered == expected
 
 
 @pytest.mark.slow

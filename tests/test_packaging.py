@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -254,6 +255,30 @@ class TestConda:
         assert self.RECIPE["context"]["version"] == pldr.__version__
         assert self.RECIPE["about"]["license"] == PROJECT["license"]
         assert self.RECIPE["build"]["python"]["entry_points"] == [f"pldr = {PROJECT['scripts']['pldr']}"]
+
+    @pytest.mark.slow
+    def test_its_script_and_its_tests_run(self, tmp_path):
+        """As conda would run them, into a folder of their own; the builder itself is on no Python package index."""
+        pytest.importorskip("hatchling", reason="a tool of development")
+        script = shlex.split(self.RECIPE["build"]["script"])
+        assert script[0] == "python"
+        subprocess.run(
+            [sys.executable, *script[1:], "--prefix", str(tmp_path)], cwd=ROOT, check=True, capture_output=True
+        )
+        (site,) = tmp_path.rglob("site-packages")
+        scripts = tmp_path / ("Scripts" if os.name == "nt" else "bin")
+        environment = os.environ | {"PYTHONPATH": str(site)}
+        imported, commands = (test.get("python", test.get("script")) for test in self.RECIPE["tests"])
+        code = "".join(f"import {name}\n" for name in imported["imports"]) + "print(pldr.__file__)"
+        lines = [[str(scripts / "pldr"), *shlex.split(command)[1:]] for command in commands]
+        said = [
+            subprocess.run(
+                line, env=environment, cwd=tmp_path, check=True, capture_output=True, text=True
+            ).stdout.strip()
+            for line in ([sys.executable, "-c", code], *lines)
+        ]
+        assert said[:2] == [str(site / "pldr/__init__.py"), f"pldr {pldr.__version__}"]
+        assert all(said)
 
 
 class TestRepository:

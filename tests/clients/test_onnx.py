@@ -3,7 +3,11 @@
 import shutil
 import subprocess
 import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -126,6 +130,31 @@ for case in torch.load(sys.argv[2], weights_only=True):
         assert_close(logits, expected[:, -tokens:], max_error=LOGITS)
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
+def test_ahead_of_time(row, toy_tokenizer, tmp_path):
+    """The program of `--to torch`, compiled by AOTInductor; a small model, for the story model takes a minute or two."""
+    row("torch", "AOTInductor: `torch._inductor.aoti_compile_and_package` of `pldr export --to torch`", "frozen")
+    torch.manual_seed(0)
+    model = PldrForCausalLM(PldrConfig(vocab_size=290, hidden_size=32, num_attention_heads=2, num_hidden_layers=2,
+                                       operator="constant", operator_init="normal")).eval()  # fmt: skip
+    export(model, tmp_path / "program", to="torch", tokenizer=toy_tokenizer)
+    program = torch.export.load(tmp_path / "program/model.pt2")
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "compiled.pt2"))
+    compiled = torch._inductor.aoti_load_package(package)
+    for batch, tokens in ((1, 9), (3, 20), (2, 1)):
+        ids = torch.randint(4, 290, (batch, tokens + 1), generator=torch.Generator().manual_seed(0))
+        mask, positions = torch.ones_like(ids), torch.arange(tokens + 1).repeat(batch, 1)
+        with torch.no_grad():
+            expected = model(ids).logits
+        empty = [torch.zeros(batch, 2, 0, 16) for _ in range(4)]
+        logits, *cache = compiled(
+            ids[:, :-1].contiguous(), mask[:, 1:].contiguous(), positions[:, :-1].contiguous(), empty
+        )
+        assert_close(logits, expected[:, :-1], max_error=LOGITS)
+        last, *_ = compiled(ids[:, -1:].contiguous(), mask, positions[:, -1:].contiguous(), cache)
+        assert_close(last, expected[:, -1:], max_error=LOGITS)
+
+
 def test_node(row, model_folder, exported):
     """examples/browser, all but its page."""
     if shutil.which("node") is None or not (BROWSER / "node_modules").is_dir():
@@ -138,6 +167,55 @@ def test_node(row, model_folder, exported):
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     tokens = model.generate(ids, max_new_tokens=NEW, do_sample=False)[0]
     assert PROMPT + done.stdout.rstrip("\n") == tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+class Served(SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def page_address(exported, tmp_path):
+    """Where `python -m http.server` shows examples/browser, with the model exported into it."""
+    if not (BROWSER / "node_modules").is_dir():
+        pytest.skip("needs `npm install` in examples/browser")
+    for file in (*BROWSER.glob("*.html"), *BROWSER.glob("*.js"), BROWSER / "node_modules"):
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "model").symlink_to(exported("frozen", "onnx"))
+    with ThreadingHTTPServer(("localhost", 0), partial(Served, directory=tmp_path)) as server:
+        threading.Thread(target=server.serve_forever).start()
+        yield f"http://localhost:{server.server_port}/"
+        server.shutdown()
+
+
+def test_page(row, model_folder, page_address):
+    """examples/browser as its visitor sees it; nothing is asked of any other address."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("needs Chromium or Chrome")
+    row("onnxruntime", "onnxruntime-web in Chromium: the page of `examples/browser`", "frozen")
+    model, tokenizer = load_model(model_folder("frozen")), load_tokenizer(model_folder("frozen"))
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    tokens = model.generate(ids, max_new_tokens=200, do_sample=False)[0]
+    asked, wrong = set(), []
+    with playwright.sync_playwright() as player:
+        chromium = player.chromium.launch(executable_path=browser, args=["--no-sandbox"])
+        page = chromium.new_page()
+        page.on("request", lambda request: asked.add(urlsplit(request.url)._replace(path="/", query="").geturl()))
+        page.on("pageerror", lambda error: wrong.append(error))
+        page.goto(page_address)
+        go_on = page.get_by_role("button", name="Go on")
+        playwright.expect(go_on).to_be_enabled(timeout=120_000)
+        page.get_by_label("How it begins").fill(PROMPT)
+        page.get_by_label("temperature").fill("0")
+        go_on.click()
+        expected = tokenizer.decode(tokens, skip_special_tokens=True)
+        playwright.expect(page.locator("#story")).to_have_text(expected, timeout=240_000)
+        playwright.expect(go_on).to_be_enabled()
+        chromium.close()
+    assert not wrong
+    assert {address for address in asked if address.startswith("http")} == {page_address}
 
 
 def test_what_the_exporter_does_to_a_learned_operator(row, toy_tokenizer, tmp_path):
