@@ -19,6 +19,7 @@ SOURCE = ROOT / "src" / "pldr"
 FLOORS = [
     {"__main__"},
     {"cli"},
+    {"studio"},
     {"study"},
     {"training"},
     {"serving", "integrations"},

@@ -450,6 +450,24 @@ def serve(
     _call("serve", locals())
 
 
+@_verb("studio runs/laptop --run runs/laptop")
+def studio(
+    model: Annotated[Path | None, Argument(help="Model folder or .pth file; our own story model by default.")] = None,
+    run: Annotated[list[Path] | None, Option(help="Output folder of pldr train to show; may be repeated.")] = None,
+    host: Annotated[str, Option(help="Where to listen; there is no password.")] = "127.0.0.1",
+    port: Annotated[int, Option(help="0 takes a free one.")] = 8600,
+    allow_host: Annotated[list[str] | None, Option(help="Further name of the server; may be repeated.")] = None,
+    open_browser: Annotated[bool, Option("--open-browser/--no-browser", help="Open the page.")] = True,
+    tokenizer: Tokenizer = None,
+    rope: Rope = None,
+    g_lm: OperatorFile = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """See the operator at work in a browser: write, switch operators, certify."""
+    _call("studio", locals())
+
+
 @_verb("plot runs/laptop")
 def plot(
     run: Annotated[Path, Argument(help="Output folder of pldr train.")],

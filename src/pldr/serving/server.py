@@ -1,7 +1,6 @@
 """`pldr serve`: which server runs, and the embedded one from its socket to its last answer."""
 
 import os
-import socket
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -18,6 +17,7 @@ from pldr.files import read_json, require
 from pldr.modeling_pldr import PldrForCausalLM
 from pldr.models.shipped import STORIES
 from pldr.serving.logs import log_to_standard_error
+from pldr.serving.sockets import bound
 
 BACKENDS = ("auto", "engine", "vllm")
 # Texts in a batch on a CPU.
@@ -192,19 +192,3 @@ def serve_with_vllm(
 
 
 # --- our own --------------------------------------------------------------------------------------------------------
-
-
-def bound(host: str, port: int) -> socket.socket:
-    """A socket with an address, that does not listen yet: who comes before the model is loaded is refused, not kept.
-
-    Raises:
-        OSError: the address is taken, or is none of this machine.
-    """
-    try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listening = socket.socket(family)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
-    except OSError as error:
-        raise OSError(f"port: {host}:{port} can not be listened on ({error.strerror}); choose another") from None
-    return listening

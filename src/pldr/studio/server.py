@@ -1,0 +1,94 @@
+"""`pldr studio`: the page in a browser, from the first line in the terminal to Ctrl-C."""
+
+import os
+import sys
+import threading
+import webbrowser
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pldr import __version__
+from pldr.files import require
+from pldr.serving.sockets import bound
+
+if TYPE_CHECKING:
+    from pldr.studio.workbench import Workbench
+
+_LOOPBACK = {"127.0.0.1", "localhost", "::1"}
+
+
+def studio(
+    model: str | os.PathLike[str] | None = None,
+    *,
+    run: Sequence[str | os.PathLike[str]] = (),
+    host: str = "127.0.0.1",
+    port: int = 8600,
+    allow_host: Sequence[str] = (),
+    open_browser: bool = True,
+    tokenizer: str | os.PathLike[str] | None = None,
+    rope: str | None = None,
+    g_lm: str | os.PathLike[str] | None = None,
+    device: str | None = None,
+    dtype: str = "auto",
+) -> None:
+    """Show a model in a browser until Ctrl-C: its texts, its operator, and itself with other operators.
+
+    Args:
+        model: see `pldr.load_model`; the one that ships with pldr by default.
+        run: output folders of `pldr train` whose curves the page may show.
+        host, port: where to listen; port 0 takes a free one. Whoever reaches it may use the model: there is no password.
+        allow_host: further names that requests may call the server by, where a proxy stands before it.
+        open_browser: open the page.
+        tokenizer, rope, g_lm, device, dtype: see `pldr.load_model`.
+
+    Raises:
+        ValueError, OSError: a model or a run that is not there, a port that is taken.
+        ModuleNotFoundError: the extra is not installed.
+    """
+    require("studio", "fastapi", "uvicorn")
+    if not 0 <= port <= 65535:
+        raise ValueError(f"port: must be between 0 and 65535, got {port}")
+    runs = {Path(folder).name: Path(folder) for folder in run}
+    for folder in runs.values():
+        if not (folder / "log.jsonl").is_file():
+            raise FileNotFoundError(f"run: {folder} has no log.jsonl; name the output folder of pldr train")
+    listening = bound(host, port)
+    port = listening.getsockname()[1]
+    url = f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
+    sys.stderr.write(f"pldr studio: {url} (Ctrl-C ends it)\n")
+    sys.stderr.flush()
+
+    import uvicorn
+
+    from pldr.studio.app import Studio, make_app
+
+    def load() -> "Workbench":
+        from pldr.checkpoints.load import load_with_tokenizer
+        from pldr.models.shipped import STORIES
+        from pldr.studio.workbench import Workbench
+
+        asked = STORIES if model is None else model
+        loaded, its_tokenizer = load_with_tokenizer(asked, tokenizer, device=device, dtype=dtype, rope=rope, g_lm=g_lm)
+        return Workbench(loaded, its_tokenizer, Path(asked).absolute().name)
+
+    state = Studio(load, runs, __version__)
+    if open_browser:
+        threading.Timer(0.5, webbrowser.open, (url,)).start()
+    app = make_app(state, {host, *allow_host} | (_LOOPBACK if host in _LOOPBACK else set()))
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=2
+    )
+    server = uvicorn.Server(config)
+
+    def stop() -> None:
+        server.should_exit = True
+
+    state.on_failure = stop
+    state.start()
+    try:
+        server.run([listening])
+    finally:
+        state.close()
+    if state.failure is not None:
+        raise state.failure
