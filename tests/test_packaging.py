@@ -90,6 +90,7 @@ class TestWheel:
             "quantize",
             "serve",
             "serve-light",
+            "studio",
             "docs",
             "dev",
         }
@@ -174,7 +175,8 @@ class TestImports:
     EXTRAS = {  # noqa: RUF012
         "train": (["accelerate", "matplotlib", "tensorboard"], ("training.", "study.demo", "study.run")),
         "eval": (["lm_eval"], ("evaluation.harness", "evaluation.lm_eval")),
-        "serve-light": (["fastapi", "uvicorn", "prometheus_client"], ("serving.",)),
+        "serve-light": (["prometheus_client"], ("serving.",)),
+        "studio": (["fastapi", "uvicorn"], ("serving.", "studio.app")),
         "serve": (["vllm"], ("integrations.vllm_model",)),
     }
 

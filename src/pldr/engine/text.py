@@ -1,6 +1,7 @@
 """Text out of tokens as they come, and where it ends."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 from transformers import PreTrainedTokenizerFast
 
@@ -79,3 +80,30 @@ class GrowingText:
             )
         start, self._shown = self._shown, max(self._shown, len(self.text) - held)
         return self.text[start : self._shown]
+
+
+class TokenTexts:
+    """Tokens one by one, as log-probabilities name them."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self._tokenizer = tokenizer
+        special = set(tokenizer.all_special_ids)
+        # A token behind another shows its leading space.
+        self._before = next(
+            i for i in range(len(tokenizer)) if i not in special and tokenizer.decode([i], skip_special_tokens=True)
+        )
+        self.of = lru_cache(maxsize=1 << 16)(self._of)
+
+    def first(self, token: int) -> str:
+        """The text of one that nothing stands before."""
+        return self._tokenizer.decode([token]) or self.of(token)[0]
+
+    def _of(self, token: int) -> tuple[str, bytes]:
+        """Its text and bytes; the text of one that is part of a character names its byte."""
+        text = continuation(self._tokenizer, [self._before], [token])
+        name = str(self._tokenizer.convert_ids_to_tokens(token))
+        if "\ufffd" in text and name.startswith("<0x"):
+            byte = bytes.fromhex(name[3:5])
+            return f"bytes:\\x{byte.hex()}", byte
+        text = text or name  # special tokens have no text
+        return text, text.encode("utf-8", "replace")

@@ -14,8 +14,9 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from pldr.engine import Engine
+from pldr.engine.text import TokenTexts
 from pldr.files import json_safe, one_line
-from pldr.serving.answers import DONE, Answer, ChatAnswer, CompletionAnswer, TokenTexts, event, usage
+from pldr.serving.answers import DONE, Answer, ChatAnswer, CompletionAnswer, event, usage
 from pldr.serving.guard import ARRIVAL, INTERNAL, Guard
 from pldr.serving.metrics import Metrics
 from pldr.serving.protocol import DEFAULT_TOKENS, ApiError, ChatRequest, CompletionRequest, mistake

@@ -107,6 +107,7 @@ class Studio:
         try:
             self._bench = self._load()
             self.stage = "ready"
+            self._bench.warm_up()
         except Exception as error:  # noqa: BLE001 (whoever started the server raises it)
             self.failure = error
             self.on_failure()

@@ -1,12 +1,13 @@
 """`pldr studio`: the page in a browser, from the first line in the terminal to Ctrl-C."""
 
 import os
+import socket
 import sys
 import threading
 import webbrowser
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pldr import __version__
 from pldr.files import require
@@ -49,35 +50,29 @@ def studio(
     require("studio", "fastapi", "uvicorn")
     if not 0 <= port <= 65535:
         raise ValueError(f"port: must be between 0 and 65535, got {port}")
-    runs = {Path(folder).name: Path(folder) for folder in run}
-    for folder in runs.values():
-        if not (folder / "log.jsonl").is_file():
-            raise FileNotFoundError(f"run: {folder} has no log.jsonl; name the output folder of pldr train")
+    runs = _runs(run)
     listening = bound(host, port)
     port = listening.getsockname()[1]
     url = f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
     sys.stderr.write(f"pldr studio: {url} (Ctrl-C ends it)\n")
     sys.stderr.flush()
 
+    options = {"device": device, "dtype": dtype, "rope": rope, "g_lm": g_lm}
+    hosts = {host, *allow_host} | (_LOOPBACK if host in _LOOPBACK else set())
+    _answer(listening, lambda: _loaded(model, tokenizer, options), runs, hosts, url if open_browser else None)
+
+
+def _answer(
+    listening: socket.socket, load: "Callable[[], Workbench]", runs: dict[str, Path], hosts: set[str], url: str | None
+) -> None:
+    """Until Ctrl-C. Raises what kept the model from being loaded."""
     import uvicorn
 
     from pldr.studio.app import Studio, make_app
 
-    def load() -> "Workbench":
-        from pldr.checkpoints.load import load_with_tokenizer
-        from pldr.models.shipped import STORIES
-        from pldr.studio.workbench import Workbench
-
-        asked = STORIES if model is None else model
-        loaded, its_tokenizer = load_with_tokenizer(asked, tokenizer, device=device, dtype=dtype, rope=rope, g_lm=g_lm)
-        return Workbench(loaded, its_tokenizer, Path(asked).absolute().name)
-
     state = Studio(load, runs, __version__)
-    if open_browser:
-        threading.Timer(0.5, webbrowser.open, (url,)).start()
-    app = make_app(state, {host, *allow_host} | (_LOOPBACK if host in _LOOPBACK else set()))
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=2
+        make_app(state, hosts), log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=2
     )
     server = uvicorn.Server(config)
 
@@ -86,9 +81,32 @@ def studio(
 
     state.on_failure = stop
     state.start()
+    if url is not None:
+        threading.Timer(0.5, webbrowser.open, (url,)).start()
     try:
         server.run([listening])
     finally:
         state.close()
     if state.failure is not None:
         raise state.failure
+
+
+def _loaded(
+    model: str | os.PathLike[str] | None, tokenizer: str | os.PathLike[str] | None, options: dict[str, Any]
+) -> "Workbench":
+    """Imports torch, which takes seconds: the page is there before it."""
+    from pldr.checkpoints.load import load_with_tokenizer
+    from pldr.models.shipped import STORIES
+    from pldr.studio.workbench import Workbench
+
+    asked = STORIES if model is None else model
+    loaded, its_tokenizer = load_with_tokenizer(asked, tokenizer, **options)
+    return Workbench(loaded, its_tokenizer, Path(asked).absolute().name)
+
+
+def _runs(folders: Sequence[str | os.PathLike[str]]) -> dict[str, Path]:
+    """By name. Raises FileNotFoundError: one is no run."""
+    for folder in map(Path, folders):
+        if not (folder / "log.jsonl").is_file():
+            raise FileNotFoundError(f"run: {folder} has no log.jsonl; name the output folder of pldr train")
+    return {Path(folder).name: Path(folder) for folder in folders}

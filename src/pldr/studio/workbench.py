@@ -18,10 +18,10 @@ from pldr.data.rows import read_passages
 from pldr.data.sources import Source
 from pldr.deductive import deductive_outputs, log_determinant, numerical_rank
 from pldr.engine import Engine, Options
+from pldr.engine.text import TokenTexts
 from pldr.modeling_pldr import PldrForCausalLM
 from pldr.models.shipped import HELD_OUT
 from pldr.operator import DeductiveOutputs, factor, freeze, stored_operator
-from pldr.serving.answers import TokenTexts
 from pldr.study.certify import losses_of
 from pldr.study.compress import Factors, factors_of, moments_of
 from pldr.tokenizer import check_text, encode_prompt
@@ -57,6 +57,14 @@ class Workbench:
         self._outputs: OrderedDict[tuple[str, tuple[int, ...]], DeductiveOutputs] = OrderedDict()
         self._given: dict[str, torch.Tensor] = {}  # operators from files
         self._factors: list[Factors] | None = None
+
+    def warm_up(self) -> None:
+        """Make what the first switches would wait for."""
+        for operator in self.operators[:3]:
+            with self.lock:
+                self._engine(operator)
+        with self.lock:
+            self._all_factors()
 
     def facts(self) -> dict[str, Any]:
         c = self.config
