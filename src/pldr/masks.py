@@ -88,7 +88,7 @@ def positions_of(
 
 def _check_context(config: PldrConfig, longest: int) -> None:
     if longest > config.max_position_embeddings:
-        raise _too_long(
+        raise too_long(
             f"input of {longest} tokens is longer than the context length "
             f"max_position_embeddings={config.max_position_embeddings}"
         )
@@ -98,7 +98,7 @@ class TooLong(ValueError):
     """A sequence is longer than the context."""
 
 
-def _too_long(message: str) -> TooLong:
+def too_long(message: str) -> TooLong:
     """The error; in a process that runs a server made with Starlette, as `transformers serve` is, one that it answers with 400.
 
     No handler has to be put into the server for it, so that a model's own code beside its weights has it, too.

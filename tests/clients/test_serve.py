@@ -117,6 +117,20 @@ def test_serve_and_chat(row, operator, chatty, environment):
         assert " ".join(expected.split()) in " ".join(done.stdout.split())
 
 
+def test_serve_with_continuous_batching(row, chatty, environment):
+    row("transformers", "`transformers serve --continuous-batching`, after `import pldr`", "frozen")
+    folder, expected = chatty("frozen")
+    with (
+        answering(WITH_PLDR, folder, environment, "--continuous-batching") as url,
+        asking(url, folder) as (ask, client),
+    ):
+        assert ask(QUESTION) == expected
+        for stream in (False, True):
+            with pytest.raises(openai.BadRequestError, match=r"leaves no room in the context length .*=1024"):
+                client.chat.completions.create(model=str(folder), messages=TOO_LONG, max_tokens=16, stream=stream)
+        assert ask(QUESTION) == expected
+
+
 def test_serve_without_pldr(row, chatty, environment, tmp_path):
     """By the code that a hub folder brings, which says itself that a prompt is too long."""
     row("transformers", "`transformers serve --trust-remote-code` of `pldr convert --with-code`", "frozen")
