@@ -1,0 +1,61 @@
+// Certify: may G be frozen? The verdict, its numbers, and the frozen model to take away.
+import { ask, latest, report } from "./api.js";
+import { $, make, short, table } from "./dom.js";
+
+const LARGEST = 8e6; // characters that a text area still takes with ease
+
+const pause = (milliseconds) => new Promise((done) => setTimeout(done, milliseconds));
+
+const certify = latest(async (signal) => {
+  const progress = $("certify-progress"), status = $("certify-status");
+  $("verdict").replaceChildren();
+  progress.value = 0;
+  progress.hidden = false;
+  status.textContent = "starting …";
+  try {
+    const { job } = await ask("certify", { text: $("held-out").value }, signal);
+    for (;;) {
+      const said = await ask(`certify/${encodeURIComponent(job)}`, undefined, signal);
+      if (said.error) throw new Error(said.error);
+      progress.value = said.done;
+      status.textContent = said.stage;
+      if (said.verdict) return show(said, job);
+      await pause(300);
+    }
+  } finally {
+    if (!signal.aborted) {
+      progress.hidden = true;
+      status.textContent = "";
+    }
+  }
+});
+
+function show({ verdict, reasons, numbers }, job) {
+  const numbersTable = make("table", {});
+  table(numbersTable, ["measured", "value"], flat(numbers).map(([name, value]) => [name.replaceAll("_", " "), value]));
+  const file = (name, text) => make("a", { class: "download", href: `api/certify/${encodeURIComponent(job)}/${name}`, download: name }, text);
+  $("verdict").replaceChildren(
+    make("h2", {}, verdict), make("ul", {}, ...reasons.map((reason) => make("li", {}, reason))),
+    make("div", { class: "scroll" }, numbersTable),
+    make("p", { class: "actions" }, file("model.zip", "Frozen model"), file("certificate.json", "Certificate")));
+}
+
+/** Nested numbers as lines: names joined, an interval in brackets. */
+function flat(numbers, before = "") {
+  return Object.entries(numbers).flatMap(([name, value]) => {
+    const whole = before ? `${before}, ${name}` : name;
+    if (Array.isArray(value)) return [[whole, `[${value.map((one) => short(one)).join(", ")}]`]];
+    return value && typeof value === "object" ? flat(value, whole) : [[whole, short(value, 4)]];
+  });
+}
+
+export function start() {
+  $("certify-go").addEventListener("click", () => certify());
+  $("text-file").addEventListener("change", async () => {
+    const [file] = $("text-file").files;
+    if (!file) return;
+    if (file.size > LARGEST) return report(`Text file: at most ${LARGEST / 1e6} MB, this one has ${(file.size / 1e6).toFixed(1)}; give a part of it.`);
+    report("");
+    $("held-out").value = await file.text();
+  });
+}

@@ -1,0 +1,143 @@
+// The operator: the four tensors of a head, how G settles as the text grows, and all heads at a glance.
+import { ask, floats, latest } from "./api.js";
+import { $, make, short, table } from "./dom.js";
+import { figure, heatmap, lines, scaleOf, tiles } from "./figures.js";
+import { model, onChange, set, state } from "./state.js";
+
+const TENSORS = {
+  A: "what the metric learner, a deep network, makes of which dimensions of the queries occur together",
+  A_LM: "the metric tensor: how strongly two dimensions are related",
+  A_P: "the potential tensor: each entry of A_LM to a power of its own",
+  G_LM: "the operator that stands between query and key",
+};
+const figures = {};
+let tokens = 0; // of the text
+let scales = {}; // of the head at the whole text, so that shorter ones can be compared with it
+let settled = new Map(); // length to the difference from the whole text's G
+let stale = true;
+
+const asked = () => ({ text: state.prompt, operator: state.operator, length: state.length || null });
+
+function draw(answer, length) {
+  settled.set(length, answer.settled);
+  for (const [name, tensor] of Object.entries(answer.tensors)) {
+    figures[name].element.hidden = !tensor;
+    if (!tensor) continue;
+    const values = floats(tensor.values);
+    scales[name] ??= scaleOf(values);
+    const title = `${name}, layer ${state.layer}, head ${state.head}, ${length} tokens`;
+    figures[name].show(heatmap(values, tensor.size, scales[name], title, (row, column, value) => point(name, row, column, value)));
+  }
+  const there = Object.entries(answer.tensors).filter(([, tensor]) => tensor);
+  table($("tensor-numbers"), ["", "rank", "log₁₀ |det|", "size (RMS)"],
+    there.map(([name, tensor]) => [name, short(tensor.rank), short(tensor.log10_determinant), short(tensor.rms)]));
+  figures.singular.show(lines(there.map(([name, { singular_values: values }]) => ({ name, points: values.map((value, index) => [index + 1, value / values[0]]) })),
+    { title: "Singular values", x: "number", y: "of the largest", log: true }));
+  const points = [...settled].filter(([, value]) => value !== null).sort((a, b) => a[0] - b[0]);
+  figures.settling.show(lines([{ name: "G_LM", points }], { title: "How G settles", x: "tokens", y: "difference from all tokens' G", log: true,
+    mark: length }));
+  const now = answer.settled;
+  $("length-output").textContent = `${length} of ${tokens}${now === null || now === undefined ? "" : `: G differs by ${short(now, 2)} of its size`}`;
+}
+
+function point(name, row, column, value) {
+  const what = name === "G_LM"
+    ? `multiplies query component ${row} by key component ${column}: the score is the sum of all q[${row}] · G[${row}, ${column}] · k[${column}].`
+    : `${TENSORS[name]}.`;
+  $("cell").textContent = `${name}[${row}, ${column}] = ${short(value)}: ${what}`;
+}
+
+const head = latest(async (signal) => {
+  const length = state.length;
+  const answer = await ask("operator", { ...asked(), layer: state.layer, head: state.head }, signal);
+  if (tokens !== answer.tokens) {
+    tokens = answer.tokens;
+    $("length").max = tokens;
+  }
+  if (length === 0 || length >= tokens) $("length").value = tokens;
+  draw(answer, length ? Math.min(length, tokens) : tokens);
+});
+
+/** The whole text first: its scale is that of every length. */
+const everything = latest(async (signal) => {
+  scales = {};
+  settled = new Map();
+  stale = false;
+  const length = state.length;
+  if (length) {
+    const whole = await ask("operator", { ...asked(), length: null, layer: state.layer, head: state.head }, signal);
+    tokens = whole.tokens;
+    $("length").max = tokens;
+    $("length").value = length;
+    draw(whole, tokens);
+  }
+  await head();
+});
+
+const grid = latest(async (signal) => {
+  const tensor = state.tensor;
+  const answer = await ask("grid", { ...asked(), tensor }, signal);
+  const values = floats(answer.values);
+  figures.grid.answer = { ...answer, values, scale: scaleOf(values), tensor };
+  drawGrid();
+});
+
+function drawGrid() {
+  const { values, scale, tensor, layers, heads, size, rank, log10_determinant: determinant } = figures.grid.answer ?? {};
+  if (!values) return;
+  figures.grid.show(tiles(values, layers, heads, size, scale, `${tensor} of all layers and heads`, {
+    chosen: [state.layer, state.head],
+    labels: (row, column) => `layer ${row}, head ${column}: rank ${short(rank[row][column])}, log₁₀ |det| ${short(determinant[row][column])}`,
+    choose: (layer, column) => set({ layer, head: column }),
+  }), `A row for each layer, a column for each head, one scale up to ${short(scale.bound)}. Orange is positive, blue negative. Click a square to see it above.`);
+}
+
+/** Every length in turn, at most 48 of them. */
+async function walk() {
+  const button = $("walk");
+  if (button.dataset.on) return delete button.dataset.on;
+  button.dataset.on = "yes";
+  button.textContent = "Stop";
+  const step = Math.max(1, Math.ceil(tokens / 48));
+  for (let length = 1; button.dataset.on && length < tokens; length += step) {
+    $("length").value = length;
+    set({ length });
+    await head();
+  }
+  if (button.dataset.on) {
+    set({ length: 0 });
+    await head();
+  }
+  delete button.dataset.on;
+  button.textContent = "Walk from 1 to all";
+  await grid();
+}
+
+export function start() {
+  for (const [name, what] of Object.entries(TENSORS)) {
+    figures[name] = figure(name, `${what[0].toUpperCase()}${what.slice(1)}.`);
+    $("heads-tensors").append(figures[name].element);
+  }
+  figures.singular = figure("Singular values", "How many directions a tensor really has: a line that falls at once is one of low rank.");
+  figures.settling = figure("How G settles", "How far G from the first tokens is from G of all. Lines that are low and level: a few tokens suffice.");
+  figures.grid = figure("All layers and heads");
+  for (const name of ["singular", "settling", "grid"]) $(name).append(figures[name].element);
+
+  $("length").addEventListener("input", () => {
+    const length = Number($("length").value);
+    set({ length: length >= tokens ? 0 : length });
+    head();
+  });
+  $("length").addEventListener("change", () => grid());
+  $("walk").addEventListener("click", walk);
+  onChange((names) => {
+    const any = (...of) => of.some((name) => names.has(name));
+    if (any("prompt")) set({ length: 0 });
+    stale ||= any("prompt", "operator", "layer", "head");
+    if (state.screen !== "operator") return;
+    if (any("layer", "head")) drawGrid();
+    if (stale) everything();
+    if (any("tensor", "prompt", "operator", "screen")) grid();
+  });
+  if (state.screen === "operator") everything(), grid();
+}
