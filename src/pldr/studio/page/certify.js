@@ -2,7 +2,7 @@
 import { ask, latest, report } from "./api.js";
 import { $, make, short, table } from "./dom.js";
 
-const LARGEST = 8e6; // characters that a text area still takes with ease
+const LONGEST = 200_000; // characters that the server reads
 
 const pause = (milliseconds) => new Promise((done) => setTimeout(done, milliseconds));
 
@@ -37,7 +37,7 @@ function show({ verdict, reasons, numbers }, job) {
   $("verdict").replaceChildren(
     make("h2", {}, verdict), make("ul", {}, ...reasons.map((reason) => make("li", {}, reason))),
     make("div", { class: "scroll" }, numbersTable),
-    make("p", { class: "actions" }, file("model.zip", "Frozen model"), file("certificate.json", "Certificate")));
+    make("p", { class: "actions" }, ...(numbers.certified ? [file("model.zip", "Frozen model")] : []), file("certificate.json", "Certificate")));
 }
 
 /** Nested numbers as lines: names joined, an interval in brackets. */
@@ -54,8 +54,8 @@ export function start() {
   $("text-file").addEventListener("change", async () => {
     const [file] = $("text-file").files;
     if (!file) return;
-    if (file.size > LARGEST) return report(`Text file: at most ${LARGEST / 1e6} MB, this one has ${(file.size / 1e6).toFixed(1)}; give a part of it.`);
-    report("");
-    $("held-out").value = await file.text();
+    const text = await file.slice(0, 4 * LONGEST).text();
+    $("held-out").value = text.slice(0, LONGEST);
+    report(text.length > LONGEST ? `${file.name}: its first ${LONGEST.toLocaleString("en")} characters are taken.` : "");
   });
 }

@@ -56,7 +56,7 @@ function paint(rows, columns, at, scale) {
 export function heatmap(values, size, scale, title, choose) {
   const href = paint(size, size, (row, column) => values[row * size + column], scale);
   return (width) => {
-    const side = Math.min(width, 460), svg = canvas(side, side, title), step = side / size;
+    const side = Math.min(width, 620), svg = canvas(side, side, title), step = side / size;
     svg.append("image").attr("href", href).attr("width", side).attr("height", side).attr("image-rendering", "pixelated");
     svg.append("rect").attr("width", side - 1).attr("height", side - 1).attr("x", 0.5).attr("y", 0.5)
       .attr("fill", "none").attr("stroke", "currentColor").attr("stroke-opacity", 0.25);
@@ -94,7 +94,7 @@ export function tiles(values, rows, columns, size, scale, title, { chosen, label
     return i < size && j < size ? values[((row * columns + column) * size + i) * size + j] : null;
   }, scale);
   return (width) => {
-    const left = 28, top = 20, step = Math.min((width - left) / columns, 110), tile = (step * size) / cell;
+    const left = 28, top = 20, step = Math.min((width - left) / columns, 146), tile = (step * size) / cell;
     const svg = canvas(left + step * columns, top + step * rows, title);
     svg.append("image").attr("href", href).attr("x", left).attr("y", top).attr("image-rendering", "pixelated")
       .attr("width", step * columns - (step - tile)).attr("height", step * rows - (step - tile));
@@ -116,7 +116,7 @@ export function tiles(values, rows, columns, size, scale, title, { chosen, label
 /** Lines [{name, points: [[x, y]]}] with axes; `log` for a logarithmic y. */
 export function lines(series, { title, x, y, log = false, mark = null }) {
   return (width) => {
-    const height = Math.min(280, Math.max(200, width * 0.6)), margin = { top: 12, right: 12, bottom: 38, left: 58 };
+    const height = Math.min(280, Math.max(200, width * 0.6)), margin = { top: 26, right: 12, bottom: 38, left: 58 };
     const svg = canvas(width, height, title);
     const shown = series.map((one) => ({ ...one, points: one.points.filter(([, value]) => Number.isFinite(value) && (!log || value > 0)) }));
     const points = shown.flatMap((one) => one.points);
@@ -129,7 +129,7 @@ export function lines(series, { title, x, y, log = false, mark = null }) {
     axis(`translate(0,${height - margin.bottom})`, d3.axisBottom(across).ticks(Math.max(2, width / 90)).tickSizeOuter(0));
     axis(`translate(${margin.left},0)`, d3.axisLeft(up).ticks(5, log ? ".0e" : undefined).tickSizeOuter(0));
     svg.append("text").attr("x", width - margin.right).attr("y", height - 6).attr("text-anchor", "end").text(x);
-    svg.append("text").attr("x", margin.left + 6).attr("y", margin.top + 6).text(y);
+    svg.append("text").attr("x", 0).attr("y", 12).text(y);
     if (mark !== null) svg.append("line").attr("x1", across(mark)).attr("x2", across(mark)).attr("y1", margin.top)
       .attr("y2", height - margin.bottom).attr("stroke", "currentColor").attr("stroke-dasharray", "2 3");
     shown.forEach(({ name, points: own }, index) => {
@@ -145,15 +145,15 @@ export function lines(series, { title, x, y, log = false, mark = null }) {
   };
 }
 
-/** Bars [[label, value]], values from 0 to `most`, one a line. */
+/** Bars [[label, value, colour's place]], values from 0 to `most`, one a line. */
 export function bars(pairs, { title, most, label = 90 }) {
   return (width) => {
     const step = 20, svg = canvas(width, step * pairs.length + 4, title);
     const along = d3.scaleLinear([0, most || 1], [0, width - label - 56]);
-    pairs.forEach(([name, value], index) => {
+    pairs.forEach(([name, value, colour = 0], index) => {
       const middle = index * step + 14;
       svg.append("text").attr("x", label - 8).attr("y", middle).attr("text-anchor", "end").text(name);
-      svg.append("rect").attr("x", label).attr("y", middle - 10).attr("height", 13).attr("width", Math.max(1, along(value))).attr("fill", COLOURS[0]);
+      svg.append("rect").attr("x", label).attr("y", middle - 10).attr("height", 13).attr("width", Math.max(1, along(value))).attr("fill", COLOURS[colour]);
       svg.append("text").attr("x", label + along(value) + 6).attr("y", middle).text(short(value));
     });
     return svg;

@@ -4,7 +4,7 @@ import { start as certify } from "./certify.js";
 import { $, docs, make } from "./dom.js";
 import { start as operator } from "./operator.js";
 import { start as share } from "./share.js";
-import { model, onChange, parse, restore, set, state } from "./state.js";
+import { model, onChange, parse, restore, set, state, uploads } from "./state.js";
 import { start as switches } from "./switch.js";
 import { start as training } from "./training.js";
 import { start as write } from "./write.js";
@@ -26,9 +26,18 @@ function fill() {
   $("model").textContent = `${model.name}: ${(model.parameters / 1e6).toFixed(1)} M parameters, ${model.layers} layers × ${model.heads} heads of ${model.head_dim}`;
   const options = (list) => list.map((value) => make("option", { value }, String(value)));
   all("[data-count]").forEach((select) => select.replaceChildren(...options([...Array(model[select.dataset.count]).keys()])));
-  $("operator-name").replaceChildren(...options(model.operators));
-  if (!model.operators.includes(state.operator)) set({ operator: model.operators[0] });
+  const named = state.operator.match(/^factored:(\d+)$/);
+  if (named) set({ rank: Number(named[1]) });
+  operators();
+  if ($("operator-name").value !== state.operator) set({ operator: model.operators[0] });
   set({ layer: Math.min(state.layer, model.layers - 1), head: Math.min(state.head, model.heads - 1) });
+}
+
+/** What can be chosen as the operator: of the model, from files, or of a lower rank. */
+function operators() {
+  const options = [...model.operators, ...uploads.keys(), ...(model.largest_rank ? [`factored:${state.rank}`] : [])];
+  $("operator-name").replaceChildren(...options.map((value) => make("option", { value }, uploads.get(value) ?? value)));
+  $("operator-name").value = state.operator;
 }
 
 /** Every control with data-state shows that part of the state, and sets it. */
@@ -50,7 +59,11 @@ function bind() {
     control.addEventListener("change", take);
     show(control);
   }
-  onChange(() => controls.forEach(show));
+  onChange((names) => {
+    if (names.has("rank") && state.operator.startsWith("factored:")) set({ operator: `factored:${state.rank}` });
+    if (names.has("rank") || names.has("compared")) operators();
+    controls.forEach(show);
+  });
 }
 
 function tabs() {

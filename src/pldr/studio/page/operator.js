@@ -37,7 +37,7 @@ function draw(answer, length) {
   figures.settling.show(lines([{ name: "G_LM", points }], { title: "How G settles", x: "tokens", y: "difference from all tokens' G", log: true,
     mark: length }));
   const now = answer.settled;
-  $("length-output").textContent = `${length} of ${tokens}${now === null || now === undefined ? "" : `: G differs by ${short(now, 2)} of its size`}`;
+  $("length-output").textContent = `${length} of ${tokens}${!now || length === tokens ? "" : `: G differs by ${short(now, 2)} of its size`}`;
 }
 
 function point(name, row, column, value) {
@@ -120,7 +120,7 @@ export function start() {
   }
   figures.singular = figure("Singular values", "How many directions a tensor really has: a line that falls at once is one of low rank.");
   figures.settling = figure("How G settles", "How far G from the first tokens is from G of all. Lines that are low and level: a few tokens suffice.");
-  figures.grid = figure("All layers and heads");
+  figures.grid = figure("The tensor of every head");
   for (const name of ["singular", "settling", "grid"]) $(name).append(figures[name].element);
 
   $("length").addEventListener("input", () => {

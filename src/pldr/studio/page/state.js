@@ -4,11 +4,12 @@ const DEFAULTS = {
   screen: "write", prompt: "Once upon a time there was", operator: "learned", ids: "",
   max_new_tokens: 80, temperature: 0.8, top_k: 0, top_p: 1, repetition_penalty: 1, seed: 0,
   layer: 0, head: 0, tensor: "G_LM", length: 0, // 0: all tokens
-  compared: "learned,cached,frozen,identity,random", rank: 8, score: "", run: "",
+  compared: "learned,cached,frozen,stored,identity,uniform", rank: 8, score: "", run: "",
 };
 
 export const state = { ...DEFAULTS };
 export const model = {}; // what api/state says
+export const uploads = new Map(); // operators of the reader: "file:ID" to the file's name
 const listeners = [];
 let timer;
 

@@ -2,14 +2,16 @@
 import { ask, floats, latest, report, upload } from "./api.js";
 import { $, make, short, table } from "./dom.js";
 import { bars, figure, heatmap, scaleOf } from "./figures.js";
-import { compared, model, onChange, set, state } from "./state.js";
+import { compared, model, onChange, set, state, uploads } from "./state.js";
 
 const WORDS = {
   learned: "G from all tokens of the text, by the network",
   cached: "G from the prompt, then kept",
   frozen: "one constant G; the network is gone",
   identity: "G is the identity: ordinary attention",
-  random: "G is noise: does it matter at all?",
+  uniform: "G is noise, even on [0, 1]: does it matter at all?",
+  normal: "G is noise, normally distributed: does it matter at all?",
+  stored: "the constant that the model has",
 };
 const NEW_TOKENS = 40;
 const figures = {};
@@ -17,7 +19,6 @@ let attention = null;
 
 const factored = () => `factored:${state.rank}`;
 const named = (name) => uploads.get(name) ?? name;
-const uploads = new Map(); // "file:ID" to the file's name
 
 function choices() {
   const others = [...uploads.keys()], asked = compared();
@@ -60,7 +61,7 @@ function show(rows) {
     const next = figure(`Next token, ${named(row.operator)}`);
     next.show(bars(row.next.map((token) => [token.text.trim() || "␣", token.probability]), { title: `Next token, ${named(row.operator)}`, most }));
     return make("article", {}, make("h3", {}, named(row.operator)), make("p", { class: "quiet" }, WORDS[row.operator] ?? ""),
-      make("p", { class: "continued" }, row.text.slice(0, common), make("mark", {}, row.text.slice(common))), next.element);
+      make("p", { class: "continued" }, row.text.slice(0, common).trimStart(), make("mark", {}, row.text.slice(common))), next.element);
   }));
 }
 
@@ -91,7 +92,7 @@ function token(row) {
   const weights = [...tokens.keys()].slice(0, row + 1).map((place) => [attention.with[row * size + place], attention.without[row * size + place], place]);
   const top = weights.sort((a, b) => b[0] - a[0]).slice(0, 8);
   const name = (place) => `${place} ${tokens[place].text.trim()}`;
-  figures.attended.show(bars(top.flatMap(([withG, without, place]) => [[name(place), withG], ["without G", without]]),
+  figures.attended.show(bars(top.flatMap(([withG, without, place]) => [[name(place), withG], ["without G", without, 1]]),
     { title: "What this token attends to", most: 1, label: 110 }),
   `What token ${row} attends to most with G, and how much without.`);
 }
@@ -104,7 +105,8 @@ export function start() {
   $("without-g").append(figures.without.element);
   $("attended").append(figures.attended.element);
   choices();
-  $("rank").max = model.largest_rank || 1;
+  const step = model.rank_step ?? 1;
+  Object.assign($("rank"), { min: step, step, max: model.largest_rank || step, value: state.rank });
   $("rank-field").hidden = !model.largest_rank;
   $("compare").addEventListener("click", () => compare());
   $("token").addEventListener("input", () => attention && token(Number($("token").value)));
@@ -113,8 +115,8 @@ export function start() {
     if (!file) return;
     try {
       report("");
-      const { operator, name } = await upload("operators", file);
-      uploads.set(operator, name);
+      const { operator } = await upload("operators", file);
+      uploads.set(operator, file.name);
       set({ compared: [...compared(), operator].join(",") });
       choices();
       compare();

@@ -21,8 +21,8 @@ const generate = latest(async (signal, known = []) => {
   busy(true);
   status("…");
   const body = {
-    prompt: ids ? null : state.prompt, ids, operator: state.operator, max_new_tokens: state.max_new_tokens, temperature: state.temperature,
-    top_k: state.top_k || null, top_p: state.top_p, repetition_penalty: state.repetition_penalty, seed: state.seed,
+    prompt: ids ? null : state.prompt, ids, operator: state.operator, max_new_tokens: state.max_new_tokens, ...sampling(),
+    repetition_penalty: state.repetition_penalty, seed: state.seed,
   };
   try {
     for await (const said of stream("generate", body, signal)) {
@@ -38,6 +38,12 @@ const generate = latest(async (signal, known = []) => {
   }
 });
 
+/** Greedy unless one of the three is given. */
+function sampling() {
+  const drawn = state.temperature > 0;
+  return { temperature: drawn ? state.temperature : null, top_k: (drawn && state.top_k) || null, top_p: drawn ? state.top_p : null };
+}
+
 function busy(is) {
   $("stop").disabled = !is;
   $("written").setAttribute("aria-busy", is);
@@ -46,12 +52,14 @@ function busy(is) {
 function add(token) {
   const place = tokens.push(token) - 1;
   const written = token.logprob !== undefined && token.logprob !== null;
-  const button = make("button", {
-    type: "button", class: written ? "token" : "token given", tabindex: place ? -1 : 0,
-    onclick: () => {
-      held = current !== place || !held;
-      show(place);
-    },
+  const pick = () => {
+    held = current !== place || !held;
+    show(place);
+  };
+  const button = make("span", { // a button's text would not wrap as a line of text does
+    role: "button", class: written ? "token" : "token given", tabindex: place ? -1 : 0,
+    onclick: pick,
+    onkeydown: (event) => ["Enter", " "].includes(event.key) && (event.preventDefault(), pick()),
     onpointerenter: () => held || show(place),
     onfocus: () => held || show(place),
   }, token.text);
