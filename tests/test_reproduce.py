@@ -24,7 +24,7 @@ from pldr.study.sdpa import with_llama_attention
 TOY = Size(
     {"model": {"config": TINY}, "optimization": {"steps": 4, "batch_size": 4, "warmup_steps": 3, "learning_rate": 3e-3,
                                                  "precision": "fp32"}},
-    seeds=(1, 2), cell_seeds=(1, 2), rates=(2e-3, 3e-3), length=32, passages=6, generated=4,
+    seeds=(1, 2), cell_seeds=(1, 2), rates=(2e-3, 3e-3), extensions=2, length=32, passages=6, generated=4,
     cells=({"units": 1}, {"rate": 1e30}, {"data": 50}),
 )  # fmt: skip
 DIVERGES = {"optimization.learning_rate": 1e30, "optimization.clip_value": None}

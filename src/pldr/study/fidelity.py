@@ -137,7 +137,7 @@ def _controls(
     assert loaded is not None
     varies, tokenizer = loaded
     its = dataclasses.replace(lab, data=default_data("tiny")).passages(tokenizer, _CONTROL_TEXTS)[:, : prompts.shape[1]]
-    of = {"untrained": (untrained, prompts[:_CONTROL_TEXTS]), "trained for 140 steps": (varies, its)}
+    of = {"untrained": (untrained, prompts[:_CONTROL_TEXTS]), f"trained for {size.usual.steps} steps": (varies, its)}
     return {
         name: along_generation(control, continuations(control, texts, shown[-1]), texts.shape[1], shown)
         for name, (control, texts) in of.items()

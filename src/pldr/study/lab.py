@@ -66,6 +66,7 @@ class Size:
         seeds: of each variant that is compared.
         cell_seeds: of each cell of the map of invariance.
         rates: peak rates that each operator is first tried at, in rising order.
+        extensions: how often these go on by a factor of two, where the best one lies at an edge.
         length: tokens of a sequence.
         passages: held out, to measure on.
         generated: tokens that texts are continued by, where outputs are followed.
@@ -76,6 +77,7 @@ class Size:
     seeds: tuple[int, ...]
     cell_seeds: tuple[int, ...]
     rates: tuple[float, ...]
+    extensions: int
     length: int
     passages: int
     generated: int
@@ -103,7 +105,7 @@ SIZES = {
                         "max_position_embeddings": 128, "metric_learner_units": 4, "metric_learner_width": 64}},
             steps=140, batch_size=16, learning_rate=4e-3, warmup_steps=60, precision="fp32",
         ),
-        seeds=(1, 2), cell_seeds=(1, 2), rates=(4e-3, 8e-3), length=64, passages=32, generated=32,
+        seeds=(1, 2), cell_seeds=(1, 2), rates=(4e-3, 8e-3), extensions=0, length=64, passages=32, generated=32,
         cells=({"rate": 8e-3}, {"rate": 3e-2, "warmup": 5}, {"units": 8}),
     ),
     "small": Size(
@@ -112,7 +114,7 @@ SIZES = {
                         "max_position_embeddings": 512, "metric_learner_units": 16, "metric_learner_width": 64}},
             steps=1200, batch_size=64, learning_rate=8e-3, warmup_steps=700, precision="bf16", compile=True,
         ),
-        seeds=(1, 2, 3, 4, 5), cell_seeds=(1, 2, 3), rates=(1e-3, 2e-3, 4e-3, 8e-3),
+        seeds=(1, 2, 3, 4, 5), cell_seeds=(1, 2, 3), rates=(1e-3, 2e-3, 4e-3, 8e-3), extensions=2,
         length=256, passages=32, generated=256,
         cells=(
             *({"rate": rate} for rate in (1e-3, 2e-3, 4e-3, 1.6e-2)), *({"warmup": warmup} for warmup in (50, 300)),
@@ -122,7 +124,7 @@ SIZES = {
     ),
     "paper": Size(
         {"model": {"preset": "v51-110M-1"}, "optimization": {"warmup_steps": 2000, "compile": True}},
-        seeds=(1, 2, 3, 4, 5), cell_seeds=(1, 2, 3), rates=(3e-4, 6e-4, 1.2e-3, 2.4e-3),
+        seeds=(1, 2, 3, 4, 5), cell_seeds=(1, 2, 3), rates=(3e-4, 6e-4, 1.2e-3, 2.4e-3), extensions=1,
         length=1024, passages=32, generated=256,
         cells=tuple({"rate": rate, "warmup": warmup} for rate in (3e-4, 1e-3, 1.2e-3) for warmup in (2000, 4000, 8000)
                     if (rate, warmup) != (1e-3, 2000)),

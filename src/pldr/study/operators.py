@@ -14,7 +14,7 @@ from pldr.evaluation.modes import frozen_copy
 from pldr.modeling_pldr import PldrAttention, PldrForCausalLM
 from pldr.operator import freeze, stored_operator
 from pldr.plots import plot_curves
-from pldr.recipe import DAG_TENSORS
+from pldr.recipe import DAG_TENSORS, load_recipe
 from pldr.study.lab import COLLAPSED_GAIN, Finding, Lab, Verdict, is_healthy, mean_loss, state_of, table
 from pldr.study.significance import LEVEL, Difference, hedges_g, holm, paired, permutation_p, welch
 from pldr.study.timing import seconds_per_step
@@ -22,8 +22,6 @@ from pldr.study.timing import seconds_per_step
 # Losses within this (nats per token) are equivalent: two percent of perplexity, and a sixth of the 0.125 by which learned and
 # identity operators differed in the runs of 2026-11-23, which came before this was set.
 MARGIN = 0.02
-# How often a sweep whose best rate lies at its edge goes on there, by a factor of two.
-_EXTENSIONS = 2
 # The operator that is ordinary attention; and that with as many parameters as the learned one has.
 _ORDINARY, _WIDE = "identity", "wider identity"
 
@@ -61,7 +59,7 @@ def sweep(lab: Lab, variants: dict[str, Changes]) -> dict[str, Sweep]:
     """Each variant at the size's rates, and beyond them while the best one is the last on its side."""
     seed = lab.size.seeds[0]
     rates = {kind: list(lab.size.rates) for kind in variants}
-    for turn in range(_EXTENSIONS + 1):
+    for turn in range(lab.size.extensions + 1):
         lab.train({
             lab.run_name(kind, rate, seed): _at(changes, rate, seed)
             for kind, changes in variants.items() for rate in rates[kind]
@@ -71,7 +69,7 @@ def sweep(lab: Lab, variants: dict[str, Changes]) -> dict[str, Sweep]:
             for kind, own in rates.items()
         }
         further = {kind: each.next_rate for kind, each in found.items() if each.next_rate is not None}
-        if not further or turn == _EXTENSIONS:
+        if not further or turn == lab.size.extensions:
             break
         for kind, rate in further.items():
             rates[kind].append(rate)
@@ -146,7 +144,7 @@ def ablation(lab: Lab) -> Finding:
 
 
 _CHOICE = (
-    "Each was tried with one seed at these rates, and further by factors of two where the best lay at an edge (twice at most); chosen is "
+    "Each was tried with one seed at these rates, and further by factors of two where the best lay at an edge (as often as the size allows); chosen is "
     "the lowest loss on the first half of the validation text."
 )
 _METHOD = (
@@ -155,7 +153,7 @@ _METHOD = (
     f"unequal, corrected by Holm for their number: below {LEVEL:g} two operators are told apart. The exact permutation test stands beside it."
 )
 _TIME = (
-    "Seconds a step, alone on the device (median of 9): {learned:.4f} learned, {identity:.4f} identity. At equal time: the validation loss "
+    "Seconds a step, alone on the device (median of 5 blocks of 5): {learned:.4f} learned, {identity:.4f} identity. At equal time: the validation loss "
     "in the logs (linear between evaluations) of the dearer one where the cheaper one's run ended. That favours the cheaper one, whose rate "
     "had come down by then."
 )
@@ -255,11 +253,13 @@ def _shown_difference(difference: Difference) -> str:
 def _times(lab: Lab, found: dict[str, list[Found]]) -> dict[str, float]:
     """Seconds a step of the first healthy run of each, trained where runs are."""
     device, models = "cuda" if torch.cuda.is_available() else "cpu", {}
-    for kind, rows in found.items():
-        loaded = lab.load(next(row["run"] for row in rows if is_healthy(row)))
+    names = {kind: next(row["run"] for row in rows if is_healthy(row)) for kind, rows in found.items()}
+    for kind, name in names.items():
+        loaded = lab.load(name)
         assert loaded is not None
         models[kind] = loaded[0].to(device)
-    return seconds_per_step(models, lab.size.recipe, lab.size.length)
+    recipe = load_recipe(lab.runs / f"{names['learned']}.yaml")
+    return seconds_per_step(models, recipe.optimization, lab.size.length)
 
 
 def loss_at(log: list[dict[str, Any]], step: float) -> float:

@@ -4,7 +4,7 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -12,12 +12,18 @@ from transformers import PreTrainedTokenizerFast
 from pldr.evaluation.modes import OperatorModes
 from pldr.generation import Generation, generate_text
 from pldr.modeling_pldr import PldrForCausalLM
+from pldr.recipe import OptimizationRecipe
+from pldr.training.graph import GraphedStep
+from pldr.training.optimizer import BoundedAdamW
 from pldr.training.trainer import compile_layers
 
 # What is kept between tokens, for people; where G_LM then comes from; and how `generate_text` calls it.
 _CACHES = (("no cache", "learned", "none"), ("KV", "cached", "kv"), ("KV+G", "cached", "kv+g"), ("frozen G", "frozen", "kv"))  # fmt: skip
 # The same by the engine: of a model in a mode of its own, keys are kept in fewer dimensions.
 _ENGINES = (("engine", "frozen", None), ("engine, fewer dimensions", "compressed", None))
+
+# Steps of training that are timed at once, and how often. The first block must hold the calls before a graph is captured.
+_BLOCK, _BLOCKS = 5, 5
 
 
 class TimedText(NamedTuple):
@@ -59,42 +65,52 @@ def generations(
     return rows
 
 
-def seconds_per_step(models: dict[str, PldrForCausalLM], recipe: dict[str, Any], length: int) -> dict[str, float]:
-    """Of each model a step's seconds (forward, backward, AdamW), as a recipe trains; median of 9, in turn with the others.
+def seconds_per_step(models: dict[str, PldrForCausalLM], recipe: OptimizationRecipe, length: int) -> dict[str, float]:
+    """Of each model a step's seconds (forward, backward, AdamW) as the recipe trains: median of 5 blocks, in turn with the others'.
 
     Args:
         models: by name, all on the device of the training; their weights change.
-        recipe: in the terms of a recipe; its batch, precision and compilation count.
+        recipe: its batch, precision, compilation and graphs count.
         length: tokens of a sequence.
     """
-    optimization = recipe["optimization"]
-    steps = {name: _step(model, optimization, length) for name, model in models.items()}
-    for step in steps.values():
-        for _ in range(3):  # compiles, and fills caches
-            step()
+    steps = {name: _step(model, recipe, length) for name, model in models.items()}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(9):
+    for turn in range(_BLOCKS + 1):
         for name, step in steps.items():
             start = time.perf_counter()
-            step()
-            seconds[name].append(time.perf_counter() - start)
+            losses = [step() for _ in range(_BLOCK)]
+            float(losses[-1])  # waits for the device, which runs behind the host till then, as in training
+            if turn:  # the first compiles, captures and fills caches
+                seconds[name].append((time.perf_counter() - start) / _BLOCK)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def _step(model: PldrForCausalLM, optimization: dict[str, Any], length: int) -> Callable[[], float]:
+def _step(model: PldrForCausalLM, recipe: OptimizationRecipe, length: int) -> Callable[[], torch.Tensor]:
+    """A step on tokens that are drawn once."""
     model.train()
-    if optimization.get("compile", False) and model.device.type == "cuda":
+    device, on_gpu = model.device, model.device.type == "cuda"
+    if recipe.compile and on_gpu:
         compile_layers(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
-    ids = torch.randint(4, model.config.vocab_size, (optimization.get("batch_size", 32), length + 1)).to(model.device)
-    half = optimization.get("precision", "bf16") == "bf16"
+    graphed = on_gpu and recipe.cuda_graph == "auto" and not recipe.gradient_checkpointing and recipe.accumulation == 1
+    ids = torch.randint(4, model.config.vocab_size, (recipe.batch_size, length + 1)).to(device)
 
-    def step() -> float:
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=half):
-            loss = model(ids[:, :-1], shift_labels=ids[:, 1:], use_cache=False, return_logits=False).loss
+    def gradients(batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor]:
+        inputs, targets = batch["ids"][:, :-1], batch["ids"][:, 1:]
+        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+            loss = model(inputs, shift_labels=targets, use_cache=False, return_logits=False).loss
         loss.backward()
+        return (loss.detach(),)
+
+    forward_and_backward = GraphedStep(gradients, model.parameters())
+    optimizer = BoundedAdamW(model.parameters(), recipe, graphed=graphed)
+    nothing_infinite = torch.zeros((), device=device)
+
+    def step() -> torch.Tensor:
+        model.zero_grad()
+        (loss,) = forward_and_backward({"ids": ids}) if graphed else gradients({"ids": ids})
+        optimizer.gradients_stay = forward_and_backward.replayed
+        optimizer.found_inf = nothing_infinite
         optimizer.step()
-        optimizer.zero_grad()
-        return float(loss.detach())  # waits for the device
+        return loss
 
     return step
