@@ -50,7 +50,7 @@ _PUBLIC = {
     "reproduce": "study.claims",
     "run_demo": "study.demo",
     "serve": "serving.server",
-    "studio": "studio.server",
+    "run_studio": "studio.server",
     "export": "integrations.export",
     "STORIES": "models.shipped",
     "HELD_OUT": "models.shipped",

@@ -465,7 +465,7 @@ def studio(
     dtype: Dtype = "auto",
 ) -> None:
     """See the operator at work in a browser: write, switch operators, certify."""
-    _call("studio", locals())
+    _call("run_studio", locals())
 
 
 @_verb("plot runs/laptop")

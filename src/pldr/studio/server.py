@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 
 
-def studio(
+def run_studio(
     model: str | os.PathLike[str] | None = None,
     *,
     run: Sequence[str | os.PathLike[str]] = (),

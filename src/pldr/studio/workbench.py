@@ -303,9 +303,7 @@ class Workbench:
         return float(losses_of(model(rows, use_cache=False).logits.float(), rows).mean())
 
     def _first(self, ids: list[int], length: int | None) -> list[int]:
-        """Raises ValueError: no token, or no such length."""
-        if not ids:
-            raise ValueError("text: write something; an operator needs at least one token")
+        """Raises ValueError: no such length."""
         if length is not None and not 1 <= length <= len(ids):
             raise ValueError(f"length: must be between 1 and the text's {len(ids)} tokens, got {length}")
         return ids[:length]
