@@ -18,7 +18,7 @@ from pldr.data.rows import read_passages
 from pldr.data.sources import Source
 from pldr.deductive import deductive_outputs, log_determinant, numerical_rank
 from pldr.engine import Engine, Options
-from pldr.engine.text import TokenTexts
+from pldr.engine.text import TokenTexts, continuation
 from pldr.modeling_pldr import PldrForCausalLM
 from pldr.models.shipped import HELD_OUT
 from pldr.operator import DeductiveOutputs, factor, freeze, stored_operator
@@ -274,7 +274,7 @@ class Workbench:
     ) -> dict[str, Any]:  # fmt: skip
         begun = time.perf_counter()
         steps = self.generate(ids, operator, Options(max_new_tokens=count, logprobs=True, top_logprobs=1))
-        text = "".join(step["text"] for step in steps if "text" in step)
+        text = continuation(self.tokenizer, ids, [step["id"] for step in steps if "id" in step])
         with self.lock:
             log = self._next(ids, operator)
             top = log.topk(10)
