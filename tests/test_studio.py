@@ -390,6 +390,16 @@ class TestTheDoor:
         assert "unsafe" not in policy
         assert answer.headers["x-content-type-options"] == "nosniff"
 
+    def test_pages_that_may_frame_it(self, bench):
+        for frames, said in (
+            ((), "'none'"),
+            (("https://a.example", "https://b.example"), "https://a.example https://b.example"),
+        ):
+            page = Page(bench)
+            page.app = make_app(page.studio, {"127.0.0.1"}, frames)
+            policy = page.send("GET", "/").headers["content-security-policy"]
+            assert policy.endswith(f"frame-ancestors {said}")
+
     def test_a_script_in_a_prompt_comes_back_as_text(self, page):
         answer = page.post("operator", 422, text="<script>alert(1)</script>" * 50, layer=0, head=0, operator="learned")
         assert answer.headers["content-type"] == "application/json"
@@ -436,3 +446,10 @@ def test_a_run_that_is_none(run, tmp_path):
     code, _, err = run("studio", "--run", tmp_path, "--no-browser")
     assert code == 1
     assert err.startswith(f"pldr: --run: {tmp_path} has no log.jsonl")
+
+
+@pytest.mark.parametrize("origin", ["a.example", "https://a.example; script-src *", "https://a.example/page"])
+def test_what_is_no_origin(run, origin):
+    code, _, err = run("studio", "--allow-frame", origin, "--no-browser")
+    assert code == 1
+    assert err.startswith("pldr: --allow-frame: must be an origin")

@@ -457,6 +457,7 @@ def studio(
     host: Annotated[str, Option(help="Where to listen; there is no password.")] = "127.0.0.1",
     port: Annotated[int, Option(help="0 takes a free one.")] = 8600,
     allow_host: Annotated[list[str] | None, Option(help="Further name of the server; may be repeated.")] = None,
+    allow_frame: Annotated[list[str] | None, Option(help="Origin of pages that may frame it; may be repeated.")] = None,
     open_browser: Annotated[bool, Option("--open-browser/--no-browser", help="Open the page.")] = True,
     tokenizer: Tokenizer = None,
     rope: Rope = None,

@@ -6,7 +6,7 @@ import logging
 import secrets
 import tempfile
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -146,8 +146,8 @@ class Studio:
             job.close()
 
 
-def make_app(studio: Studio, hosts: set[str]) -> Door:
-    """The page and what it asks for, to requests that name one of `hosts`."""
+def make_app(studio: Studio, hosts: set[str], frames: Sequence[str] = ()) -> Door:
+    """The page and what it asks for; `hosts` and `frames` as of `Door`."""
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     _add_errors(app)
     _add_endpoints(app, studio)
@@ -158,7 +158,7 @@ def make_app(studio: Studio, hosts: set[str]) -> Door:
         return FileResponse(PAGE / "index.html")
 
     app.mount("/", StaticFiles(directory=PAGE))
-    return Door(app, hosts)
+    return Door(app, hosts, frames)
 
 
 def _add_errors(app: FastAPI) -> None:

@@ -1,18 +1,15 @@
 """What stands before the studio: it answers pages of its own alone, and reads no more than it must."""
 
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 # Bytes of a request's body, and of an operator's file.
 _BODY, OPERATOR_BODY = 1 << 20, 32 << 20
 OPERATORS = "/api/operators"
-_POLICY = (
-    "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; base-uri 'none'; form-action 'none'; "
-    "frame-ancestors 'none'"
-)
+_POLICY = "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; base-uri 'none'; form-action 'none'"
 _HEADERS = [
-    (b"content-security-policy", _POLICY.encode()), (b"x-content-type-options", b"nosniff"),
+    (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"), (b"cross-origin-resource-policy", b"same-origin"),
     (b"cross-origin-opener-policy", b"same-origin"), (b"cache-control", b"no-cache"),
 ]  # fmt: skip
@@ -28,10 +25,13 @@ class Door:
     Args:
         app: the other.
         hosts: names that the server may be called by, without ports.
+        frames: origins whose pages may show this one within them.
     """
 
-    def __init__(self, app: Callable[..., Awaitable[None]], hosts: set[str]) -> None:
+    def __init__(self, app: Callable[..., Awaitable[None]], hosts: set[str], frames: Sequence[str] = ()) -> None:
         self.app, self.hosts = app, {host.lower() for host in hosts}
+        policy = f"{_POLICY}; frame-ancestors " + (" ".join(frames) or "'none'")
+        self.headers = [*_HEADERS, (b"content-security-policy", policy.encode())]
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -41,7 +41,7 @@ class Door:
 
         async def answer(message: Any) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), *_HEADERS]
+                message["headers"] = [*message.get("headers", ()), *self.headers]
             await send(message)
 
         refused = self._refusal(scope, headers)

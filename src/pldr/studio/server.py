@@ -1,11 +1,12 @@
 """`pldr studio`: the page in a browser, from the first line in the terminal to Ctrl-C."""
 
 import os
+import re
 import socket
 import sys
 import threading
 import webbrowser
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from pldr.files import require
 from pldr.serving.sockets import bound
 
 if TYPE_CHECKING:
+    from pldr.studio.app import Studio
     from pldr.studio.workbench import Workbench
 
 _LOOPBACK = {"127.0.0.1", "localhost", "::1"}
@@ -26,6 +28,7 @@ def run_studio(
     host: str = "127.0.0.1",
     port: int = 8600,
     allow_host: Sequence[str] = (),
+    allow_frame: Sequence[str] = (),
     open_browser: bool = True,
     tokenizer: str | os.PathLike[str] | None = None,
     rope: str | None = None,
@@ -39,7 +42,8 @@ def run_studio(
         model: see `pldr.load_model`; the one that ships with pldr by default.
         run: output folders of `pldr train` whose curves the page may show.
         host, port: where to listen; port 0 takes a free one. Whoever reaches it may use the model: there is no password.
-        allow_host: further names that requests may call the server by, where a proxy stands before it.
+        allow_host: further names that requests may call the server by: a proxy's, or this machine's own in a network.
+        allow_frame: origins (https://NAME) whose pages may show this one within them.
         open_browser: open the page.
         tokenizer, rope, g_lm, device, dtype: see `pldr.load_model`.
 
@@ -50,6 +54,9 @@ def run_studio(
     require("studio", "fastapi", "uvicorn")
     if not 0 <= port <= 65535:
         raise ValueError(f"port: must be between 0 and 65535, got {port}")
+    for origin in allow_frame:
+        if not re.fullmatch(r"https?://[\w.:-]+", origin, re.ASCII):
+            raise ValueError(f"allow_frame: must be an origin such as https://huggingface.co, got {origin!r}")
     runs = _runs(run)
     listening = bound(host, port)
     port = listening.getsockname()[1]
@@ -57,22 +64,20 @@ def run_studio(
     sys.stderr.write(f"pldr studio: {url} (Ctrl-C ends it)\n")
     sys.stderr.flush()
 
+    from pldr.studio.app import Studio, make_app
+
     options = {"device": device, "dtype": dtype, "rope": rope, "g_lm": g_lm}
+    state = Studio(lambda: _loaded(model, tokenizer, options), runs, __version__)
     hosts = {host, *allow_host} | (_LOOPBACK if host in _LOOPBACK else set())
-    _answer(listening, lambda: _loaded(model, tokenizer, options), runs, hosts, url if open_browser else None)
+    _answer(listening, state, make_app(state, hosts, allow_frame), url if open_browser else None)
 
 
-def _answer(
-    listening: socket.socket, load: "Callable[[], Workbench]", runs: dict[str, Path], hosts: set[str], url: str | None
-) -> None:
+def _answer(listening: socket.socket, state: "Studio", app: Any, url: str | None) -> None:
     """Until Ctrl-C. Raises what kept the model from being loaded."""
     import uvicorn
 
-    from pldr.studio.app import Studio, make_app
-
-    state = Studio(load, runs, __version__)
     config = uvicorn.Config(
-        make_app(state, hosts), log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=2
+        app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=2
     )
     server = uvicorn.Server(config)
 
