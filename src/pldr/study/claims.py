@@ -6,6 +6,7 @@ only once) and measures trained models. What is found is reported whether it bea
 
 import math
 import os
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from pldr.study.invariance import invariance
 from pldr.study.lab import INVARIANT_LOSS, SIZES, Finding, Lab, Verdict, default_data, mean_loss, table
 from pldr.study.operators import ablation, handoff
 from pldr.study.sdpa import sdpa
+from pldr.study.significance import LEVEL, paired
 from pldr.study.timing import generations
 
 # Log-likelihoods of an ending, some 16 tokens, that differ by no more than this (nats) count as the same.
@@ -170,42 +172,55 @@ def transfer(lab: Lab) -> Finding:
     rows = lab.passages(tokenizer, lab.size.passages + 1)
     calibration, rows = rows[:1], rows[1:]
     G_LM = stored_operator(frozen_copy(model, calibration))
-    generator = torch.Generator().manual_seed(0)
-    random = {
-        "normal": torch.randn(G_LM.shape, generator=generator).to(G_LM),
-        "uniform": torch.rand(G_LM.shape, generator=generator).to(G_LM),
-    }
-    scale = G_LM.square().mean((-1, -2), keepdim=True).sqrt()
-    own = "its own, frozen (v51Gi)"
-    variants = {
-        own: G_LM,
-        "its own, heads in another order": G_LM.roll(1, 1),
-        "identity": torch.eye(G_LM.shape[-1]).to(G_LM).expand_as(G_LM),
-        **{f"random {kind}": value for kind, value in random.items()},
-        **{
-            f"random {kind}, scaled to its own RMS": value * scale / value.square().mean().sqrt()
-            for kind, value in random.items()
-        },
-    }
-    loss = mean_loss(model, rows)
+    own, variants = "its own, frozen (v51Gi)", _other_operators(G_LM, lab.size.seeds)
+    learned = [mean_loss(model, row[None]) for row in rows]
+    loss = statistics.fmean(learned)
     gain = mean_loss(model, rows.reshape(-1, 2)) - loss
-    losses = {name: mean_loss(frozen_copy(model, G_LM=value), rows) for name, value in variants.items()}
-    kept = abs(losses[own] - loss)
-    harm = min(value - loss for name, value in losses.items() if name != own)
-    confirmed = kept <= INVARIANT_LOSS and harm > 100 * max(kept, INVARIANT_LOSS)
+    kept = paired(learned, _losses(model, G_LM, rows))
+    assert kept is not None  # there are two passages
+    losses = {own: [loss + kept.value]} | {
+        name: [statistics.fmean(_losses(model, each, rows)) for each in draws] for name, draws in variants.items()
+    }
+    harm = min(value - loss for name, values in losses.items() if name != own for value in values)
+    p, (low, high) = kept.p_equivalent(INVARIANT_LOSS), kept.interval(2 * LEVEL)
+    confirmed = p < LEVEL and harm > 100 * max(abs(kept.value), INVARIANT_LOSS)
     return Finding(
         "The learned operator replaces its network, and no other does",
         Verdict.CONFIRMED if confirmed else Verdict.NOT_CONFIRMED,
-        f"its own operator as a constant moves the loss by {kept:.1e} nats per token, every other one by at least {harm:.2f}",
+        f"its own operator as a constant moves the loss by {kept.value:+.1e} nats per token (90% interval {low:+.1e} to {high:+.1e}; "
+        f"equivalent within {INVARIANT_LOSS:g} with p = {p:.2g}), every other one by at least {harm:.2f}",
         [
             f"Held-out loss of the trained weights with each constant, {len(rows)} passages of {rows.shape[1]} tokens. The "
-            f"model itself: {loss:.4f}; its context gains it {gain:.2f} nats over one token of context.",
-            table(["G_LM", "loss", "against the model"],
-                  [[name, f"{value:.4f}", f"{value - loss:+.1e}"] for name, value in losses.items()]),
+            f"model itself: {loss:.4f}; its context gains it {gain:.2f} nats over one token of context. Equivalence is tested over "
+            f"passages, by two one-sided tests with the margin that also says whether a run is invariant, {INVARIANT_LOSS:g} nats. "
+            f"Random operators, uniform as published and normal, were drawn {len(lab.size.seeds)} times each.",
+            table(["G_LM", "loss", "against the model, least to most"],
+                  [[name, f"{statistics.fmean(values):.4f}", " to ".join(f"{value - loss:+.1e}" for value in dict.fromkeys((min(values), max(values))))]
+                   for name, values in losses.items()]),
         ],
-        {"loss": loss, "gain": gain, "losses": losses},
+        {"loss": loss, "gain": gain, "losses": losses, "kept": kept.to_json() | {"p_equivalent": p, "margin": INVARIANT_LOSS}},
         subject=lab.model.name,
     )  # fmt: skip
+
+
+def _other_operators(G_LM: torch.Tensor, seeds: Sequence[int]) -> dict[str, list[torch.Tensor]]:
+    """What is tried in the place of a model's own G_LM [L, H, D, D]; random ones once for each seed."""
+    scale = G_LM.square().mean((-1, -2), keepdim=True).sqrt()
+    found = {
+        "its own, heads in another order": [G_LM.roll(1, 1)],
+        "identity": [torch.eye(G_LM.shape[-1]).to(G_LM).expand_as(G_LM)],
+    }
+    for kind, draw in (("uniform", torch.rand), ("normal", torch.randn)):
+        drawn = [draw(G_LM.shape, generator=torch.Generator().manual_seed(seed)).to(G_LM) for seed in seeds]
+        found[f"random {kind}"] = drawn
+        found[f"random {kind}, scaled to its own RMS"] = [each * scale / each.square().mean().sqrt() for each in drawn]
+    return found
+
+
+def _losses(model: PldrForCausalLM, G_LM: torch.Tensor, rows: torch.Tensor) -> list[float]:
+    """Passage by passage, with a constant operator."""
+    frozen = frozen_copy(model, G_LM=G_LM)
+    return [mean_loss(frozen, row[None]) for row in rows]
 
 
 # --- all of them ----------------------------------------------------------------------------------------------------
