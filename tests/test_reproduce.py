@@ -8,10 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from matplotlib.image import imread
 
 from helpers import TINY, assert_close, fails
 from pldr.deductive import deductive_outputs
 from pldr.operator import DeductiveOutputs
+from pldr.plots import plot_curves
 from pldr.recipe import load_recipe
 from pldr.study.claims import run_claim
 from pldr.study.fidelity import along_generation, decimals
@@ -468,6 +470,18 @@ def test_recipes_of_every_size_are_valid(size, tmp_path):
     assert SIZES[size].rates == tuple(sorted(SIZES[size].rates))
     for differs in SIZES[size].cells:
         assert SIZES[size].usual._replace(**differs) != SIZES[size].usual
+
+
+def test_pictures_have_no_background_of_their_own(tmp_path):
+    """Pages are light or dark; what is no data is of a grey that reads on both."""
+    log = [{"step": step, "loss": 1.0 + step, "eval_loss": 2.0, "eval_accuracy": 0.5} for step in (1, 2)]
+    plot_curves({"learned": [log]}, tmp_path / "curves.png")
+    pixels = imread(tmp_path / "curves.png")  # [height, width, red green blue alpha], 0 to 1
+    assert pixels[0, 0, 3] == 0
+    drawn = pixels[pixels[..., 3] == 1][:, :3]
+    grey = drawn[(drawn.max(1) - drawn.min(1)) < 0.02]
+    assert len(grey) > 100
+    assert 0.4 < grey.min() <= grey.max() < 0.6
 
 
 def test_table():

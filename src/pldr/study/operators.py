@@ -134,7 +134,7 @@ def ablation(lab: Lab) -> Finding:
             "Chosen like that, with every seed, on the other half:",
             _comparison_table(found, compared, "learned"),
             _METHOD,
-            "Learned against ordinary attention: " + "; ".join(ordinary) + ".",
+            "Learned against ordinary attention, corrected by Holm over the three: " + "; ".join(ordinary) + ".",
             _TIME.format(**numbers["seconds_per_step"]) if numbers.get("seconds_per_step") else "",
             "![curves](curves.png)",
         ],
