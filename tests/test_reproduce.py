@@ -14,7 +14,7 @@ from helpers import TINY, assert_close, fails
 from pldr.deductive import deductive_outputs
 from pldr.operator import DeductiveOutputs
 from pldr.plots import plot_curves
-from pldr.recipe import load_recipe
+from pldr.recipe import OptimizationRecipe, load_recipe
 from pldr.study.claims import run_claim
 from pldr.study.fidelity import along_generation, decimals
 from pldr.study.invariance import best_rule, find_condition, known_before, trajectory
@@ -22,6 +22,7 @@ from pldr.study.lab import SIZES, Cell, Lab, Size, Verdict, default_data, state_
 from pldr.study.operators import MARGIN, Sweep, compare_runs, judge, loss_at, sweep
 from pldr.study.run import main as train_one
 from pldr.study.sdpa import with_llama_attention
+from pldr.study.timing import seconds_per_step
 
 TOY = Size(
     {"model": {"config": TINY}, "optimization": {"steps": 4, "batch_size": 4, "warmup_steps": 3, "learning_rate": 3e-3,
@@ -470,6 +471,15 @@ def test_recipes_of_every_size_are_valid(size, tmp_path):
     assert SIZES[size].rates == tuple(sorted(SIZES[size].rates))
     for differs in SIZES[size].cells:
         assert SIZES[size].usual._replace(**differs) != SIZES[size].usual
+
+
+def test_a_step_of_training_is_timed(small_model):
+    models = {"learned": small_model(), "identity": small_model(operator="constant")}
+    before = {name: model.lm_head.weight.detach().clone() for name, model in models.items()}
+    found = seconds_per_step(models, OptimizationRecipe(batch_size=2, precision="fp32"), 8)
+    assert list(found) == ["learned", "identity"]
+    assert min(found.values()) > 0
+    assert not any(torch.equal(before[name], model.lm_head.weight) for name, model in models.items())
 
 
 def test_pictures_have_no_background_of_their_own(tmp_path):

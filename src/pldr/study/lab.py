@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -157,6 +157,7 @@ class Lab:
     device: str = "cpu"
     say: Callable[[str], None] = lambda line: None
     command: str = ""
+    _halves: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     # --- training ---
 
@@ -238,15 +239,23 @@ class Lab:
         return rows.to(self.device)
 
     def halves(self, tokenizer: PreTrainedTokenizerFast) -> tuple[torch.Tensor, torch.Tensor]:
-        """`passages` rows of each half of the validation text, evenly spread: one to choose by, the other to report on."""
+        """`passages` rows of each half of the validation text, evenly spread: one to choose by, the other to report on.
+
+        They are read once for all runs, which share a tokenizer.
+        """
         data, count = DataRecipe(**self.data), self.size.passages
+        what = f"{self.data} {self.size.length} {count}"
+        if what in self._halves:
+            return self._halves[what]
         rows = read_passages(
             source_of(data, "validation"), tokenizer, self.size.length, _MOST_ROWS * count, streaming=data.streaming
         )
         if len(rows) < 2:
             raise ValueError("reproduce: the validation text must fill at least two rows, one for each of its halves")
         first, second = rows[: len(rows) // 2], rows[len(rows) // 2 :]
-        return tuple(half[:: max(1, len(half) // count)][:count].to(self.device) for half in (first, second))  # type: ignore[return-value]
+        one, other = (half[:: max(1, len(half) // count)][:count].to(self.device) for half in (first, second))
+        self._halves[what] = one, other
+        return one, other
 
     def load(self, name: str) -> tuple[PldrForCausalLM, PreTrainedTokenizerFast] | None:
         """A trained run's model and tokenizer; None if it diverged."""
