@@ -31,20 +31,28 @@ const certify = latest(async (signal) => {
 });
 
 function show({ verdict, reasons, numbers }, job) {
-  const numbersTable = make("table", {});
-  table(numbersTable, ["measured", "value"], flat(numbers).map(([name, value]) => [name.replaceAll("_", " "), value]));
+  const modes = make("table", {}), all = make("table", {});
+  table(modes, ["G_LM", "loss difference, nats per token", "its 95% interval", "same greedy tokens", "mean KL, nats"],
+    Object.entries(numbers.modes ?? {}).map(([name, mode]) =>
+      [name, short(mode.loss_difference), interval(mode.loss_interval ?? []), short(mode.agreement, 6), short(mode.kl_mean)]));
+  table(all, ["measured", "value"], flat(numbers).map(([name, value]) => [name.replaceAll("_", " "), value]));
   const file = (name, text) => make("a", { class: "download", href: `api/certify/${encodeURIComponent(job)}/${name}`, download: name }, text);
   $("verdict").replaceChildren(
-    make("h2", {}, verdict), make("ul", {}, ...reasons.map((reason) => make("li", {}, reason))),
-    make("div", { class: "scroll" }, numbersTable),
-    make("p", { class: "actions" }, ...(numbers.certified ? [file("model.zip", "Frozen model")] : []), file("certificate.json", "Certificate")));
+    make("h2", { class: numbers.certified ? "verdict" : "verdict no" }, verdict[0].toUpperCase() + verdict.slice(1)),
+    make("ul", {}, ...reasons.map((reason) => make("li", {}, reason))),
+    make("p", { class: "quiet" }, `On ${short(numbers.tokens)} tokens, with G cached from the start of each passage and with one constant G, against the learned one.`),
+    make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Measured" }, modes),
+    make("p", { class: "actions" }, ...(numbers.certified ? [file("model.zip", "Frozen model")] : []), file("certificate.json", "Certificate")),
+    make("details", {}, make("summary", {}, "Everything measured"), all));
 }
+
+const interval = (pair) => `[${pair.map((one) => short(one)).join(", ")}]`;
 
 /** Nested numbers as lines: names joined, an interval in brackets. */
 function flat(numbers, before = "") {
   return Object.entries(numbers).flatMap(([name, value]) => {
     const whole = before ? `${before}, ${name}` : name;
-    if (Array.isArray(value)) return [[whole, `[${value.map((one) => short(one)).join(", ")}]`]];
+    if (Array.isArray(value)) return [[whole, interval(value)]];
     return value && typeof value === "object" ? flat(value, whole) : [[whole, short(value, 4)]];
   });
 }

@@ -22,7 +22,7 @@ export function short(number, digits = 3) {
   if (!Number.isFinite(number)) return number > 0 ? "∞" : "−∞";
   if (Number.isInteger(number) && Math.abs(number) < 1e6) return String(number).replace("-", "−");
   const small = Math.abs(number) < 1e-3 && number !== 0;
-  return (small || Math.abs(number) >= 1e6 ? number.toExponential(digits - 2) : number.toPrecision(digits)).replace("-", "−");
+  return (small || Math.abs(number) >= 1e6 ? number.toExponential(digits - 2) : number.toPrecision(digits)).replaceAll("-", "−");
 }
 
 export function table(element, head, rows) {

@@ -121,12 +121,14 @@ export function lines(series, { title, x, y, log = false, mark = null }) {
     const shown = series.map((one) => ({ ...one, points: one.points.filter(([, value]) => Number.isFinite(value) && (!log || value > 0)) }));
     const points = shown.flatMap((one) => one.points);
     if (!points.length) return svg;
-    const across = d3.scaleLinear(d3.extent(points, (point) => point[0]), [margin.left, width - margin.right]);
-    const up = (log ? d3.scaleLog() : d3.scaleLinear()).domain(d3.extent(points, (point) => point[1]))
+    const [first, last] = d3.extent(points, (point) => point[0]);
+    const across = d3.scaleLinear([first, Math.max(last, first + 1)], [margin.left, width - margin.right]);
+    const [low, high] = d3.extent(points, (point) => point[1]), more = low === high ? Math.abs(low) / 2 || 1 : 0;
+    const up = (log ? d3.scaleLog() : d3.scaleLinear()).domain([low - more, high + more])
       .range([height - margin.bottom, margin.top]).nice();
     const axis = (place, made) => svg.append("g").attr("transform", place).call(made).attr("font-family", null).attr("font-size", 11)
       .call((group) => group.select(".domain").attr("stroke-opacity", 0.4));
-    axis(`translate(0,${height - margin.bottom})`, d3.axisBottom(across).ticks(Math.max(2, width / 90)).tickSizeOuter(0));
+    axis(`translate(0,${height - margin.bottom})`, d3.axisBottom(across).ticks(Math.min(width / 90, Math.max(1, last - first))).tickSizeOuter(0));
     axis(`translate(${margin.left},0)`, d3.axisLeft(up).ticks(5, log ? ".0e" : undefined).tickSizeOuter(0));
     svg.append("text").attr("x", width - margin.right).attr("y", height - 6).attr("text-anchor", "end").text(x);
     svg.append("text").attr("x", 0).attr("y", 12).text(y);
@@ -139,8 +141,12 @@ export function lines(series, { title, x, y, log = false, mark = null }) {
         .attr("cx", (point) => across(point[0])).attr("cy", (point) => up(point[1]))
         .append("title").text((point) => `${name} ${short(point[0])}: ${short(point[1])}`);
     });
-    if (shown.length > 1) shown.forEach(({ name }, index) => svg.append("text").attr("x", width - margin.right).attr("y", margin.top + 6 + 15 * index)
-      .attr("text-anchor", "end").attr("font-weight", 600).attr("fill", COLOURS[index]).text(name));
+    let right = width - margin.right;
+    if (shown.length > 1) [...shown].reverse().forEach(({ name }, index) => {
+      svg.append("text").attr("x", right).attr("y", 12).attr("text-anchor", "end").attr("font-weight", 600)
+        .attr("fill", COLOURS[shown.length - 1 - index]).text(name);
+      right -= 9 * name.length + 12;
+    });
     return svg;
   };
 }

@@ -85,7 +85,8 @@ function show(place) {
     $("alternatives").replaceChildren(make("h3", {}, quoted(token.text)), make("p", { class: "quiet" }, "Part of what was given."), goOn(token.id));
     return;
   }
-  const rows = token.top.map((other) => {
+  const others = token.top.some((other) => other.id === token.id) ? token.top : [...token.top, token];
+  const rows = others.map((other) => {
     const share = make("span", { class: "share", "aria-hidden": "true" });
     share.style.setProperty("--share", chance(other.logprob).toFixed(4));
     return make("li", { class: other.id === token.id ? "chosen" : "" },

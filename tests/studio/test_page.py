@@ -1,0 +1,348 @@
+"""The studio's page in a browser: what a reader does on each screen. Any error of the console or of a request fails a test.
+
+PLDR_SCREENSHOTS=folder keeps a picture of every screen, to be looked at.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import pldr
+
+playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright, which make test-clients has")
+expect = playwright.expect
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = [pytest.mark.clients, pytest.mark.skipif(BROWSER is None, reason="needs Chromium")]
+
+AXE = "axe-core@4.14.1"
+PATIENCE = 60_000  # milliseconds: other tests may run beside
+HOSTILE = '<img src=x onerror="document.title=1"><script>document.title=2</script>'
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a training that ended, as far as the studio reads it."""
+    folder = tmp_path_factory.mktemp("runs") / "ended"
+    folder.mkdir()
+    lines = [{"step": step, "loss": 9.0 / step} for step in range(1, 9)]
+    lines += [{"step": step, "eval_loss": 8.0 / step, "operator_variation": 10.0**-step} for step in (2, 4, 8)]
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    (folder / "config.json").write_text("{}", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(run):
+    command = [sys.executable, "-m", "pldr", "studio", "--port", "0", "--no-browser", "--run", str(run)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        found = re.search(r"http://\S+", line)
+        assert found, line
+        yield found[0]
+        process.terminate()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as player:
+        chromium = player.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def visit(browser, address):
+    """Opens the page with a fragment; in the end, nothing must have gone wrong but what a test says."""
+    contexts, wrong, expected = [], [], []
+
+    def open_page(fragment="", *, allow=None, **look):
+        context = browser.new_context(**({"viewport": {"width": 1280, "height": 900}} | look))
+        context.set_default_timeout(PATIENCE)
+        contexts.append(context)
+        expected.extend([allow] if allow else [])
+        page = context.new_page()
+        page.on("console", lambda said: said.type in ("error", "warning") and wrong.append(said.text))
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("requestfailed", lambda request: wrong.append(f"{request.url}: {request.failure}"))
+        page.goto(f"{address}#{fragment}")
+        expect(page.locator("#stage")).to_be_hidden(timeout=PATIENCE)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert [line for line in wrong if not any(allowed in line for allowed in expected)] == []
+
+
+def picture(page, name):
+    if folder := os.environ.get("PLDR_SCREENSHOTS"):
+        page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
+
+
+def written(page):
+    """Wait for the end of a text, and return its tokens."""
+    expect(page.locator("#write-status")).to_contain_text("tokens/s", timeout=PATIENCE)
+    return page.locator("#written .token").all_text_contents()
+
+
+def figure(page, name):
+    return page.locator("figure", has=page.get_by_role("heading", name=name, exact=True))
+
+
+class TestWrite:
+    def test_a_prompt_is_continued_and_goes_on_from_another_token(self, visit):
+        page = visit()
+        page.locator("#prompt").fill("The old house")
+        page.get_by_label("Operator", exact=True).select_option("frozen")
+        page.get_by_text("Sampling").click()
+        page.get_by_label("New tokens").fill("12")
+        page.get_by_label("Temperature").fill("0")
+        page.get_by_role("button", name="Write", exact=True).click()
+        first = written(page)
+        assert "".join(first).startswith("The old house")
+
+        place = len(first) - 10
+        page.locator("#written .token").nth(place).click()
+        alternatives = page.locator("#alternatives li button")
+        assert alternatives.count() == 8  # greedy: the token is one of the likeliest
+        picture(page, "write")
+        other = page.locator("#alternatives li:not(.chosen) button").first
+        taken = other.locator(".word").text_content().strip("“”").replace("␣", " ").replace("↵", "\n")
+        other.click()
+        expect(page.locator("#written .pinned")).to_have_count(1)
+        second = written(page)
+        assert second[:place] == first[:place]
+        assert second[place] == taken != first[place]
+        assert len(second) == place + 1 + 12
+        expect(page).to_have_url(re.compile("ids=[0-9%C]+"))
+
+    def test_greedy_text_is_that_of_the_library(self, visit):
+        model, tokenizer = pldr.load_model(pldr.STORIES), pldr.load_tokenizer(pldr.STORIES)
+        (expected,) = pldr.Engine(model, tokenizer).generate(["The sea"], max_new_tokens=8)
+        page = visit("prompt=The+sea&operator=cached&max_new_tokens=8&temperature=0")  # a link is followed at once
+        assert "".join(written(page)[-8:]) == expected.text
+
+    def test_a_long_text_is_stopped(self, visit):
+        page = visit("max_new_tokens=900&operator=learned", allow="ERR_ABORTED")
+        expect(page.locator("#written .token:not(.given)").first).to_be_visible(timeout=PATIENCE)
+        page.get_by_role("button", name="Stop").click()
+        expect(page.locator("#write-status")).to_have_text("stopped")
+        expect(page.get_by_role("button", name="Stop")).to_be_disabled()
+
+    def test_keys_alone_are_enough(self, visit):
+        page = visit("max_new_tokens=4&operator=frozen&screen=share")
+        page.locator("#tab-share").focus()
+        page.keyboard.press("ArrowRight")
+        expect(page.locator("#tab-write")).to_be_focused()
+        expect(page.get_by_role("tabpanel")).to_have_id("write")
+        page.locator("#prompt").focus()
+        page.keyboard.press("Control+Enter")
+        written(page)
+        page.locator("#written .token").first.focus()
+        page.keyboard.press("ArrowRight")
+        expect(page.locator("#written .token").nth(1)).to_be_focused()
+
+    def test_what_looks_like_html_stays_text(self, visit):
+        page = visit("operator=frozen&max_new_tokens=3")
+        page.locator("#prompt").fill(HOSTILE)
+        page.get_by_role("button", name="Write", exact=True).click()
+        assert "".join(written(page)).startswith(HOSTILE[:10])
+        page.get_by_role("tab", name="Share").click()
+        assert page.title() == "pldr studio"
+        assert page.locator("main img, main script").count() == 0
+
+
+class TestOperator:
+    def test_the_slider_walks_and_a_cell_explains_itself(self, visit):
+        page = visit("screen=operator&layer=2&head=3")
+        expect(page.locator("#heads-tensors svg")).to_have_count(4, timeout=PATIENCE)
+        expect(page.locator("#grid svg")).to_be_visible(timeout=PATIENCE)
+        slider = page.locator("#length")
+        tokens = int(slider.get_attribute("max"))
+        assert slider.input_value() == str(tokens)
+        before = figure(page, "G_LM").locator("image").get_attribute("href")
+        slider.fill("1")
+        expect(page.locator("#length-output")).to_contain_text(f"1 of {tokens}: G differs by", timeout=PATIENCE)
+        expect(page).to_have_url(re.compile("length=1"))
+        assert figure(page, "A").locator("image").get_attribute("href") != before
+        figure(page, "G_LM").locator("svg").hover()
+        expect(page.locator("#cell")).to_contain_text("multiplies query component")
+        page.locator("#grid rect").nth(5).click()
+        expect(page).to_have_url(re.compile("layer=0|head=5"))
+        picture(page, "operator")
+
+    def test_a_walk_draws_how_G_settles(self, visit):
+        page = visit("screen=operator&prompt=Once+upon+a+time")
+        expect(page.locator("#heads-tensors svg")).to_have_count(4, timeout=PATIENCE)
+        tokens = int(page.locator("#length").get_attribute("max"))
+        page.locator("#walk").click()
+        expect(page.locator("#walk")).to_have_text("Stop")
+        expect(page.locator("#walk")).to_have_text("Walk from 1 to all", timeout=PATIENCE)
+        assert figure(page, "How G settles").locator("circle").count() == tokens - 1  # at all tokens the difference is 0
+
+    def test_a_constant_operator_has_G_alone(self, visit):
+        page = visit("screen=operator&operator=identity")
+        expect(page.locator("#heads-tensors svg:visible")).to_have_count(1, timeout=PATIENCE)
+        row = page.locator("#tensor-numbers tbody tr")
+        expect(row).to_have_count(1)
+        assert row.locator("td").all_text_contents()[:2] == ["32", "0"]  # full rank, determinant 1
+
+    @pytest.mark.parametrize("kind", ["SVG", "PNG"])
+    def test_a_figure_is_saved(self, visit, kind):
+        page = visit("screen=operator")
+        save = page.get_by_role("button", name=f"Save G_LM as {kind}")
+        expect(figure(page, "G_LM").locator("svg")).to_be_visible(timeout=PATIENCE)
+        with page.expect_download() as download:
+            save.click()
+        content = Path(download.value.path()).read_bytes()
+        assert download.value.suggested_filename == f"G_LM.{kind.lower()}"
+        assert content.startswith(b"<svg" if kind == "SVG" else b"\x89PNG")
+        assert len(content) > 500
+
+
+class TestSwitch:
+    def test_operators_side_by_side(self, visit, tmp_path):
+        page = visit("screen=switch&compared=cached,frozen,identity")
+        page.locator("#score").fill("It was a dark night, and the wind blew from the sea.")
+        page.get_by_role("button", name="Compare").click()
+        expect(page.locator("#cards article")).to_have_count(3, timeout=PATIENCE)
+        rows = [row.locator("th, td").all_text_contents() for row in page.locator("#compared tbody tr").all()]
+        assert [row[0] for row in rows] == ["cached", "frozen", "identity"]
+        loss = {row[0]: float(row[1]) for row in rows}
+        assert abs(loss["cached"] - loss["frozen"]) < 1e-3 < loss["identity"] - loss["frozen"]
+        expect(page.locator("#with-g svg")).to_be_visible(timeout=PATIENCE)
+        page.locator("#token").fill("0")
+        expect(page.locator("#attended svg rect")).to_have_count(2)  # itself, with G and without
+        picture(page, "switch")
+
+        save_file({"G_LM": torch.eye(32).expand(7, 8, 32, 32).contiguous()}, tmp_path / "own <b>.safetensors")
+        page.locator("#operator-file").set_input_files(tmp_path / "own <b>.safetensors")
+        expect(page.locator("#cards article")).to_have_count(4, timeout=PATIENCE)
+        own = page.locator("#compared tbody tr").nth(3).locator("th, td").all_text_contents()
+        assert own[0] == "own <b>.safetensors"
+        assert own[1:5] == rows[2][1:5]  # the file holds the identity
+
+    def test_a_rank_is_chosen(self, visit):
+        page = visit("screen=switch&compared=frozen")
+        page.locator("#rank").fill("16")
+        page.get_by_role("button", name="Compare").click()
+        expect(page.locator("#cards article")).to_have_count(2, timeout=PATIENCE)
+        expect(page.locator("#compared")).to_contain_text("factored:16")
+
+    def test_a_file_that_is_no_operator_is_refused_in_one_line(self, visit, tmp_path):
+        page = visit("screen=switch", allow="422")
+        (tmp_path / "G.pkl").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+        page.locator("#operator-file").set_input_files(tmp_path / "G.pkl")
+        expect(page.get_by_role("alert")).to_contain_text("G.pkl")
+
+
+class TestCertify:
+    def test_a_verdict_and_its_files(self, visit, tmp_path):
+        texts = [json.loads(line)["text"] for line in pldr.HELD_OUT.read_text(encoding="utf-8").splitlines()]
+        (tmp_path / "text.txt").write_text(texts[0][:4000], encoding="utf-8")
+        page = visit("screen=certify")
+        page.locator("#text-file").set_input_files(tmp_path / "text.txt")
+        expect(page.locator("#held-out")).to_have_value(re.compile(".{100}"))
+        page.get_by_role("button", name="Certify", exact=True).click()
+        expect(page.get_by_role("heading", name="Safe to freeze")).to_be_visible(timeout=4 * PATIENCE)
+        picture(page, "certify")
+        for name, begins in (("Frozen model", b"PK"), ("Certificate", b"{")):
+            with page.expect_download() as download:
+                page.get_by_role("link", name=name, exact=True).click()
+            assert Path(download.value.path()).read_bytes().startswith(begins)
+
+    def test_too_little_text_is_said(self, visit):
+        page = visit("screen=certify", allow="422")
+        page.locator("#held-out").fill("Too short.")
+        page.get_by_role("button", name="Certify", exact=True).click()
+        expect(page.get_by_role("alert")).to_contain_text("a verdict needs at least")
+
+
+def test_a_run_is_drawn(visit, run):
+    page = visit("screen=training")
+    expect(page.locator("#training-status")).to_contain_text("Step 8, loss 1.125; ended.")
+    expect(page.locator("#curves svg")).to_have_count(3)
+    picture(page, "training")
+
+
+def test_a_link_restores_everything_and_python_runs(visit, tmp_path):
+    page = visit("prompt=The+sea&operator=frozen&max_new_tokens=5&temperature=0&layer=4&head=2&tensor=A_P&seed=7")
+    written(page)
+    page.get_by_role("tab", name="Share").click()
+    link, code = page.locator("#link").text_content(), page.locator("#python").text_content()
+    other = visit(link.partition("#")[2].replace("screen=share", "screen=operator"))
+    for name, value in {"prompt": "The sea", "operator": "frozen", "tensor": "A_P"}.items():
+        expect(other.locator(f"[data-state={name}]")).to_have_value(value)
+    expect(other.locator("#operator [data-state=layer]")).to_have_value("4")
+    picture(page, "share")
+    (tmp_path / "same.py").write_text(code, encoding="utf-8")
+    ran = subprocess.run([sys.executable, tmp_path / "same.py"], capture_output=True, text=True, check=True)
+    page.get_by_role("tab", name="Write").click()
+    text = "".join(page.locator("#written .token:not(.given)").all_text_contents())
+    assert ran.stdout.rstrip("\n").endswith(text)
+
+
+def test_link_and_code_are_copied(visit):
+    page = visit("screen=share")
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.get_by_role("button", name="Copy as Python").click()
+    expect(page.locator("#copied")).to_have_text("Python copied")
+    assert page.evaluate("navigator.clipboard.readText()").startswith("import pldr\n")
+
+
+class TestLooks:
+    def test_dark_follows_the_system_and_the_button(self, visit):
+        page = visit(color_scheme="dark")
+        ground = "getComputedStyle(document.body).backgroundColor"
+        dark = page.evaluate(ground)
+        page.get_by_role("button", name="Dark").click()
+        light = page.evaluate(ground)
+        assert (light, dark) == ("rgb(255, 255, 255)", "rgb(22, 24, 27)")
+        page.reload()
+        expect(page.locator("#stage")).to_be_hidden(timeout=PATIENCE)
+        assert page.evaluate(ground) == light
+
+    @pytest.mark.parametrize("screen", ["write", "operator", "switch", "certify", "training", "share"])
+    def test_a_narrow_screen_has_nothing_beyond_its_edge(self, visit, screen):
+        look = {"viewport": {"width": 390, "height": 844}, "color_scheme": "dark", "has_touch": True}
+        page = visit(f"screen={screen}&operator=frozen&max_new_tokens=20&prompt=The+sea", **look)
+        page.wait_for_load_state("networkidle")
+        picture(page, f"narrow-{screen}")
+        assert page.evaluate("document.documentElement.scrollWidth") == 390
+
+
+@pytest.fixture(scope="module")
+def axe(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("axe")
+    npm = shutil.which("npm")
+    if npm is None or subprocess.run([npm, "pack", AXE], cwd=folder, capture_output=True, check=False).returncode:
+        pytest.skip(f"needs {AXE} from node's registry")
+    with tarfile.open(next(folder.glob("*.tgz"))) as archive:
+        return archive.extractfile("package/axe.min.js").read().decode()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("screen", ["write", "operator", "switch", "certify", "training", "share"])
+def test_no_serious_fault_of_accessibility(visit, axe, screen, scheme):
+    page = visit(f"screen={screen}&operator=frozen&max_new_tokens=20&prompt=The+sea", color_scheme=scheme)
+    if screen == "switch":
+        page.get_by_role("button", name="Compare").click()
+        expect(page.locator("#cards article").first).to_be_visible(timeout=PATIENCE)
+    if screen == "write":
+        written(page)
+        page.locator("#written .token").last.click()
+    page.wait_for_load_state("networkidle")
+    page.evaluate(axe)
+    faults = page.evaluate("axe.run()")["violations"]
+    serious = [(fault["id"], fault["nodes"][0]["html"]) for fault in faults if fault["impact"] in ("serious", "critical")]
+    assert serious == []
