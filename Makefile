@@ -23,7 +23,7 @@ test-all: test test-slow test-clients test-docs $(if $(filter Linux,$(shell unam
 
 # Other people's programs with our models; what works goes into the table of docs/ecosystem.md.
 test-clients: .ci/envs/clients/installed $(if $(shell command -v npm),examples/browser/node_modules)
-	.ci/envs/clients/bin/python -m pytest -q tests/clients
+	.ci/envs/clients/bin/python -m pytest -q tests/clients tests/studio
 	.ci/envs/clients/bin/python tests/clients/table.py
 
 # The documentation site in site/; nothing is fetched, and a warning is an error. `python -m http.server -d site` shows it.

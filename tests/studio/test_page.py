@@ -10,6 +10,9 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -48,8 +51,20 @@ def address(run):
         line = process.stderr.readline()
         found = re.search(r"http://\S+", line)
         assert found, line
+        answers(found[0])
         yield found[0]
         process.terminate()
+
+
+def answers(address, seconds=60):
+    """Wait until somebody listens there."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return urllib.request.urlopen(f"{address}api/state").close()
+        except urllib.error.URLError:
+            assert time.monotonic() < end, f"nothing listens at {address}"
+            time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +89,7 @@ def visit(browser, address):
         page.on("console", lambda said: said.type in ("error", "warning") and wrong.append(said.text))
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("requestfailed", lambda request: wrong.append(f"{request.url}: {request.failure}"))
+        expected.append("ERR_ABORTED")  # what the page itself gives up for what was asked later
         page.goto(f"{address}#{fragment}")
         expect(page.locator("#stage")).to_be_hidden(timeout=PATIENCE)
         return page
@@ -103,8 +119,8 @@ class TestWrite:
     def test_a_prompt_is_continued_and_goes_on_from_another_token(self, visit):
         page = visit()
         page.locator("#prompt").fill("The old house")
-        page.get_by_label("Operator", exact=True).select_option("frozen")
-        page.get_by_text("Sampling").click()
+        page.locator("#operator-name").select_option("frozen")
+        page.get_by_text("Sampling", exact=True).click()
         page.get_by_label("New tokens").fill("12")
         page.get_by_label("Temperature").fill("0")
         page.get_by_role("button", name="Write", exact=True).click()
@@ -133,7 +149,7 @@ class TestWrite:
         assert "".join(written(page)[-8:]) == expected.text
 
     def test_a_long_text_is_stopped(self, visit):
-        page = visit("max_new_tokens=900&operator=learned", allow="ERR_ABORTED")
+        page = visit("max_new_tokens=900&operator=learned")
         expect(page.locator("#written .token:not(.given)").first).to_be_visible(timeout=PATIENCE)
         page.get_by_role("button", name="Stop").click()
         expect(page.locator("#write-status")).to_have_text("stopped")
@@ -156,7 +172,7 @@ class TestWrite:
         page = visit("operator=frozen&max_new_tokens=3")
         page.locator("#prompt").fill(HOSTILE)
         page.get_by_role("button", name="Write", exact=True).click()
-        assert "".join(written(page)).startswith(HOSTILE[:10])
+        assert "".join(written(page)).lstrip().startswith(HOSTILE)
         page.get_by_role("tab", name="Share").click()
         assert page.title() == "pldr studio"
         assert page.locator("main img, main script").count() == 0
@@ -188,7 +204,9 @@ class TestOperator:
         page.locator("#walk").click()
         expect(page.locator("#walk")).to_have_text("Stop")
         expect(page.locator("#walk")).to_have_text("Walk from 1 to all", timeout=PATIENCE)
-        assert figure(page, "How G settles").locator("circle").count() == tokens - 1  # at all tokens the difference is 0
+        assert (
+            figure(page, "How G settles").locator("circle").count() == tokens - 1
+        )  # at all tokens the difference is 0
 
     def test_a_constant_operator_has_G_alone(self, visit):
         page = visit("screen=operator&operator=identity")
@@ -344,5 +362,7 @@ def test_no_serious_fault_of_accessibility(visit, axe, screen, scheme):
     page.wait_for_load_state("networkidle")
     page.evaluate(axe)
     faults = page.evaluate("axe.run()")["violations"]
-    serious = [(fault["id"], fault["nodes"][0]["html"]) for fault in faults if fault["impact"] in ("serious", "critical")]
+    serious = [
+        (fault["id"], fault["nodes"][0]["html"]) for fault in faults if fault["impact"] in ("serious", "critical")
+    ]
     assert serious == []

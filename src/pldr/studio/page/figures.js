@@ -1,4 +1,5 @@
-// Figures: SVG that a reader can take away as SVG or PNG. d3 is the global of vendor/d3.min.js.
+// Figures: SVG that a reader can take away as SVG or PNG. d3 is the global of vendor/d3.min.js
+// (Observable Plot puts a style element into each figure, which the page's security policy refuses).
 import { make, short } from "./dom.js";
 
 const d3 = globalThis.d3;
@@ -113,17 +114,20 @@ export function tiles(values, rows, columns, size, scale, title, { chosen, label
   };
 }
 
-/** Lines [{name, points: [[x, y]]}] with axes; `log` for a logarithmic y. */
-export function lines(series, { title, x, y, log = false, mark = null }) {
+/** Lines [{name, points: [[x, y]]}] with axes; `log` for a logarithmic y; `span` of x and `top` of y where points need not reach them. */
+export function lines(series, { title, x, y, log = false, mark = null, span = [], top = [], empty = "" }) {
   return (width) => {
     const height = Math.min(280, Math.max(200, width * 0.6)), margin = { top: 26, right: 12, bottom: 38, left: 58 };
     const svg = canvas(width, height, title);
     const shown = series.map((one) => ({ ...one, points: one.points.filter(([, value]) => Number.isFinite(value) && (!log || value > 0)) }));
     const points = shown.flatMap((one) => one.points);
-    if (!points.length) return svg;
-    const [first, last] = d3.extent(points, (point) => point[0]);
+    if (!points.length) {
+      svg.append("text").attr("x", width / 2).attr("y", height / 2).attr("text-anchor", "middle").text(empty);
+      return svg;
+    }
+    const [first, last] = d3.extent([...span, ...points.map((point) => point[0])]);
     const across = d3.scaleLinear([first, Math.max(last, first + 1)], [margin.left, width - margin.right]);
-    const [low, high] = d3.extent(points, (point) => point[1]), more = low === high ? Math.abs(low) / 2 || 1 : 0;
+    const [low, high] = d3.extent([...top, ...points.map((point) => point[1])]), more = low === high ? Math.abs(low) / 2 || 1 : 0;
     const up = (log ? d3.scaleLog() : d3.scaleLinear()).domain([low - more, high + more])
       .range([height - margin.bottom, margin.top]).nice();
     const axis = (place, made) => svg.append("g").attr("transform", place).call(made).attr("font-family", null).attr("font-size", 11)

@@ -35,7 +35,8 @@ function draw(answer, length) {
     { title: "Singular values", x: "number", y: "of the largest", log: true }));
   const points = [...settled].filter(([, value]) => value !== null).sort((a, b) => a[0] - b[0]);
   figures.settling.show(lines([{ name: "G_LM", points }], { title: "How G settles", x: "tokens", y: "difference from all tokens' G", log: true,
-    mark: length }));
+    mark: length, span: [1, tokens], top: [1], empty: "Move the slider, or press Walk." }));
+  figures.settling.element.hidden = there.length === 1; // a constant
   const now = answer.settled;
   $("length-output").textContent = `${length} of ${tokens}${!now || length === tokens ? "" : `: G differs by ${short(now, 2)} of its size`}`;
 }
@@ -75,7 +76,9 @@ const everything = latest(async (signal) => {
 });
 
 const grid = latest(async (signal) => {
-  const tensor = state.tensor;
+  const whole = ["learned", "cached"].includes(state.operator); // a constant operator has G_LM alone
+  const tensor = whole ? state.tensor : "G_LM";
+  for (const option of document.querySelector("[data-state=tensor]").options) option.disabled = !whole && option.value !== "G_LM";
   const answer = await ask("grid", { ...asked(), tensor }, signal);
   const values = floats(answer.values);
   figures.grid.answer = { ...answer, values, scale: scaleOf(values), tensor };

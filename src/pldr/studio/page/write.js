@@ -31,7 +31,7 @@ const generate = latest(async (signal, known = []) => {
       else add(said);
     }
   } catch (error) {
-    status("");
+    if (!signal.aborted) status("");
     throw error;
   } finally {
     if (!signal.aborted) busy(false);
