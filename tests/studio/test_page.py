@@ -263,6 +263,24 @@ class TestSwitch:
         page.locator("#operator-file").set_input_files(tmp_path / "G.pkl")
         expect(page.get_by_role("alert")).to_contain_text("G.pkl")
 
+    def test_a_file_that_is_too_large_is_not_sent(self, visit, tmp_path):
+        page = visit("screen=switch")
+        with (tmp_path / "large.safetensors").open("wb") as file:
+            file.truncate(50 << 20)
+        page.locator("#operator-file").set_input_files(tmp_path / "large.safetensors")
+        expect(page.get_by_role("alert")).to_have_text(
+            "large.safetensors: an operator's file has at most 32 MiB, this one 50."
+        )
+
+
+def test_a_link_to_what_is_not_there_shows_what_is(visit):
+    page = visit("screen=operator&operator=none&layer=99&head=-1&length=999&prompt=The+sea&tensor=A")
+    expect(page.locator("#grid svg")).to_be_visible(timeout=PATIENCE)
+    expect(page.locator("#length-output")).to_contain_text("2 of 2", timeout=PATIENCE)
+    expect(page.locator("#operator-name")).to_have_value("learned")
+    expect(page.locator("#operator [data-state=layer]")).to_have_value("6")
+    expect(page.get_by_role("alert")).to_be_empty()
+
 
 class TestCertify:
     def test_a_verdict_and_its_files(self, visit, tmp_path):

@@ -30,7 +30,8 @@ function fill() {
   if (named) set({ rank: Number(named[1]) });
   operators();
   if ($("operator-name").value !== state.operator) set({ operator: model.operators[0] });
-  set({ layer: Math.min(state.layer, model.layers - 1), head: Math.min(state.head, model.heads - 1) });
+  const within = (number, count) => Math.max(0, Math.min(Math.trunc(number), count - 1));
+  set({ layer: within(state.layer, model.layers), head: within(state.head, model.heads), length: Math.max(0, Math.trunc(state.length)) });
 }
 
 /** What can be chosen as the operator: of the model, from files, or of a lower rank. */

@@ -71,6 +71,7 @@ const everything = latest(async (signal) => {
     $("length").max = tokens;
     $("length").value = length;
     draw(whole, tokens);
+    if (length >= tokens) set({ length: 0 }); // of a link to a longer text
   }
   await head();
 });
@@ -142,5 +143,5 @@ export function start() {
     if (stale) everything();
     if (any("tensor", "prompt", "operator", "screen")) grid();
   });
-  if (state.screen === "operator") everything(), grid();
+  if (state.screen === "operator") everything().then(() => grid()); // the length may be one of a longer text
 }

@@ -14,6 +14,7 @@ const WORDS = {
   stored: "the constant that the model has",
 };
 const NEW_TOKENS = 40;
+const LARGEST = 32 << 20; // bytes that the server reads
 const figures = {};
 let attention = null;
 
@@ -77,7 +78,7 @@ const attend = latest(async (signal) => {
   attention = { tokens: answer.tokens, with: floats(answer.with_g), without: floats(answer.without_g) };
   $("token").max = answer.tokens.length - 1;
   $("token").value = answer.tokens.length - 1;
-  const scale = scaleOf([0, 1]);
+  const scale = scaleOf(attention.with.filter(Boolean), attention.without.filter(Boolean)); // not of what is masked
   const draw = (name, title) => figures[name].show(heatmap(attention[name], answer.tokens.length, scale, title,
     (row) => token(row)));
   draw("with", "Attention with G");
@@ -113,6 +114,10 @@ export function start() {
   $("operator-file").addEventListener("change", async () => {
     const [file] = $("operator-file").files;
     if (!file) return;
+    if (file.size > LARGEST) {
+      report(`${file.name}: an operator's file has at most ${LARGEST >> 20} MiB, this one ${Math.ceil(file.size / 2 ** 20)}.`);
+      return;
+    }
     try {
       report("");
       const { operator } = await upload("operators", file);
