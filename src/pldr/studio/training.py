@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 from pldr.files import read_json, read_json_lines
-from pldr.training.checkpoint import RECIPE
 
 
 def curves(run: Path) -> dict[str, Any]:
@@ -18,7 +17,7 @@ def curves(run: Path) -> dict[str, Any]:
         FileNotFoundError, ValueError: no log, or not one of a training.
     """
     lines: list[dict[str, Any]] = [line for _, line in read_json_lines(run / "log.jsonl") if isinstance(line, dict)]
-    recipe = run / RECIPE
+    recipe = run / "recipe.json"
     return {
         "steps": [line for line in lines if "loss" in line],
         "evaluations": [line for line in lines if "eval_loss" in line],

@@ -13,9 +13,6 @@ from pldr.evaluation.modes import OperatorModes
 from pldr.generation import Generation, generate_text
 from pldr.modeling_pldr import PldrForCausalLM
 from pldr.recipe import OptimizationRecipe
-from pldr.training.graph import GraphedStep
-from pldr.training.optimizer import BoundedAdamW
-from pldr.training.trainer import compile_layers
 
 # What is kept between tokens, for people; where G_LM then comes from; and how `generate_text` calls it.
 _CACHES = (("no cache", "learned", "none"), ("KV", "cached", "kv"), ("KV+G", "cached", "kv+g"), ("frozen G", "frozen", "kv"))  # fmt: skip
@@ -87,6 +84,10 @@ def seconds_per_step(models: dict[str, PldrForCausalLM], recipe: OptimizationRec
 
 def _step(model: PldrForCausalLM, recipe: OptimizationRecipe, length: int) -> Callable[[], torch.Tensor]:
     """A step on tokens that are drawn once."""
+    from pldr.training.graph import GraphedStep
+    from pldr.training.optimizer import BoundedAdamW
+    from pldr.training.trainer import compile_layers
+
     model.train()
     device, on_gpu = model.device, model.device.type == "cuda"
     if recipe.compile and on_gpu:
