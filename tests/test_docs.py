@@ -42,6 +42,7 @@ NOT_RUN = {
     "export TORCH_": "changes a shell",
     "pip install": "asks a package index",
     "pldr serve": "does not end; test_serving.py starts it, and so do these tests for what is asked of it",
+    "pldr studio": "does not end; test_studio.py asks its server, tests/studio/test_page.py its page",
     "export PLDR_API_KEY": "changes a shell",
     "export OPENAI_BASE_URL": "changes a shell; set for the Python behind it",
     "curl ": "the Python behind it asks the same",
