@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from pldr.files import one_line
@@ -33,7 +33,7 @@ def local_path(name: str | os.PathLike[str]) -> Path:
     if hidden and sys.stderr.isatty():
         enable_progress_bars()
     try:
-        return Path(snapshot_download(found[1], revision=found[2], allow_patterns=_FILES))
+        return Path(_fetched(found[1], found[2]))
     except LocalEntryNotFoundError as error:
         raise FileNotFoundError(
             f"{name}: no such folder here, and the hub can not be asked for a model of this name ({_cause(error)})"
@@ -45,6 +45,14 @@ def local_path(name: str | os.PathLike[str]) -> Path:
     finally:
         if hidden:
             disable_progress_bars()
+
+
+def _fetched(name: str, revision: str | None) -> str:
+    """The folder in the hub's cache."""
+    try:
+        return snapshot_download(name, revision=revision, allow_patterns=_FILES)
+    except OfflineModeIsEnabled:  # by huggingface_hub 1, of a commit in a cache that an earlier one wrote
+        return snapshot_download(name, revision=revision, allow_patterns=_FILES, local_files_only=True)
 
 
 def _cause(error: BaseException) -> str:

@@ -59,6 +59,7 @@ def run_studio(
             raise ValueError(f"allow_frame: must be an origin such as https://huggingface.co, got {origin!r}")
     runs = _runs(run)
     listening = bound(host, port)
+    listening.listen()  # a browser may come at once, and waits
     port = listening.getsockname()[1]
     url = f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
     sys.stderr.write(f"pldr studio: {url} (Ctrl-C ends it)\n")

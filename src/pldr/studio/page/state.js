@@ -1,7 +1,7 @@
 // What is set, in one object; it lives in the address's fragment, so that a link restores it.
 
 const DEFAULTS = {
-  screen: "write", prompt: "Once upon a time there was an old king who lived in a castle by the sea. He had three daughters, and", operator: "learned", ids: "",
+  screen: "write", prompt: "Once upon a time there was an old king who lived in a castle by the sea. He had three daughters, and", operator: "cached", ids: "",
   max_new_tokens: 80, temperature: 0.8, top_k: 0, top_p: 1, repetition_penalty: 1, seed: 0,
   layer: 0, head: 0, tensor: "G_LM", length: 0, // 0: all tokens
   compared: "learned,cached,frozen,stored,identity,uniform", rank: 8, score: "", run: "",
