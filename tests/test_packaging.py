@@ -264,9 +264,9 @@ class TestConda:
         pytest.importorskip("hatchling", reason="a tool of development")
         script = shlex.split(self.RECIPE["build"]["script"])
         assert script[0] == "python"
-        subprocess.run(
-            [sys.executable, *script[1:], "--prefix", str(tmp_path)], cwd=ROOT, check=True, capture_output=True
-        )
+        # Without --ignore-installed pip would take away the pldr that these tests run with.
+        aside = ["--prefix", str(tmp_path), "--ignore-installed"]
+        subprocess.run([sys.executable, *script[1:], *aside], cwd=ROOT, check=True, capture_output=True)
         (site,) = tmp_path.rglob("site-packages")
         scripts = tmp_path / ("Scripts" if os.name == "nt" else "bin")
         environment = os.environ | {"PYTHONPATH": str(site)}
@@ -281,6 +281,7 @@ class TestConda:
         ]
         assert said[:2] == [str(site / "pldr/__init__.py"), f"pldr {pldr.__version__}"]
         assert all(said)
+        assert importlib.metadata.distribution("pldr").version == pldr.__version__
 
 
 class TestRepository:
