@@ -239,6 +239,15 @@ class TestSwitching:
         assert torch.equal(numbers(found["tensors"]["G_LM"]["values"], 16, 16), G[1, 1])
         assert "file:1" in page.send("GET", "/api/state").json()["operators"]
 
+    def test_only_the_last_files_are_kept(self, bench, tmp_path):
+        (tmp_path / "G.safetensors").write_bytes(save({"G_LM": torch.zeros(2, 2, 16, 16)}))
+        names = [bench.add_operator(tmp_path / "G.safetensors") for _ in range(10)]
+        assert names == [f"file:{number}" for number in range(1, 11)]
+        assert bench.facts()["operators"][-8:] == names[2:]
+        assert bench.with_operator("file:10").config.operator == "constant"
+        with pytest.raises(ValueError, match="operator: there is no 'file:2'"):
+            bench.with_operator("file:2")
+
     @pytest.mark.parametrize(
         ("body", "name", "message"),
         [
@@ -453,3 +462,21 @@ def test_what_is_no_origin(run, origin):
     code, _, err = run("studio", "--allow-frame", origin, "--no-browser")
     assert code == 1
     assert err.startswith("pldr: --allow-frame: must be an origin")
+
+
+def test_two_runs_of_one_name(run, tmp_path):
+    for place in ("a", "b"):
+        (tmp_path / place / "mine").mkdir(parents=True)
+        (tmp_path / place / "mine/log.jsonl").write_text("")
+    code, _, err = run("studio", "--run", tmp_path / "a/mine", "--run", tmp_path / "b/mine", "--no-browser")
+    assert code == 1
+    assert "have the same name" in err
+
+
+def test_an_operator_that_fails_does_not_end_the_studio(bench, monkeypatch, caplog):
+    monkeypatch.setattr(bench, "_all_factors", lambda: 1 / 0)
+    studio = Studio(lambda: bench, {}, "0")
+    studio._run()
+    assert studio.state()["ready"]
+    assert studio.failure is None
+    assert "not every operator can be had" in caplog.text

@@ -107,10 +107,14 @@ class Studio:
         try:
             self._bench = self._load()
             self.stage = "ready"
-            self._bench.warm_up()
         except Exception as error:  # noqa: BLE001 (whoever started the server raises it)
             self.failure = error
             self.on_failure()
+            return
+        try:
+            self._bench.warm_up()
+        except Exception as error:  # noqa: BLE001 (one operator may fail where others work; who asks for it is told again)
+            logger.warning("not every operator can be had: %s", one_line(error))
 
     @property
     def bench(self) -> "Workbench":

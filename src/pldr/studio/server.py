@@ -111,8 +111,15 @@ def _loaded(
 
 
 def _runs(folders: Sequence[str | os.PathLike[str]]) -> dict[str, Path]:
-    """By name. Raises FileNotFoundError: one is no run."""
+    """By name. Raises FileNotFoundError: one is no run. Raises ValueError: two have the same name."""
+    runs: dict[str, Path] = {}
     for folder in map(Path, folders):
         if not (folder / "log.jsonl").is_file():
             raise FileNotFoundError(f"run: {folder} has no log.jsonl; name the output folder of pldr train")
-    return {Path(folder).name: Path(folder) for folder in folders}
+        name = folder.absolute().name
+        if name in runs:
+            raise ValueError(
+                f"run: {runs[name]} and {folder} have the same name, which the page calls them by; show one"
+            )
+        runs[name] = folder
+    return runs

@@ -55,7 +55,8 @@ class Workbench:
         self._models: OrderedDict[str, PldrForCausalLM] = OrderedDict()
         self._engines: OrderedDict[str, Engine] = OrderedDict()
         self._outputs: OrderedDict[tuple[str, tuple[int, ...]], DeductiveOutputs] = OrderedDict()
-        self._given: dict[str, torch.Tensor] = {}  # operators from files
+        self._given: OrderedDict[str, torch.Tensor] = OrderedDict()  # operators from files, the last few
+        self._files = 0
         self._factors: list[Factors] | None = None
 
     def warm_up(self) -> None:
@@ -147,10 +148,11 @@ class Workbench:
     def add_operator(self, file: Path) -> str:
         """An operator from a file, under the name that it can be chosen by. Raises ValueError: not one that fits."""
         G_LM = load_predefined_G(file)
-        name = f"file:{len(self._given) + 1}"
         with self.lock:
             freeze(self._copy(), G_LM=G_LM)  # to be refused now, if at all
-            self._given[name] = G_LM
+            self._files += 1
+            name = f"file:{self._files}"
+            _kept(self._given, name, lambda: G_LM)
         return name
 
     def with_operator(self, operator: str) -> PldrForCausalLM:
