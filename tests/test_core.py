@@ -12,7 +12,7 @@ import pytest
 import pldr
 from helpers import fails
 
-EXTRAS = ("accelerate", "datasets", "matplotlib", "tensorboard", "lm_eval")
+EXTRAS = ("accelerate", "datasets", "matplotlib", "tensorboard", "lm_eval", "scipy")
 core_only = pytest.mark.skipif(
     os.environ.get("PLDR_CORE_ONLY") != "1", reason="PLDR_CORE_ONLY=1 runs it: make test-core"
 )

@@ -173,8 +173,8 @@ class TestImports:
 
     # What an extra brings, and the rooms that need it.
     EXTRAS = {  # noqa: RUF012
-        "train": (["accelerate", "matplotlib", "tensorboard"], ("training.", "study.demo", "study.run")),
-        "eval": (["lm_eval"], ("evaluation.harness", "evaluation.lm_eval")),
+        "train": (["accelerate", "matplotlib", "tensorboard", "scipy"], ("training.", "study.demo", "study.run")),
+        "eval": (["lm_eval", "scipy"], ("evaluation.harness", "evaluation.lm_eval")),
         "serve-light": (["prometheus_client"], ("serving.",)),
         "studio": (["fastapi", "uvicorn"], ("serving.", "studio.app")),
         "serve": (["vllm"], ("integrations.vllm_model",)),

@@ -174,7 +174,7 @@ def evaluate(
     if data_dir is not None and not Path(data_dir).is_dir():
         raise ValueError(f"data_dir: {data_dir} is not a folder")
     if names:
-        require("eval", "lm_eval")
+        require("eval", "lm_eval", "scipy")
         from pldr.evaluation.harness import check_limit, load_tasks, run_tasks
 
         check_limit(limit)

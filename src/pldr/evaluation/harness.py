@@ -439,26 +439,10 @@ def _differences(task: Any, one: list[dict[str, Any]], other: list[dict[str, Any
 
 
 def share_bound(count: int, of: int, confidence: float = 0.95) -> float:
-    """The exact upper bound (Clopper and Pearson, one-sided) on a share, of which `count` were seen among so many.
+    """The exact upper bound (Clopper and Pearson, one-sided) on a share, of which `count` were seen among so many."""
+    from scipy import stats  # takes a second, and only a comparison needs it
 
-    It is the share with which so few would be seen with a probability of 1 - confidence.
-    """
-    if count >= of:
-        return 1.0
-
-    def probability(share: float) -> float:  # of so few or fewer
-        parts = (
-            math.lgamma(of + 1) - math.lgamma(k + 1) - math.lgamma(of - k + 1)
-            + k * math.log(share) + (of - k) * math.log1p(-share)
-            for k in range(count + 1)
-        )  # fmt: skip
-        return math.fsum(map(math.exp, parts))
-
-    low, high = count / of, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if probability(middle) > 1 - confidence else (low, middle)
-    return high
+    return float(stats.binomtest(count, of, alternative="less").proportion_ci(confidence, "exact").high)
 
 
 def _log_likelihoods(sample: dict[str, Any]) -> list[float]:

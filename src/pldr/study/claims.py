@@ -287,7 +287,7 @@ def reproduce(
         ValueError, ChildProcessError: see `run_claim`; an option outside its range.
         ModuleNotFoundError: it needs the extra "train".
     """
-    require("train", "accelerate", "matplotlib")
+    require("train", "accelerate", "matplotlib", "scipy")
     if size not in SIZES:
         raise ValueError(f"size: must be one of {', '.join(SIZES)}, got {size!r}")
     if claim not in (*CLAIMS, "all"):
