@@ -21,8 +21,9 @@ from pldr.data.vocabulary import train_tokenizer
 from pldr.deductive import variation
 from pldr.evaluation.modes import operator_metrics
 from pldr.files import whole_folder
-from pldr.recipe import Recipe, find_recipe, load_recipe
+from pldr.recipe import OptimizationRecipe, Recipe, find_recipe, load_recipe
 from pldr.training.callbacks import ProgressBar
+from pldr.training.graph import may_be_graph
 from pldr.training.run import build_model, train
 from pldr.training.trainer import PldrTrainer, training_arguments
 
@@ -631,6 +632,15 @@ class TestWholeFolder:
             (folder / "b").write_text("new")
         assert [path.name for path in target.iterdir()] == ["b"]
         assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_when_a_step_may_be_a_graph():
+    gpu = torch.device("cuda", 0)
+    assert may_be_graph(OptimizationRecipe(), gpu)
+    assert not may_be_graph(OptimizationRecipe(), gpu, processes=2)
+    assert not may_be_graph(OptimizationRecipe(), torch.device("cpu"))
+    for refused in ({"cuda_graph": "never"}, {"accumulation": 2}, {"gradient_checkpointing": True}, {"dag_G_LM": 0.1}):
+        assert not may_be_graph(OptimizationRecipe(**refused), gpu), refused
 
 
 def test_part_of_the_training_text_can_be_held_out(write_recipe, tmp_path):

@@ -84,15 +84,14 @@ def seconds_per_step(models: dict[str, PldrForCausalLM], recipe: OptimizationRec
 
 def _step(model: PldrForCausalLM, recipe: OptimizationRecipe, length: int) -> Callable[[], torch.Tensor]:
     """A step on tokens that are drawn once."""
-    from pldr.training.graph import GraphedStep
+    from pldr.training.graph import GraphedStep, may_be_graph
     from pldr.training.optimizer import BoundedAdamW
     from pldr.training.trainer import compile_layers
 
     model.train()
-    device, on_gpu = model.device, model.device.type == "cuda"
-    if recipe.compile and on_gpu:
+    device, graphed = model.device, may_be_graph(recipe, model.device)
+    if recipe.compile and device.type == "cuda":
         compile_layers(model)
-    graphed = on_gpu and recipe.cuda_graph == "auto" and not recipe.gradient_checkpointing and recipe.accumulation == 1
     ids = torch.randint(4, model.config.vocab_size, (recipe.batch_size, length + 1)).to(device)
 
     def gradients(batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor]:

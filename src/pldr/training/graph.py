@@ -6,11 +6,20 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from pldr.recipe import OptimizationRecipe
+
 # Calls before the capture: what compiles at its first use, or allocates, has done so.
 WARMUP = 3
 
 Inputs = dict[str, torch.Tensor]
 Step = Callable[[Inputs], tuple[torch.Tensor, ...]]
+
+
+def may_be_graph(recipe: OptimizationRecipe, device: torch.device, processes: int = 1) -> bool:
+    """Whether forward and backward of a step may be one CUDA graph."""
+    if recipe.accumulation > 1 or recipe.gradient_checkpointing or recipe.dag_coefficients:
+        return False
+    return recipe.cuda_graph == "auto" and device.type == "cuda" and processes == 1
 
 
 class GraphedStep:

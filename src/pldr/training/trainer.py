@@ -30,7 +30,7 @@ from pldr.training.checkpoint import (
     step_of,
 )
 from pldr.training.folder import add_to_log, described, log_lines
-from pldr.training.graph import GraphedStep
+from pldr.training.graph import GraphedStep, may_be_graph
 from pldr.training.optimizer import BoundedAdamW
 from pldr.training.parallel import (
     ShardedForward,
@@ -90,14 +90,6 @@ def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
     return arguments
 
 
-def _may_be_graph(recipe: Recipe, arguments: TrainingArguments) -> bool:
-    """Whether forward and backward of a step may be one CUDA graph."""
-    o = recipe.optimization
-    if o.accumulation > 1 or o.gradient_checkpointing or o.dag_coefficients:
-        return False
-    return o.cuda_graph == "auto" and arguments.device.type == "cuda" and arguments.world_size == 1
-
-
 def compile_layers(model: PldrForCausalLM) -> None:
     """Compile a model's layers, in place: one graph for all, where compiling the whole model would unroll them."""
     # Torch would cut each layer's graph where a bucket of DDP's is full, to send it early. Layers are such pieces already.
@@ -151,7 +143,7 @@ class PldrTrainer(Trainer):
         self._guesses_before: torch.Tensor | None = None  # those before the step at hand
         self.judge = StepJudge(self.accelerator)
         self._graphed: GraphedStep | None = None
-        if _may_be_graph(recipe, self.args):
+        if may_be_graph(recipe.optimization, self.args.device, self.args.world_size):
             self._graphed = GraphedStep(self._compute_whole_step, self.model.parameters())
         self._last: dict[str, float] | None = None  # loss and accuracy of the last log line
         self.add_callback(Stops(self))
