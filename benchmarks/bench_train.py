@@ -41,6 +41,7 @@ from conditions import conditions, record
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pldr import STORIES, PldrConfig, PldrForCausalLM
+from pldr.files import write_json
 from pldr.ops import aligned
 from pldr.ops.cross_entropy import linear_cross_entropy
 from pldr.training.graph import GraphedStep
@@ -355,6 +356,8 @@ def main() -> None:
             row |= {"utilisation": row["flops_per_token"] * row["tokens_per_second"] / rate}
             result["rows"].append(row)
             print_row(row)
+            if arguments.output is not None:  # what is measured is there if the rest is not
+                write_json(arguments.output, result, indent=1)
             torch._dynamo.reset()
             gc.collect()
             torch.cuda.empty_cache()

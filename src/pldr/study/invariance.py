@@ -43,10 +43,10 @@ _NAMES = {
 def invariance(lab: Lab) -> Finding:
     """Where G_LM becomes invariant, where not, and where the model itself collapses; and what tells beforehand."""
     runs = _runs(lab)
-    lab.train({name: changes for name, (_, _, changes) in runs.items()})
+    measured = lab.measured({name: changes for name, (_, _, changes) in runs.items()})
     rows = []
     for name, (cell, seed, _) in runs.items():
-        found, log = lab.measure(name), lab.log(name)
+        found, log = measured[name], lab.log(name)
         row = found | {"cell": cell._asdict(), "seed": seed, "state": state_of(found), "trajectory": trajectory(log)}
         rows.append(row | {"known": known_before(cell, row["trajectory"])})
     order = ("invariant", "varies", "collapsed", "diverged")

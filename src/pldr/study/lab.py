@@ -2,16 +2,18 @@
 
 import copy
 import dataclasses
+import os
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import yaml
@@ -35,6 +37,7 @@ from pldr.tokenizer import load_tokenizer
 INVARIANT_VARIATION, INVARIANT_LOSS = 1e-3, 1e-4
 # A model that gains less from its context than this (nats per token, over one token of context) has no attention left.
 COLLAPSED_GAIN = 0.02
+_T = TypeVar("_T")
 # Validation text is read up to so many rows for each that is measured.
 _MOST_ROWS = 64
 
@@ -158,6 +161,7 @@ class Lab:
     say: Callable[[str], None] = lambda line: None
     command: str = ""
     _halves: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, init=False, repr=False)
+    _measuring: Any = field(default_factory=threading.Lock, init=False, repr=False)
 
     # --- training ---
 
@@ -191,10 +195,23 @@ class Lab:
         Raises:
             ChildProcessError: a run failed for another reason than a loss that is not finite.
         """
-        waiting = {name: changes for name, changes in runs.items() if not self._done(name, changes)}
+        self._each(runs, lambda name: None)
+
+    def measured(self, runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """The same, and what `measure` finds of each run, while others still train."""
+        return self._each(runs, self.measure)
+
+    def _each(self, runs: dict[str, dict[str, Any]], then: Callable[[str], _T]) -> dict[str, _T]:
+        waiting = {name for name, changes in runs.items() if not self._done(name, changes)}
         self.say(f"{len(runs)} runs, {len(runs) - len(waiting)} done before")
+
+        def one(name: str) -> _T:
+            if name in waiting:
+                self._train_one(name, runs[name])
+            return then(name)
+
         with ThreadPoolExecutor(self.parallel) as pool:
-            list(pool.map(lambda run: self._train_one(*run), waiting.items()))
+            return dict(zip(runs, pool.map(one, runs), strict=True))
 
     def _done(self, name: str, changes: dict[str, Any]) -> bool:
         """Whether this very run, and not another of the same name, has ended."""
@@ -216,11 +233,18 @@ class Lab:
         write_text(recipe, yaml.safe_dump(self.recipe(name, changes), sort_keys=False))
         start = time.perf_counter()
         command = [sys.executable, "-m", "pldr.study.run", str(recipe), str(diverged)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=self._environment())
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise ChildProcessError(f"{name}: {last}")
         self.say(f"{name}: {time.perf_counter() - start:.0f} s{' (diverged)' if self.diverged(name) else ''}")
+
+    def _environment(self) -> dict[str, str]:
+        """Of a run: what this process has, and its share of the processor's cores where several run at once."""
+        if self.parallel == 1:
+            return dict(os.environ)
+        share = str(max(1, (os.cpu_count() or 1) // self.parallel))
+        return {"OMP_NUM_THREADS": share, "TORCHINDUCTOR_COMPILE_THREADS": share} | os.environ
 
     # --- measuring ---
 
@@ -278,10 +302,11 @@ class Lab:
         if file.is_file() and (kept := read_json(file))["how"] == how:
             found: dict[str, Any] = kept["found"]
             return found
-        loaded = self.load(name)
-        if loaded is None:
-            return {"run": name, "diverged": True}
-        found = {"run": name, "diverged": False, **self._numbers_of(*loaded)}
+        with self._measuring:  # one at a time: loading a model swaps parts of torch for all threads
+            loaded = self.load(name)
+            if loaded is None:
+                return {"run": name, "diverged": True}
+            found = {"run": name, "diverged": False, **self._numbers_of(*loaded)}
         write_json(file, {"how": how, "found": found})
         return found
 

@@ -60,12 +60,12 @@ def sweep(lab: Lab, variants: dict[str, Changes]) -> dict[str, Sweep]:
     seed = lab.size.seeds[0]
     rates = {kind: list(lab.size.rates) for kind in variants}
     for turn in range(lab.size.extensions + 1):
-        lab.train({
+        measured = lab.measured({
             lab.run_name(kind, rate, seed): _at(changes, rate, seed)
             for kind, changes in variants.items() for rate in rates[kind]
         })  # fmt: skip
         found = {
-            kind: Sweep({rate: _loss_to_choose(lab.measure(lab.run_name(kind, rate, seed))) for rate in sorted(own)})
+            kind: Sweep({rate: _loss_to_choose(measured[lab.run_name(kind, rate, seed)]) for rate in sorted(own)})
             for kind, own in rates.items()
         }
         further = {kind: each.next_rate for kind, each in found.items() if each.next_rate is not None}
@@ -87,10 +87,10 @@ def _loss_to_choose(found: Found) -> float | None:
 def _train_seeds(lab: Lab, variants: dict[str, Changes], rates: dict[str, float]) -> dict[str, list[Found]]:
     """Every variant that has a rate with every seed; what was measured of each run, by variant."""
     names = {kind: {lab.run_name(kind, rate, seed): seed for seed in lab.size.seeds} for kind, rate in rates.items()}
-    lab.train({
+    measured = lab.measured({
         name: _at(variants[kind], rates[kind], seed) for kind, runs in names.items() for name, seed in runs.items()
     })  # fmt: skip
-    return {kind: [lab.measure(name) for name in runs] for kind, runs in names.items()}
+    return {kind: [measured[name] for name in runs] for kind, runs in names.items()}
 
 
 # --- the ablation ---------------------------------------------------------------------------------------------------
