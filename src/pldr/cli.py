@@ -405,6 +405,7 @@ def evaluate(
     g_lm: OperatorFile = None,
     device: Device = None,
     dtype: Dtype = "float32",
+    output: Annotated[Path | None, Option(help="Folder for every answer; what was stopped goes on there.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Benchmarks and perplexity of a model, with G_LM frozen, cached or learned from every text."""

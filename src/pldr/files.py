@@ -12,8 +12,9 @@ import shutil
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
@@ -209,6 +210,40 @@ def is_running(mark: str) -> bool:
     import psutil  # not with a model's own code, which asks for transformers alone
 
     return psutil.pid_exists(int(number))
+
+
+@contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """A file beside the folder says that it is this process's, for as long as the process runs.
+
+    Raises:
+        FileExistsError: it is another one's.
+    """
+    made = [folder for folder in output.parents if not folder.exists()]  # innermost first
+    lock = f".{output.name}.lock-"
+    mine = output.with_name(lock + process_mark())
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        started = time.strftime("%Y-%m-%d %H:%M:%S %z")
+        write_text(mine, f"process {os.getpid()} on {platform.node()}, since {started}\n")
+        # Its own first, then the others': of two that start at once, none overlooks the other.
+        for other in output.parent.glob(f"{glob.escape(lock)}*"):
+            if other == mine:
+                continue
+            if not is_running(other.name.removeprefix(lock)):
+                other.unlink(missing_ok=True)
+                continue
+            with suppress(FileNotFoundError):  # it has just ended
+                raise FileExistsError(
+                    f"{output}: another run is in it ({read_text(other).strip()}); wait for it, stop it, or choose another "
+                    f"output; if there is no such process any more, delete {other}"
+                )
+        yield
+    finally:
+        mine.unlink(missing_ok=True)
+        for folder in made:
+            with suppress(OSError):  # it is not empty, as a rule; other runs may be in it
+                folder.rmdir()
 
 
 def _host() -> str:

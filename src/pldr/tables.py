@@ -245,6 +245,8 @@ def evaluation_view(report: dict[str, Any]) -> RenderableType:
         Text.assemble((report["model"], "bold"), f", {report['dtype']} on {report['device']}"),
         *(Text(f"  {mode}: G_LM is {source[mode]}", style="dim") for mode in modes),
     ]
+    if report.get("resumed"):
+        parts.append(Text(f"  {report['resumed']:,} answers are of an earlier run", style="dim"))
     if report["tasks"]:
         parts.append(_score_table(report))
     if report["tasks"] and len(modes) > 1:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,15 +13,18 @@ import torch
 from rich.console import RenderableType
 from transformers import PreTrainedTokenizerFast
 
+from pldr.checkpoints.certificate import versions
 from pldr.checkpoints.load import load_with_tokenizer
 from pldr.data.sources import names_of
+from pldr.evaluation.journal import open_journal
 from pldr.evaluation.modes import MODES, SEQUENTIAL, check_mode, keeps_training, name_of
 from pldr.evaluation.perplexity import check_window, evaluate_texts
 from pldr.evaluation.processes import join
 from pldr.evaluation.published import SUITES, suite_report
 from pldr.evaluation.scoring import Scorer, make_scorers, mode_disagreement, read_calibration
-from pldr.files import json_safe, read_text, require
+from pldr.files import json_safe, read_text, require, to_json
 from pldr.modeling_pldr import PldrForCausalLM
+from pldr.provenance import weights_digest
 from pldr.tables import Printable, evaluation_view
 
 
@@ -38,11 +42,12 @@ class Evaluation(Printable):
             first mode, "differ" (by mode: questions with another answer), "share_bound" (by mode: the exact 95% upper bound
             on their share among all such questions) and "largest" (by mode: difference of one log-likelihood, nats).
         groups: of tasks, by name "scores" alone.
-        seconds: of the tasks, by mode.
+        seconds: of the tasks, by mode; of this run alone.
         texts: by name and mode the fields of `pldr.evaluation.perplexity.Perplexity`.
         suite: "metrics", "scores" and "averages", by mode, where one was asked for.
         disagreement: how much the mode moves the log-likelihood of 32 tokens at most, nats (`mode_disagreement`).
         truncated: contexts that were longer than the model's and lost their beginning.
+        resumed: answers that an earlier run had left in the output.
         threshold: nats by which modes may differ without a warning.
     """
 
@@ -59,6 +64,7 @@ class Evaluation(Printable):
     suite: dict[str, Any] | None = None
     disagreement: float = 0.0
     truncated: int = 0
+    resumed: int = 0
     threshold: float = 0.01
 
     @property
@@ -127,6 +133,7 @@ def evaluate(
     g_lm: str | os.PathLike[str] | None = None,
     device: str | None = None,
     dtype: str = "float32",
+    output: str | os.PathLike[str] | None = None,
 ) -> Evaluation:
     """Benchmarks and perplexity of a model, as `pldr eval` measures them.
 
@@ -150,10 +157,13 @@ def evaluate(
         threshold: nats by which modes may differ without a warning.
         tokenizer, rope, g_lm, device: see `pldr.checkpoints.load.load_with_tokenizer`.
         dtype: "float32", "bfloat16", or "auto": as the model is stored.
+        output: folder that keeps every answer and, at the end, ``evaluation.json``; where a run was stopped, the same
+            call goes on.
 
     Raises:
         ValueError, OSError: an option outside its range or that does not go with this model, an unknown task, data that
-            can not be had: before anything is measured.
+            can not be had; an output that holds something else, or an evaluation of another model or with other options:
+            before anything is measured.
         FloatingPointError: the model's logits are not finite.
         ModuleNotFoundError: tasks need the extra "eval".
     """
@@ -194,19 +204,40 @@ def evaluate(
     passages = None
     if is_learned:
         passages = read_calibration(text_tokenizer, context, names_of(calibration or ()), text_column)
-    scorers = make_scorers(loaded, passages, batch_size=batch_size, processes=processes)
-    if SEQUENTIAL in wanted:
-        scorers[SEQUENTIAL] = Scorer(loaded, SEQUENTIAL, batch_size=batch_size, processes=processes)
-    chosen = {asked: scorers[asked] for asked in wanted}
-    disagreement = 0.0 if passages is None else _disagreement(loaded, scorers, passages)
-    perplexities = evaluate_texts(chosen, text_tokenizer, texts, length=window, stride=stride) if texts else None
-    results = run_tasks(chosen, text_tokenizer, found, limit=limit) if names else {}
-    return Evaluation(
-        model=name_of(model), operator=loaded.config.operator, modes=list(chosen), device=str(loaded.device), dtype=dtype,
-        calibration=(names_of(calibration) if calibration else "ships with pldr") if is_learned else None,
-        suite=suite_report(results, suite) if suite is not None else None, texts=perplexities, disagreement=disagreement,
-        truncated=max(scorer.truncated for scorer in chosen.values()), threshold=threshold, **results,
-    )  # fmt: skip
+    settings = {} if output is None else _fingerprints(loaded, passages) | {
+        "tasks": names, "files": list(texts), "suite": suite, "modes": list(wanted), "limit": limit, "num_fewshot": num_fewshot,
+        "batch_size": str(batch_size), "window": window, "stride": stride, "dtype": dtype, "device": loaded.device.type,
+    }  # fmt: skip
+    with open_journal(output, settings, processes) as journal:
+        scorers = make_scorers(loaded, passages, batch_size=batch_size, processes=processes, journal=journal)
+        if SEQUENTIAL in wanted:
+            scorers[SEQUENTIAL] = Scorer(
+                loaded, SEQUENTIAL, batch_size=batch_size, processes=processes, journal=journal
+            )
+        chosen = {asked: scorers[asked] for asked in wanted}
+        disagreement = 0.0 if passages is None else _disagreement(loaded, scorers, passages)
+        perplexities = evaluate_texts(chosen, text_tokenizer, texts, length=window, stride=stride) if texts else None
+        results = run_tasks(chosen, text_tokenizer, found, limit=limit) if names else {}
+        evaluation = Evaluation(
+            model=name_of(model), operator=loaded.config.operator, modes=list(chosen), device=str(loaded.device), dtype=dtype,
+            calibration=(names_of(calibration) if calibration else "ships with pldr") if is_learned else None,
+            suite=suite_report(results, suite) if suite is not None else None, texts=perplexities, disagreement=disagreement,
+            truncated=max(scorer.truncated for scorer in chosen.values()), resumed=journal.recalled, threshold=threshold,
+            **results,
+        )  # fmt: skip
+        journal.finish(evaluation.to_json())
+    return evaluation
+
+
+def _fingerprints(model: PldrForCausalLM, passages: torch.Tensor | None) -> dict[str, Any]:
+    """What tells a model, what its operator is frozen from, and what computes, from others."""
+    config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+    return {
+        "weights": weights_digest(model.state_dict()),
+        "configuration": hashlib.sha256(to_json(config).encode()).hexdigest(),
+        "calibration": None if passages is None else weights_digest({"passages": passages}),
+        "versions": {name: version for name, version in versions().items() if name != "python"},
+    }
 
 
 def _task_names(tasks: str | Sequence[str], suite: str | None) -> list[str]:

@@ -175,15 +175,30 @@ class PldrLM(TemplateLM):
                 )
             ids = self.tok_encode(context)[-room:] or [self.eot_token_id]
             groups[json.dumps(settings, sort_keys=True), len(ids)].append((index, ids))
-        texts: dict[int, str] = {}
+        journal = self.scorer.journal
+        call = journal.call(self.scorer.mode, [[*group, members] for group, members in groups.items()])
+        texts: dict[int, str] = journal.recall(call, str)
+        drawn = {
+            index
+            for (settings, _), members in groups.items()
+            if json.loads(settings)["do_sample"]
+            for index, _ in members
+        }
+        if not texts.keys() >= drawn:  # what is drawn depends on what was drawn before
+            texts = {index: text for index, text in texts.items() if index not in drawn}
         with progress(f"texts, {self.scorer.mode}", len(requests), disable=disable_tqdm) as done:
+            done(len(texts))
             for (settings_text, length), members in groups.items():
                 settings = json.loads(settings_text)
                 batches = self.scorer.batches(members, length + settings["max_gen_toks"])
-                # What is drawn depends on what was drawn before: every process draws all of it.
+                # And so every process draws all of it.
                 for batch in batches if settings["do_sample"] else self.scorer.processes.share(batches):
+                    if texts.keys() >= {index for index, _ in batch}:
+                        continue
                     found = self._generate([ids for _, ids in batch], dict(settings))
-                    texts |= {index: text for (index, _), text in zip(batch, found, strict=True)}
+                    answers = {index: text for (index, _), text in zip(batch, found, strict=True)}
+                    journal.add(call, answers)
+                    texts |= answers
                     done(len(batch))
         texts = self.scorer.processes.together(texts)
         for index, request in enumerate(requests):

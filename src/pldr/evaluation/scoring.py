@@ -13,7 +13,8 @@ import copy
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from pldr.cache import make_cache
 from pldr.data.rows import choose_passages
 from pldr.data.sources import Source
 from pldr.engine import NOT_FINITE
+from pldr.evaluation.journal import Journal
 from pldr.evaluation.modes import SEQUENTIAL, model_in_mode, modes_of
 from pldr.evaluation.processes import Processes
 from pldr.modeling_pldr import PldrForCausalLM
@@ -35,6 +37,10 @@ _CALIBRATION_PASSAGES = 4
 # Tokens of a batch if its size is not given: what keeps two cores, or a GPU, busy; and the most logits of one.
 _BATCH_TOKENS = {"cpu": 2048, "cuda": 65_536}
 _BATCH_LOGITS = 1 << 28
+
+
+# A score in the journal.
+_SCORE = {"log_likelihood": float, "is_greedy": bool}
 
 
 class Score(NamedTuple):
@@ -66,6 +72,7 @@ class Scorer:
         batch_size: sequences of a batch; "auto": as many as fit into some 2,000 tokens on a CPU, 65,000 on a GPU, fewer
             with a large vocabulary.
         processes: that share the batches, each with such a scorer; they must ask for the same scores.
+        journal: keeps scores, and has those of an earlier run.
 
     Raises:
         ValueError: another mode; a constant operator in a mode that needs a learned one; no calibration passages; a batch
@@ -80,12 +87,14 @@ class Scorer:
         calibration: torch.Tensor | None = None,
         batch_size: int | str = "auto",
         processes: Processes = Processes(),  # noqa: B008 (a constant)
+        journal: Journal | None = None,
     ) -> None:
         if batch_size != "auto" and not (str(batch_size).isdecimal() and int(batch_size) > 0):
             raise ValueError(f"batch_size: must be a positive number or auto, got {batch_size!r}")
         self.model = model_in_mode(model, mode, calibration)
         self.mode = mode
         self.processes = processes
+        self.journal = journal or Journal()
         self.truncated = 0
         self.batch_size = None if batch_size == "auto" else int(batch_size)
 
@@ -119,22 +128,26 @@ class Scorer:
             FloatingPointError: logits are NaN or infinite.
         """
         fitted = [self._fit(tuple(context), tuple(continuation)) for context, continuation in pairs]
-        scores: dict[int, Score] = {}
+        call = self.journal.call(self.mode, fitted)
+        scores = {index: Score(**known) for index, known in self.journal.recall(call, _SCORE).items()}
+        done(len(scores))
         score = {"learned": self._score_whole, SEQUENTIAL: self._score_sequential}.get(self.mode, self._score_shared)
-        for found in score(fitted):
+        for found in score(fitted, frozenset(scores)):
+            self.journal.add(call, {index: score._asdict() for index, score in found.items()})
+            done(len(found.keys() - scores))
             scores |= found
-            done(len(found))
         done(len(fitted) - len(scores))
         scores = self.processes.together(scores)
         return [scores[index] for index in range(len(fitted))]
 
-    def _mine(self, by_length: dict[int, list[Any]]) -> Iterator[tuple[int, Sequence[Any]]]:
-        """This process's batches of items of one length each, longest first."""
-        return self.processes.share(
-            (length, batch)
-            for length, items in sorted(by_length.items(), reverse=True)
-            for batch in self.batches(items, length)
-        )
+    def _batches(self, by_length: dict[int, list[list[int]]]) -> Iterator[Sequence[list[int]]]:
+        """Batches of groups of pairs, those of one length together, longest first."""
+        for length, groups in sorted(by_length.items(), reverse=True):
+            yield from self.batches(groups, length)
+
+    def _mine(self, batches: Iterable[Sequence[list[int]]], known: Set[int]) -> Iterator[Sequence[list[int]]]:
+        """This process's batches, but for those whose scores are all known."""
+        return (batch for batch in self.processes.share(batches) if not known >= set(chain.from_iterable(batch)))
 
     def _fit(self, context: tuple[int, ...], continuation: tuple[int, ...]) -> Pair:
         if not context or not continuation:
@@ -148,13 +161,14 @@ class Scorer:
         self.truncated += len(context) > room
         return Pair(context[-room:], continuation)
 
-    def _score_whole(self, pairs: list[Pair]) -> Iterator[dict[int, Score]]:
+    def _score_whole(self, pairs: list[Pair], known: Set[int]) -> Iterator[dict[int, Score]]:
         """One forward of context and continuation, batches of one length, longest first."""
-        by_length: dict[int, list[int]] = defaultdict(list)
+        by_length: dict[int, list[list[int]]] = defaultdict(list)
         # By continuation, because the head works on the longest's positions.
         for index, pair in sorted(enumerate(pairs), key=lambda item: len(item[1].continuation)):
-            by_length[len(pair.context) + len(pair.continuation) - 1].append(index)
-        for _, batch in self._mine(by_length):
+            by_length[len(pair.context) + len(pair.continuation) - 1].append([index])
+        for groups in self._mine(self._batches(by_length), known):
+            batch = [*chain.from_iterable(groups)]
             ids = self._tensor([[*pairs[i].context, *pairs[i].continuation[:-1]] for i in batch])
             keep = max(len(pairs[index].continuation) for index in batch)
             logits = self.model(ids, use_cache=False, logits_to_keep=keep).logits
@@ -163,10 +177,10 @@ class Scorer:
                 for index, row in zip(batch, logits, strict=True)
             }
 
-    def _score_sequential(self, pairs: list[Pair]) -> Iterator[dict[int, Score]]:
+    def _score_sequential(self, pairs: list[Pair], known: Set[int]) -> Iterator[dict[int, Score]]:
         """One forward of what stands before each token of a continuation; equal beginnings share it."""
         order = sorted(range(len(pairs)), key=lambda index: pairs[index].context)  # continuations of a context together
-        for part in self.processes.share(order[start : start + 64] for start in range(0, len(order), 64)):
+        for (part,) in self._mine(([order[start : start + 64]] for start in range(0, len(order), 64)), known):
             prefixes: dict[int, dict[tuple[int, ...], list[tuple[int, int]]]] = defaultdict(lambda: defaultdict(list))
             for index in part:
                 context, continuation = pairs[index]
@@ -186,21 +200,22 @@ class Scorer:
                 for index, found in tokens.items()
             }
 
-    def _score_shared(self, pairs: list[Pair]) -> Iterator[dict[int, Score]]:
+    def _score_shared(self, pairs: list[Pair], known: Set[int]) -> Iterator[dict[int, Score]]:
         """One forward of each context, then one of the continuations of a batch of contexts of one length."""
         by_context: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for index, pair in enumerate(pairs):
             by_context[pair.context].append(index)
-        by_length: dict[int, list[tuple[int, ...]]] = defaultdict(list)
-        for context in by_context:
-            by_length[len(context)].append(context)
-        for length, batch in self._mine(by_length):
+        by_length: dict[int, list[list[int]]] = defaultdict(list)
+        for context, group in by_context.items():
+            by_length[len(context)].append(group)
+        for groups in self._mine(self._batches(by_length), known):
             cache = make_cache(self.model.config)
-            first = self.model(self._tensor(batch), past_key_values=cache, logits_to_keep=1).logits
-            members = [(row, index) for row, context in enumerate(batch) for index in by_context[context]]
+            contexts = self._tensor([pairs[group[0]].context for group in groups])
+            first = self.model(contexts, past_key_values=cache, logits_to_keep=1).logits
+            members = [(row, index) for row, group in enumerate(groups) for index in group]
             members.sort(key=lambda member: -len(pairs[member[1]].continuation))
             longest = len(pairs[members[0][1]].continuation)
-            for part in self.batches(members, length + longest):
+            for part in self.batches(members, contexts.shape[1] + longest):
                 rows = torch.tensor([row for row, _ in part], device=first.device)
                 rest = self._continue(cache, rows, [pairs[index].continuation for _, index in part])
                 logits = torch.cat((first[rows], rest), 1).float()
@@ -254,13 +269,14 @@ def make_scorers(
     *,
     batch_size: int | str = "auto",
     processes: Processes = Processes(),  # noqa: B008 (a constant)
+    journal: Journal | None = None,
 ) -> dict[str, Scorer]:
     """A scorer for each mode that the model has: all with a learned operator, "frozen" alone with a constant one.
 
     Args and raises: see `Scorer`.
     """
     return {
-        mode: Scorer(model, mode, calibration=calibration, batch_size=batch_size, processes=processes)
+        mode: Scorer(model, mode, calibration=calibration, batch_size=batch_size, processes=processes, journal=journal)
         for mode in modes_of(model)
     }
 

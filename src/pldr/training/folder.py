@@ -4,9 +4,7 @@ import contextlib
 import dataclasses
 import glob
 import os
-import platform
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +14,8 @@ from accelerate import PartialState
 from pldr.files import (
     CHECKSUMS,
     check_output,
-    is_running,
+    locked,
     parse_json,
-    process_mark,
     read_json,
     read_text,
     set_aside,
@@ -67,7 +64,7 @@ def _open(
     if resume in (False, "auto"):
         check_output(output, overwrite=True)  # before anything is made for it
     real = output.resolve()  # a link to a folder stays one
-    stack.enter_context(_locked(real))
+    stack.enter_context(locked(real))
     _tidy(real)
     start = None if resume is False else _checkpoint_to_resume(recipe, resume, processes)
     if start is None:
@@ -79,40 +76,6 @@ def _open(
         abandon_newer(start)
     write_json(output / RECIPE, described(recipe, processes))
     return start
-
-
-@contextlib.contextmanager
-def _locked(output: Path) -> Iterator[None]:
-    """A file beside the folder says that it is this process's, for as long as the process runs.
-
-    Raises:
-        FileExistsError: it is another one's.
-    """
-    made = [folder for folder in output.parents if not folder.exists()]  # innermost first
-    lock = f".{output.name}.lock-"
-    mine = output.with_name(lock + process_mark())
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        started = time.strftime("%Y-%m-%d %H:%M:%S %z")
-        write_text(mine, f"process {os.getpid()} on {platform.node()}, since {started}\n")
-        # Its own first, then the others': of two that start at once, none overlooks the other.
-        for other in output.parent.glob(f"{glob.escape(lock)}*"):
-            if other == mine:
-                continue
-            if not is_running(other.name.removeprefix(lock)):
-                other.unlink(missing_ok=True)
-                continue
-            with contextlib.suppress(FileNotFoundError):  # it has just ended
-                raise FileExistsError(
-                    f"{output}: another run is in it ({read_text(other).strip()}); wait for it, stop it, or choose another "
-                    f"output; if there is no such process any more, delete {other}"
-                )
-        yield
-    finally:
-        mine.unlink(missing_ok=True)
-        for folder in made:
-            with contextlib.suppress(OSError):  # it is not empty, as a rule; other runs may be in it
-                folder.rmdir()
 
 
 def _tidy(output: Path) -> None:
