@@ -247,12 +247,27 @@ class TestTrain:
         fails(run("train", tmp_path / "r.yaml"), "exists and is not empty")
 
     def test_plot(self, run, tmp_path):
+        from matplotlib.image import imread
+
         rows = [{"step": 1, "loss": 2.0}, {"step": 2, "eval_loss": 1.9},
                 {"step": 2, "G_variation": [1e-2, 1e-3], "G_frozen_difference": -1e-6}]  # fmt: skip
         (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         assert run("plot", tmp_path)[:2] == (0, f"{tmp_path / 'curves.png'}\n")
         assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
         assert run("plot", tmp_path, "--output", tmp_path / "other.png")[0] == 0
+        narrow = imread(tmp_path / "curves.png").shape
+        rows += [{"step": 3, "skipped_loss": "nan", "skipped_rows": [1]},
+                 {"step": 4, "loss": None, "learning_rate": 1e-3, "grad_norm": 2.0, "accuracy": 0.5},
+                 {"step": 4, "eval_loss": 1.8, "eval_regularised_loss": 1.9, "G_rank": [3.0, 2.5], "row_gain": [0.5, 1.5],
+                  "row_norm": [1.0, 3.0], "G_log10_determinant": [-3.0, None]}]  # fmt: skip
+        (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert run("plot", tmp_path)[0] == 0
+        wide = imread(tmp_path / "curves.png")
+        assert (wide.shape[0], wide.shape[1]) == (
+            pytest.approx(3 * narrow[0], abs=3),
+            pytest.approx(narrow[1] * 4 / 3, abs=3),
+        )
+        assert (wide[0, 0, 3], wide[..., 3].max()) == (0, 1)  # no background of its own
         fails(run("plot", tmp_path / "nowhere"), "is not the output of pldr train")
         (tmp_path / "log.jsonl").write_text('{"step": 1}\n')
         fails(run("plot", tmp_path), "holds no loss to plot")
@@ -260,7 +275,7 @@ class TestTrain:
         (tmp_path / "log.jsonl").write_text(good + '{"step"')
         fails(run("plot", tmp_path), "line 2: not valid JSON")
         for line in ("5", '{"loss": 1}', '{"step": 1, "loss": "x"}', '{"step": 1, "G_variation": 3}', '{"step": [1]}',
-                     '{"step": 1, "G_variation": [[1]]}', '{"step": 1, "accuracy": "x"}', '{"step": 1, "dag_A_P": {}}',
+                     '{"step": 1, "G_variation": [[1]]}', '{"step": 1, "G_rank": 1}', '{"step": 1, "row_gain": ["x"]}', '{"step": 1, "accuracy": "x"}', '{"step": 1, "dag_A_P": {}}',
                      '{"step": 1, "eval_accuracy": 1e999}'):  # fmt: skip
             (tmp_path / "log.jsonl").write_text(good + line)
             fails(run("plot", tmp_path), "line 2: not a line of a training log")

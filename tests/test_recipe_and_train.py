@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer
 
 from helpers import TINY
-from pldr import dag_loss, deductive_outputs, freeze, load_model, load_tokenizer
+from pldr import dag_loss, deductive_outputs, freeze, load_model, load_tokenizer, plots
 from pldr.configuration_pldr import PRESETS
 from pldr.data.rows import cached_rows, collate
 from pldr.data.sources import Source
@@ -21,6 +21,7 @@ from pldr.data.vocabulary import train_tokenizer
 from pldr.deductive import variation
 from pldr.evaluation.modes import operator_metrics
 from pldr.files import whole_folder
+from pldr.plots import plot_run
 from pldr.recipe import OptimizationRecipe, Recipe, find_recipe, load_recipe
 from pldr.training.callbacks import ProgressBar
 from pldr.training.graph import may_be_graph
@@ -695,3 +696,16 @@ def test_the_log_has_what_one_wants_to_watch(write_recipe, tmp_path):
     assert all(line[f"dag_{name}"] >= 0 for line in probes for name in ("A_LM", "A_P", "G_LM"))
     assert {"eval_accuracy", "test_loss", "test_accuracy"} <= {key for line in lines for key in line}
     assert list((tmp_path / "out" / "tensorboard").glob("events.*"))
+
+
+def test_what_is_logged_is_drawn(write_recipe, tmp_path):
+    """A picture shows all that a training measures; what has no curve is counted here."""
+    bounds = {"optimization__clip_value": None, "optimization__clip_norm": 1.0, "optimization__dag_G_LM": 0.1}
+    recipe = write_recipe(eval_steps=6, data__test=["pydoc-topics:validation"], log_steps=1, **bounds)
+    train(load_recipe(recipe), progress=False)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").open()]
+    logged = {name for line in lines for name in line}
+    drawn = {name for panel in plots._PANELS for name in panel.curves}
+    assert drawn - logged == set()
+    assert logged - drawn == {"step", "global_loss", "global_accuracy", "train_runtime", "total_flos"}
+    assert plot_run(tmp_path / "out").is_file()

@@ -1,10 +1,11 @@
 """What is drawn: operators, training curves, the pictures of claims."""
 
+import colorsys
 import os
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pldr.files import check_shape, read_json_lines, require, whole_file
 from pldr.recipe import DAG_TENSORS
@@ -95,8 +96,47 @@ def plot_operators(
 # --- a training run -------------------------------------------------------------------------------------------------
 
 
+class _Panel(NamedTuple):
+    """One picture of a run: what it shows of the log's lines.
+
+    Attributes:
+        title, unit: of the picture, and of its vertical axis.
+        curves: name in the log → label; what has a value a layer is a curve a layer, in place of the label.
+        scale: of the vertical axis; on "log" magnitudes are drawn.
+        mark: a value that means something, as a line.
+    """
+
+    title: str
+    unit: str
+    curves: dict[str, str]
+    scale: str = "linear"
+    mark: float | None = None
+
+
+_LAYERS = "layer"
+_PANELS = (
+    _Panel("loss", "nats per token", {"loss": "training", "eval_loss": "validation", "eval_regularised_loss": "validation + DAG loss",
+                                      "test_loss": "test", "test_regularised_loss": "test + DAG loss"}),
+    _Panel("accuracy", "fraction of tokens", {"accuracy": "training", "eval_accuracy": "validation", "test_accuracy": "test"}),
+    _Panel("learning rate", "", {"learning_rate": "learning rate"}),
+    _Panel("norm of the gradient", "before it is clipped", {"grad_norm": "norm"}, "log"),
+    _Panel("variation of G_LM over held-out passages", "relative RMSE", {"G_variation": _LAYERS}, "log"),
+    _Panel("loss with G_LM frozen", "nats per token", {"G_frozen_difference": "|frozen - learned|"}, "log"),
+    _Panel("rank of G_LM", "singular values > 1e-2 of the largest", {"G_rank": _LAYERS}),
+    _Panel("determinant of G_LM", "log10 |det|", {"G_log10_determinant": _LAYERS}),
+    _Panel("growth of a small change of a row: random", "factor, RMS", {"row_gain": _LAYERS}, "log", 1.0),
+    _Panel("growth of a small change of a row: the worst", "factor", {"row_norm": _LAYERS}, "log", 1.0),
+    _Panel("DAG loss", "", {f"dag_{name}": name for name in DAG_TENSORS}, "log"),
+)  # fmt: skip
+_COLUMNS = 4
+
+
 def plot_run(run: str | os.PathLike[str], output: str | os.PathLike[str] | None = None) -> Path:
-    """The curves of a training run over steps: loss, accuracy, how far G_LM varies, what freezing costs, DAG losses.
+    """What the log of a training run holds, over its steps.
+
+    Loss, with the steps that were skipped, accuracy, learning rate and norm of the gradient; of a learned operator how far G_LM
+    varies, what freezing it costs, its rank and determinant, by what the metric learner's network lets a change of a row grow,
+    and the DAG loss of each deductive output. What the log has nothing of is left out.
 
     Args:
         run: output folder of `pldr train`, with its ``log.jsonl``.
@@ -115,47 +155,65 @@ def plot_run(run: str | os.PathLike[str], output: str | os.PathLike[str] | None 
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; {run} is not the output of pldr train")
     log = _read_log(file)
-    if not any(name in line for line in log for name in ("loss", "eval_loss")):
+    held = {name for line in log for name, value in line.items() if value is not None}
+    if not held & {"loss", "eval_loss"}:
         raise ValueError(f"{file}: holds no loss to plot")
-    probed = any("G_variation" in line for line in log)
-    count = 5 if probed else 2
-    figure, axes = _figure((4.5 * count, 4), 1, count)
-    for axis, name, unit in zip(axes[0], ("loss", "accuracy"), ("nats per token", "fraction of tokens"), strict=False):
-        for key, label in ((name, "training"), (f"eval_{name}", "validation")):
-            axis.plot(*_curve(log, key), label=label)
-        axis.set(title=name, ylabel=unit)
-    if probed:
-        _plot_operator_metrics(axes[0, 2:], log)
-    _finish(axes[0], xlabel="step")
+    panels = [panel for panel in _PANELS if held & panel.curves.keys()]
+    columns = min(_COLUMNS, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = _figure((4.5 * columns, 3.6 * rows), rows, columns)
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        _plot_panel(axis, panel, log)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for number, step in enumerate(_curve(log, "skipped_loss")[0]):
+        axes[0, 0].axvline(
+            step, linewidth=0.8, linestyle=":", color="tab:red", label=None if number else "skipped steps"
+        )
+    _finish(axes.flat[: len(panels)], xlabel="step")
     _save(figure, output)
     return output
 
 
-def _plot_operator_metrics(axes: Any, log: list[dict[str, Any]]) -> None:
-    """Three axes of what `pldr.evaluation.modes.operator_metrics` found."""
-    steps, layers = _curve(log, "G_variation")
-    for layer, values in enumerate(zip(*layers, strict=True)):
-        axes[0].plot(steps, values, marker=".", label=f"layer {layer}")
-    axes[0].set(title="variation of G_LM over held-out passages", ylabel="relative RMSE", yscale="log")
-    steps, differences = _curve(log, "G_frozen_difference")
-    axes[1].plot(steps, [abs(value) for value in differences], marker=".", label="|frozen - learned|")
-    axes[1].set(title="loss with G_LM frozen", ylabel="nats per token", yscale="log")
-    for name in DAG_TENSORS:
-        axes[2].plot(*_curve(log, f"dag_{name}"), marker=".", label=name)
-    axes[2].set(title="DAG loss", yscale="log")
+def _plot_panel(axis: "Axes", panel: _Panel, log: list[dict[str, Any]]) -> None:
+    import numpy as np
+
+    for name, label in panel.curves.items():
+        steps, found = _curve(log, name)
+        values = np.array(found, dtype=float)  # [points] or [points, layers]; null is NaN, and not drawn
+        if panel.scale == "log":
+            values = abs(values)
+        marker = "." if len(steps) < 60 else None
+        if label != _LAYERS:
+            axis.plot(steps, values, marker=marker, label=label)
+            continue
+        layers = values.shape[-1]
+        every = -(-layers // 8)  # has a label
+        for layer in range(layers):
+            axis.plot(
+                steps, values[:, layer], marker=marker, color=_layer_colour(layer, layers),
+                label=None if layer % every else f"layer {layer}",
+            )  # fmt: skip
+    if panel.mark is not None:
+        axis.axhline(panel.mark, linewidth=0.8, color=_NEUTRAL)
+    axis.set(title=panel.title, ylabel=panel.unit, yscale=panel.scale)
+
+
+def _layer_colour(layer: int, layers: int) -> tuple[float, float, float]:
+    """From blue over purple to red, all of them readable on white and on black."""
+    return colorsys.hls_to_rgb(0.55 + 0.45 * layer / max(1, layers - 1), 0.55, 0.65)
 
 
 def _curve(log: list[dict[str, Any]], name: str) -> tuple[list[int], list[Any]]:
     """Steps and values, of the lines that have one."""
-    lines = [line for line in log if name in line]
+    lines = [line for line in log if line.get(name) is not None]
     return [line["step"] for line in lines], [line[name] for line in lines]
 
 
 # What is drawn of a line, where it has it; see `pldr.files.check_shape`.
 _DRAWN: dict[str, Any] = {
-    "loss": float, "eval_loss": float, "accuracy": (float,), "eval_accuracy": (float,), "G_variation": [float],
-    "G_frozen_difference": float, "dag_A_LM": (float,), "dag_A_P": (float,), "dag_G_LM": (float,),
-}  # fmt: skip
+    name: [(float,)] if label == _LAYERS else (float,) for panel in _PANELS for name, label in panel.curves.items()
+}
 
 
 def _read_log(file: Path) -> list[dict[str, Any]]:
@@ -164,12 +222,13 @@ def _read_log(file: Path) -> list[dict[str, Any]]:
     for where, line in read_json_lines(file):
         try:
             check_shape(line, {"step": int})
-            check_shape(line, {name: shape for name, shape in _DRAWN.items() if name in line})
+            check_shape(line, {name: shape for name, shape in _DRAWN.items() if line.get(name) is not None})
         except ValueError as error:
             raise ValueError(f"{where}: not a line of a training log ({error})") from None
         lines.append(line)
-    if len({len(line["G_variation"]) for line in lines if "G_variation" in line}) > 1:
-        raise ValueError(f"{file}: G_variation has different numbers of layers; this is the log of several runs")
+    for name in (name for name, shape in _DRAWN.items() if isinstance(shape, list)):
+        if len({len(line[name]) for line in lines if line.get(name) is not None}) > 1:
+            raise ValueError(f"{file}: {name} has different numbers of layers; this is the log of several runs")
     return lines
 
 
