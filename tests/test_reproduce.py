@@ -13,7 +13,7 @@ from matplotlib.image import imread
 from helpers import TINY, assert_close, fails
 from pldr.deductive import deductive_outputs
 from pldr.operator import DeductiveOutputs
-from pldr.plots import plot_curves
+from pldr.plots import plot_curves, plot_operators
 from pldr.recipe import OptimizationRecipe, load_recipe
 from pldr.study.claims import run_claim
 from pldr.study.fidelity import along_generation, decimals
@@ -503,6 +503,11 @@ def test_pictures_have_no_background_of_their_own(tmp_path):
     grey = drawn[(drawn.max(1) - drawn.min(1)) < 0.02]
     assert len(grey) > 100
     assert 0.4 < grey.min() <= grey.max() < 0.6
+    plot_operators({"G_LM": torch.eye(4).expand(1, 2, 4, 4)}, tmp_path / "G.png", title="of two heads")
+    pixels = imread(tmp_path / "G.png")
+    assert pixels[0, 0, 3] == 0
+    drawn = pixels[pixels[..., 3] == 1][:, :3]
+    assert drawn[(drawn.max(1) - drawn.min(1)) < 0.02].min() > 0.4
 
 
 def test_table():

@@ -1,11 +1,12 @@
 """What is drawn: operators, training curves, the pictures of claims."""
 
 import colorsys
+import functools
 import os
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
 from pldr.files import check_shape, read_json_lines, require, whole_file
 from pldr.recipe import DAG_TENSORS
@@ -24,40 +25,52 @@ _STYLE: dict[Any, Any] = {
 }  # fmt: skip
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _drawn(draw: Callable[P, R]) -> Callable[P, R]:
+    """A function that draws, in this style; matplotlib comes with the extra "train"."""
+
+    @functools.wraps(draw)
+    def styled(*args: P.args, **kwargs: P.kwargs) -> R:
+        require("train", "matplotlib")
+        from matplotlib import rc_context
+
+        with rc_context(_STYLE):
+            return draw(*args, **kwargs)
+
+    return styled
+
+
 def _figure(size: tuple[float, float], rows: int = 1, columns: int = 1) -> tuple["Figure", Any]:
     """A figure of `size` inches and its axes [rows, columns].
 
     It is none of pyplot's, so that a notebook's own figures, and the backend that shows them, stay as they are.
     """
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with rc_context(_STYLE):
-        figure = Figure(figsize=size, layout="constrained")
-        return figure, figure.subplots(rows, columns, squeeze=False)
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def _save(figure: "Figure", path: str | os.PathLike[str]) -> None:
     """As a PNG with no background of its own, whole or not at all."""
-    from matplotlib import rc_context
-
-    with rc_context(_STYLE), whole_file(path) as partial:
+    with whole_file(path) as partial:
         figure.savefig(partial, dpi=110, format="png", transparent=True)
 
 
 def _finish(axes: Iterable["Axes"], **labels: str) -> None:
-    from matplotlib import rc_context
-
     for axis in axes:
-        with rc_context(_STYLE):
-            axis.set(**labels)
-            axis.legend()
-            axis.grid(alpha=0.3)
+        axis.set(**labels)
+        axis.legend()
+        axis.grid(alpha=0.3)
 
 
 # --- operators ------------------------------------------------------------------------------------------------------
 
 
+@_drawn
 def plot_operators(
     rows: dict[str, "torch.Tensor"],
     path: str | os.PathLike[str],
@@ -131,6 +144,7 @@ _PANELS = (
 _COLUMNS = 4
 
 
+@_drawn
 def plot_run(run: str | os.PathLike[str], output: str | os.PathLike[str] | None = None) -> Path:
     """What the log of a training run holds, over its steps.
 
@@ -150,7 +164,6 @@ def plot_run(run: str | os.PathLike[str], output: str | os.PathLike[str] | None 
         FileNotFoundError: the folder has no log.
         ValueError: the log is damaged (line named) or empty.
     """
-    require("train", "matplotlib")
     file, output = Path(run) / "log.jsonl", Path(output or Path(run) / "curves.png")
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; {run} is not the output of pldr train")
@@ -180,6 +193,8 @@ def _plot_panel(axis: "Axes", panel: _Panel, log: list[dict[str, Any]]) -> None:
 
     for name, label in panel.curves.items():
         steps, found = _curve(log, name)
+        if not steps:
+            continue
         values = np.array(found, dtype=float)  # [points] or [points, layers]; null is NaN, and not drawn
         if panel.scale == "log":
             values = abs(values)
@@ -238,6 +253,7 @@ def _read_log(file: Path) -> list[dict[str, Any]]:
 _STATES = {"invariant": "tab:green", "varies": "tab:orange", "collapsed": "tab:red", "diverged": "tab:purple"}
 
 
+@_drawn
 def plot_invariance(rows: list[dict[str, Any]], usual: dict[str, float], bound: float, path: Path) -> None:
     """Every run's loss over the variation of its G_LM, labelled with what differs from the usual settings.
 
@@ -265,6 +281,7 @@ def plot_invariance(rows: list[dict[str, Any]], usual: dict[str, float], bound: 
     _save(figure, path)
 
 
+@_drawn
 def plot_trajectories(rows: list[dict[str, Any]], quantities: dict[str, str], path: Path) -> None:
     """What is followed through training, a line for each run, in the colour of what became of it.
 
@@ -290,6 +307,7 @@ def plot_trajectories(rows: list[dict[str, Any]], quantities: dict[str, str], pa
     _save(figure, path)
 
 
+@_drawn
 def plot_curves(logs: dict[str, list[list[dict[str, Any]]]], path: Path) -> None:
     """Losses and accuracy over steps: of each variant the mean of its runs, and their range.
 
