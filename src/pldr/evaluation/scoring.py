@@ -37,6 +37,8 @@ _CALIBRATION_PASSAGES = 4
 # Tokens of a batch if its size is not given: what keeps two cores, or a GPU, busy; and the most logits of one.
 _BATCH_TOKENS = {"cpu": 2048, "cuda": 65_536}
 _BATCH_LOGITS = 1 << 28
+# Of what is scored token by token, the pairs and tokens between two lines of the journal.
+_PART_PAIRS, _PART_TOKENS = 64, 2048
 
 
 # A score in the journal.
@@ -179,8 +181,7 @@ class Scorer:
 
     def _score_sequential(self, pairs: list[Pair], known: Set[int]) -> Iterator[dict[int, Score]]:
         """One forward of what stands before each token of a continuation; equal beginnings share it."""
-        order = sorted(range(len(pairs)), key=lambda index: pairs[index].context)  # continuations of a context together
-        for (part,) in self._mine(([order[start : start + 64]] for start in range(0, len(order), 64)), known):
+        for (part,) in self._mine(_parts(pairs), known):
             prefixes: dict[int, dict[tuple[int, ...], list[tuple[int, int]]]] = defaultdict(lambda: defaultdict(list))
             for index in part:
                 context, continuation = pairs[index]
@@ -240,6 +241,21 @@ class Scorer:
 
     def _tensor(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
         return torch.tensor(rows, device=self.model.device)
+
+
+def _parts(pairs: list[Pair]) -> Iterator[list[list[int]]]:
+    """Pairs in parts, those of one context together: as many as `_PART_PAIRS` and `_PART_TOKENS` allow."""
+    part: list[int] = []
+    room = _PART_TOKENS
+    for index in sorted(range(len(pairs)), key=lambda index: pairs[index].context):
+        count = len(pairs[index].continuation)
+        if part and (len(part) == _PART_PAIRS or count > room):
+            yield [part]
+            part, room = [], _PART_TOKENS
+        part.append(index)
+        room -= count
+    if part:
+        yield [part]
 
 
 def _score(logits: torch.Tensor, continuation: Sequence[int]) -> Score:
