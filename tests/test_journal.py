@@ -178,7 +178,7 @@ def test_batches_that_are_known_are_not_scored_again(small_model, ids, tmp_path,
         assert journal.recalled == len(pairs)
     second = tmp_path / "out" / "answers-1.jsonl"
     *kept, last = second.read_text().splitlines()
-    second.write_text("\n".join(kept))
+    second.write_bytes("\n".join(kept).encode() + "\nä".encode()[:-1])  # cut off within a character
     with open_journal(tmp_path / "out", {}, Processes()) as journal:
         assert scorer(journal=journal).score(pairs) == whole
         assert journal.recalled == len(pairs) - len(json.loads(last)["answers"])

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pldr.evaluation.processes import Processes
-from pldr.files import check_output, check_shape, locked, read_json, read_text, to_json, write_json
+from pldr.files import check_output, check_shape, locked, read_json, to_json, write_json
 
 _SETTINGS, _RESULT = "settings.json", "evaluation.json"
 _LINE = {"call": str, "answers": dict}
@@ -33,10 +33,9 @@ class Journal:
     answers: dict[str, dict[int, Any]] = field(default_factory=dict)
     recalled: int = 0
 
-    @staticmethod
-    def call(mode: str, questions: Any) -> str:
-        """A name for these questions in this mode."""
-        return f"{mode} {hashlib.sha256(json.dumps(questions).encode()).hexdigest()}"
+    def call(self, mode: str, questions: Any) -> str:
+        """A name for these questions in this mode; none where nothing is kept, for there may be many."""
+        return "" if self.file is None else f"{mode} {hashlib.sha256(json.dumps(questions).encode()).hexdigest()}"
 
     def recall(self, call: str, shape: Any) -> dict[int, Any]:
         """Answers by number of the question, as far as they are known.
@@ -115,10 +114,10 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def _read(file: Path) -> Iterator[tuple[str, dict[int, Any]]]:
-    for number, text in enumerate(read_text(file).split("\n"), 1):
+    for number, text in enumerate(file.read_bytes().split(b"\n"), 1):
         try:
             line = json.loads(text)
-        except ValueError:  # the process was killed while it wrote, so that these are asked again
+        except ValueError:  # cut off, where the process was killed while it wrote; so these are asked again
             continue
         try:
             check_shape(line, _LINE)
