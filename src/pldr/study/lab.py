@@ -2,13 +2,14 @@
 
 import copy
 import dataclasses
+import itertools
 import os
 import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -67,7 +68,7 @@ class Size:
     Attributes:
         recipe: what its runs share, in the terms of a recipe (without output and data).
         seeds: of each variant that is compared.
-        cell_seeds: of each cell of the map of invariance.
+        cell_seeds: of each cell of the map of invariance, and of each rate that an operator is tried at.
         rates: peak rates that each operator is first tried at, in rising order.
         extensions: how often these go on by a factor of two, where the best one lies at an edge.
         length: tokens of a sequence.
@@ -161,6 +162,7 @@ class Lab:
     say: Callable[[str], None] = lambda line: None
     command: str = ""
     _halves: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, init=False, repr=False)
+    _numbers: Iterator[int] = field(default_factory=itertools.count, init=False, repr=False)
     _measuring: Any = field(default_factory=threading.Lock, init=False, repr=False)
 
     # --- training ---
@@ -240,11 +242,15 @@ class Lab:
         self.say(f"{name}: {time.perf_counter() - start:.0f} s{' (diverged)' if self.diverged(name) else ''}")
 
     def _environment(self) -> dict[str, str]:
-        """Of a run: what this process has, and its share of the processor's cores where several run at once."""
+        """Of a run: what this process has; where several run at once, a share of the cores, and of the GPUs the next one."""
         if self.parallel == 1:
             return dict(os.environ)
         share = str(max(1, (os.cpu_count() or 1) // self.parallel))
-        return {"OMP_NUM_THREADS": share, "TORCHINDUCTOR_COMPILE_THREADS": share} | os.environ
+        environment = {"OMP_NUM_THREADS": share, "TORCHINDUCTOR_COMPILE_THREADS": share} | os.environ
+        if (gpus := torch.cuda.device_count()) > 1:
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+            environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[next(self._numbers) % gpus]
+        return environment
 
     # --- measuring ---
 

@@ -34,40 +34,51 @@ Found = dict[str, Any]
 
 @dataclass(frozen=True)
 class Sweep:
-    """One seed of a variant at several peak rates.
+    """A variant at several peak rates, with the seeds of a cell each.
 
     Attributes:
-        losses: by rate, on the half to choose by; None of a run that diverged or collapsed.
-        best: the rate of the lowest; None where there is none.
+        runs: by rate, of each seed the loss on the half to choose by; None of a run that diverged or collapsed.
     """
 
-    losses: dict[float, float | None]
+    runs: dict[float, tuple[float | None, ...]]
+
+    @property
+    def losses(self) -> dict[float, float | None]:
+        """By rate the mean over seeds; None where one of them was lost, since a rate that fails is not to be chosen."""
+        return {
+            rate: None if None in losses else statistics.fmean(loss for loss in losses if loss is not None)
+            for rate, losses in self.runs.items()
+        }
 
     @property
     def best(self) -> float | None:
+        """The rate of the lowest mean; None where there is none."""
         whole = {rate: loss for rate, loss in self.losses.items() if loss is not None}
         return min(whole, key=lambda rate: whole[rate]) if whole else None
 
     @property
     def next_rate(self) -> float | None:
         """The rate beyond the edge that the best one lies at, if it does."""
-        lowest, highest = min(self.losses), max(self.losses)
+        lowest, highest = min(self.runs), max(self.runs)
         return {lowest: lowest / 2, highest: highest * 2}.get(self.best or 0.0)
 
 
 def sweep(lab: Lab, variants: dict[str, Changes]) -> dict[str, Sweep]:
     """Each variant at the size's rates, and beyond them while the best one is the last on its side."""
-    seed = lab.size.seeds[0]
+    seeds = lab.size.cell_seeds
     rates = {kind: list(lab.size.rates) for kind in variants}
     for turn in range(lab.size.extensions + 1):
         measured = lab.measured({
             lab.run_name(kind, rate, seed): _at(changes, rate, seed)
-            for kind, changes in variants.items() for rate in rates[kind]
+            for kind, changes in variants.items() for rate in rates[kind] for seed in seeds
         })  # fmt: skip
         found = {
-            kind: Sweep({rate: _loss_to_choose(measured[lab.run_name(kind, rate, seed)]) for rate in sorted(own)})
+            kind: Sweep({
+                rate: tuple(_loss_to_choose(measured[lab.run_name(kind, rate, seed)]) for seed in seeds)
+                for rate in sorted(own)
+            })
             for kind, own in rates.items()
-        }
+        }  # fmt: skip
         further = {kind: each.next_rate for kind, each in found.items() if each.next_rate is not None}
         if not further or turn == lab.size.extensions:
             break
@@ -102,7 +113,7 @@ def ablation(lab: Lab) -> Finding:
     best = sweeps["learned"].best
     if best is None:
         raise ValueError(
-            "reproduce ablation: every learned run diverged or collapsed; there is no operator to transfer; try a larger size"
+            "reproduce ablation: at every rate a learned run diverged or collapsed; there is no operator to transfer; try a larger size"
         )
     learned = lab.load(lab.run_name("learned", best, lab.size.seeds[0]))
     assert learned is not None
@@ -129,7 +140,7 @@ def ablation(lab: Lab) -> Finding:
         [
             "Held-out loss of each kind of operator at its own best peak rate, the same recipe otherwise; transferred is the operator of "
             "the first learned run, frozen. Uniform on [0, 1] is what the published random operator is. Identity is ordinary attention; "
-            f"the wider one has as many parameters as the learned operator's model, by its feed-forward. {_CHOICE}",
+            f"the wider one has as many parameters as the learned operator's model, by its feed-forward. {_CHOICE.format(len(lab.size.cell_seeds))}",
             _sweep_table(sweeps),
             "Chosen like that, with every seed, on the other half:",
             _comparison_table(found, compared, "learned"),
@@ -138,14 +149,14 @@ def ablation(lab: Lab) -> Finding:
             _TIME.format(**numbers["seconds_per_step"]) if numbers.get("seconds_per_step") else "",
             "![curves](curves.png)",
         ],
-        {"runs": found, "compared": compared, "sweeps": {kind: each.losses for kind, each in sweeps.items()},
+        {"runs": found, "compared": compared, "sweeps": {kind: each.runs for kind, each in sweeps.items()},
          "rates": rates, "against_ordinary": numbers},
     )  # fmt: skip
 
 
 _CHOICE = (
-    "Each was tried with one seed at these rates, and further by factors of two where the best lay at an edge (as often as the size allows); chosen is "
-    "the lowest loss on the first half of the validation text."
+    "Each was tried at these rates, with seeds: {}; and further by factors of two where the best lay at an edge (as often as the size allows). "
+    "Chosen is the lowest mean loss on the first half of the validation text, of the rates at which no run was lost."
 )
 _METHOD = (
     f"Mean ± standard deviation over seeds, without runs that diverged or collapsed (whose whole context gains less than {COLLAPSED_GAIN} "
@@ -280,7 +291,7 @@ def handoff(lab: Lab) -> Finding:
     """The learned operator as a constant: handed over during training, and after it; against keeping its network."""
     best = sweep(lab, {"learned": {}})["learned"].best
     if best is None:
-        raise ValueError("reproduce handoff: every learned run diverged or collapsed; try a larger size")
+        raise ValueError("reproduce handoff: at every rate a learned run diverged or collapsed; try a larger size")
     steps = lab.size.usual.steps
     variants: dict[str, Changes] = {
         "learned": {},
@@ -387,13 +398,13 @@ def _judged_cells(row: dict[str, Any] | None) -> list[str]:
 
 
 def _sweep_table(sweeps: dict[str, Sweep]) -> str:
-    rates = sorted({rate for each in sweeps.values() for rate in each.losses})
+    rates = sorted({rate for each in sweeps.values() for rate in each.runs})
     rows = []
     for kind, each in sweeps.items():
         cells = [
-            "" if rate not in each.losses else "lost" if (loss := each.losses[rate]) is None else f"{loss:.4f}"
+            "" if rate not in each.runs else f"{each.runs[rate].count(None)} lost" if (loss := each.losses[rate]) is None else f"{loss:.4f}"
             for rate in rates
-        ]
+        ]  # fmt: skip
         best = "none" if each.best is None else f"{each.best:g}" + (" (at the edge)" if each.next_rate else "")
         rows.append([kind, *cells, best])
     return table(["operator", *(f"{rate:g}" for rate in rates), "best rate"], rows)
