@@ -1,6 +1,7 @@
 """The kernels for training, against the plain operations in float64: values, every gradient, memory, compilers."""
 
 import copy
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -335,3 +336,15 @@ def test_a_step_that_can_not_be_a_graph_says_why():
     finally:  # both are left as the recording, which ended early, had them
         generator.graphsafe_set_state(before)
         torch.cuda.set_stream(torch.cuda.default_stream())
+
+
+def test_200_steps_with_kernels_are_as_near_to_plain_ones_as_these_to_themselves(monkeypatch):
+    """As near as plain steps are to plain steps from weights that were moved by 1e-7 of their size."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    from bench_train import curves
+
+    found = curves(PldrConfig(vocab_size=6144, hidden_size=256, num_attention_heads=4, num_hidden_layers=3), steps=200)
+    assert found["last"] < 0.8 * found["first"]  # they learn
+    assert found["mean_of_perturbed"] > 0
+    assert found["mean_difference"] < 1.5 * found["mean_of_perturbed"]
+    assert found["largest_difference"] < 1.5 * found["largest_of_perturbed"]

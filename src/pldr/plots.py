@@ -250,34 +250,41 @@ def _read_log(file: Path) -> list[dict[str, Any]]:
 # --- claims ---------------------------------------------------------------------------------------------------------
 
 
-_STATES = {"invariant": "tab:green", "varies": "tab:orange", "collapsed": "tab:red", "diverged": "tab:purple"}
+# Colours that those who are colour-blind tell apart, too, and markers.
+_STATES = {"invariant": ("#0072B2", "o"), "varies": ("#E69F00", "s"), "collapsed": ("#CC79A7", "X"), "diverged": (_NEUTRAL, "x")}  # fmt: skip
 
 
 @_drawn
 def plot_invariance(rows: list[dict[str, Any]], usual: dict[str, float], bound: float, path: Path) -> None:
-    """Every run's loss over the variation of its G_LM, labelled with what differs from the usual settings.
+    """By cell, in a line of its own, the variation of every run's G_LM and its loss.
 
     Args:
-        rows: of each run "cell" (its settings by name), "seed" and "state"; unless "diverged", "loss" and "variation", layer by
-            layer.
-        usual: settings by name.
+        rows: of each run "cell" (its settings by name) and "state"; unless "diverged", "loss" and "variation", layer by layer.
+        usual: settings by name; cells are called by what differs from them.
         bound: of the variation, for what counts as invariant: a line.
         path: PNG file to write.
     """
-    figure, ((axis,),) = _figure((9, 6))
-    points = [(max(row["variation"]), row["loss"], row) for row in rows if not row["diverged"]]
-    for state, colour in _STATES.items():
-        picked = [(x, y) for x, y, row in points if row["state"] == state]
-        if picked:
-            axis.scatter(*zip(*picked, strict=True), color=colour, label=state)
-    for x, y, row in points:
-        other = [f"{name} {value:g}" for name, value in row["cell"].items() if value != usual[name]]
-        label = ", ".join([*other, f"seed {row['seed']}"])
-        axis.annotate(label, (x, y), fontsize=6, xytext=(4, 4), textcoords="offset points")
-    axis.axvline(bound, linewidth=0.8, color=_NEUTRAL)
-    usually = ", ".join(f"{name} {value:g}" for name, value in usual.items())
-    axis.set(xscale="log", title=f"labels: what differs from {usually}")
-    _finish([axis], xlabel="variation of G_LM over held-out passages", ylabel="held-out loss, nats per token")
+    names = [
+        ", ".join(f"{name} {value:g}" for name, value in row["cell"].items() if value != usual[name]) or "as it is"
+        for row in rows
+    ]
+    cells = list(dict.fromkeys(["as it is", *names]))
+    figure, (axes,) = _figure((11, 1.2 + 0.3 * len(cells)), 1, 2)
+    for axis, value in zip(axes, (lambda row: max(row["variation"]), lambda row: row["loss"]), strict=True):
+        for state, (colour, marker) in _STATES.items():
+            points = [
+                (value(row), cells.index(name))
+                for row, name in zip(rows, names, strict=True)
+                if row["state"] == state and not row["diverged"]
+            ]
+            if points:
+                axis.scatter(*zip(*points, strict=True), color=colour, marker=marker, label=state, alpha=0.8)
+        axis.set_ylim(len(cells) - 0.5, -0.5)
+        axis.set_yticks(range(len(cells)), cells if axis is axes[0] else [])
+    axes[0].axvline(bound, linewidth=0.8, color=_NEUTRAL)
+    axes[0].set(xscale="log", xlabel="variation of G_LM over held-out passages")
+    axes[1].set(xlabel="held-out loss, nats per token")
+    _finish(axes)
     _save(figure, path)
 
 
@@ -300,7 +307,7 @@ def plot_trajectories(rows: list[dict[str, Any]], quantities: dict[str, str], pa
                 label = None if row["state"] in labelled else row["state"]
                 labelled.add(row["state"])
                 axis.plot(
-                    *zip(*points, strict=True), color=_STATES[row["state"]], label=label, linewidth=0.9, alpha=0.8
+                    *zip(*points, strict=True), color=_STATES[row["state"]][0], label=label, linewidth=0.9, alpha=0.8
                 )
         axis.set(title=title, yscale="log" if name in ("G_variation", "row_gain") else "linear")
     _finish(axes[0], xlabel="step")

@@ -65,7 +65,7 @@ def invariance(lab: Lab) -> Finding:
             f"layer) and freezing it moves the loss by less than {INVARIANT_LOSS:g} nats per token. Collapsed: the whole "
             f"context gains less than {COLLAPSED_GAIN} nats per token over one token of context.",
             _map_table(rows),
-            "![the map](invariance.png)",
+            "![the map](invariance.png)\n\nOne line a cell, called by what differs from the recipe; one point a seed.",
             _THROUGH,
             "![through training](through-training.png)",
             _CONDITION,
