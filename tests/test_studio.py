@@ -5,6 +5,9 @@ import base64
 import io
 import json
 import pickle
+import subprocess
+import sys
+import threading
 import time
 import zipfile
 
@@ -14,7 +17,17 @@ import torch
 from safetensors.torch import save
 
 from helpers import WORDS
-from pldr import Engine, PldrConfig, PldrForCausalLM, deductive_outputs, freeze, load_model
+from pldr import (
+    STORIES,
+    Engine,
+    Options,
+    PldrConfig,
+    PldrForCausalLM,
+    deductive_outputs,
+    freeze,
+    load_model,
+    load_tokenizer,
+)
 
 for _package in ("fastapi", "uvicorn"):
     pytest.importorskip(_package, reason="of the extra studio")
@@ -22,6 +35,8 @@ for _package in ("fastapi", "uvicorn"):
 import httpx2 as httpx  # noqa: E402
 
 from pldr.studio.app import Studio, make_app  # noqa: E402
+from pldr.studio.early import EarlyWriter  # noqa: E402
+from pldr.studio.story import Story  # noqa: E402
 from pldr.studio.workbench import Workbench  # noqa: E402
 
 TEXT = " ".join(WORDS[:9])
@@ -136,9 +151,87 @@ class TestWriting:
 
 
 def bench_options(count):
-    from pldr import Options
-
     return Options(max_new_tokens=count, logprobs=True, top_logprobs=1)
+
+
+@pytest.fixture(scope="module")
+def early():
+    writer = EarlyWriter()
+    writer.wait()
+    yield writer
+    writer.close()
+
+
+class TestBeforeTorchIsThere:
+    SETTINGS = (
+        {}, {"temperature": 0.8, "seed": 0}, {"temperature": 1.3, "top_k": 20, "seed": 3},
+        {"temperature": 1.0, "top_p": 0.8, "seed": 2**40, "repetition_penalty": 1.3},
+    )  # fmt: skip
+    TEXT = "Once upon a time [END] there was an old king, café \u2028"
+
+    def test_the_story_is_the_models(self):
+        story, bench = Story(), Workbench(load_model(STORIES), load_tokenizer(STORIES), "stories-10m")
+        assert story.facts() == bench.facts()
+        assert story.encode("") == bench.encode("")
+        ids = story.encode(self.TEXT)
+        assert ids == bench.encode(self.TEXT)
+        assert story.tokens(ids) == bench.tokens(ids)
+        for settings in self.SETTINGS:
+            options = Options(max_new_tokens=30, logprobs=True, top_logprobs=8, **settings)
+            *own, end = story.generate(ids, options)
+            *expected, last = bench.generate(ids, "cached", options)
+            assert end["finish_reason"] == last["finish_reason"]
+            for one, other in zip(own, expected, strict=True):
+                assert (one["id"], one["text"]) == (other["id"], other["text"])
+                assert one["logprob"] == pytest.approx(other["logprob"], abs=1e-4)
+                for a, b in zip(one["top"], other["top"], strict=True):
+                    assert a["logprob"] == pytest.approx(b["logprob"], abs=1e-4)
+
+    def test_it_needs_no_torch(self):
+        code = "import sys, pldr.studio.story; assert not {'torch', 'transformers'} & set(sys.modules)"
+        subprocess.run([sys.executable, "-c", code], check=True)
+
+    def test_a_process_of_its_own(self, early):
+        asked = {"max_new_tokens": 3, "logprobs": True, "top_logprobs": 2, "seed": 1}
+        prompt, *tokens, last = early.generate("The sea", None, asked)
+        assert [token["text"] for token in prompt["prompt"]] == ["The", " sea"]
+        assert [len(token["top"]) for token in tokens] == [2, 2, 2]
+        assert last["finish_reason"] == "length"
+        with pytest.raises(ValueError, match="token 9999999 is none of the model's"):
+            list(early.generate(None, [9999999], asked))
+        steps = early.generate("The sea", None, asked | {"max_new_tokens": 900})
+        next(steps)
+        assert not early.free
+        steps.close()  # the reader left
+        assert early.free
+        assert len(list(early.generate("The sea", None, asked))) == 5
+
+    def test_the_page_writes_with_it(self, early):
+        page = Page(None)
+        page.studio._early = early
+        state = page.send("GET", "/api/state").json()
+        assert (state["ready"], state["layers"], state["stage"]) == (False, 7, "loading the model")
+        prompt, tokens, last = page.lines(prompt="The sea", operator="cached", max_new_tokens=4)
+        assert (len(prompt), len(tokens), last["finish_reason"]) == (2, 4, "length")
+        assert (
+            page.post("generate", 422, prompt="a", operator="cached", temperature=0.0)
+            .json()["error"]
+            .startswith("temp")
+        )
+        assert "room" in page.post("generate", 422, prompt="The sea " * 800, operator="cached").json()["error"]
+
+    def test_what_it_cannot_do_waits(self, early, bench):
+        page = Page(None)
+        page.studio._early = early
+
+        def come():
+            page.studio._bench = bench
+
+        timer = threading.Timer(0.5, come)
+        timer.start()
+        _, tokens, _ = page.lines(prompt=TEXT, operator="frozen", max_new_tokens=2)
+        timer.join()
+        assert len(tokens) == 2
 
 
 class TestTheOperator:
@@ -318,11 +411,29 @@ class TestCertifying:
         assert "a verdict needs at least 64" in page.post("certify", 422, text=TEXT).json()["error"]
 
     def test_only_the_last_are_kept(self, page, monkeypatch):
-        monkeypatch.setattr("pldr.studio.freezing.Freezing._certify", lambda self: None)
+        monkeypatch.setattr(
+            "pldr.studio.freezing.Freezing._certify", lambda self: setattr(self, "certificate", {"report": {}})
+        )
         text = " ".join(WORDS[n % len(WORDS)] for n in range(400))
-        jobs = [page.post("certify", text=text).json()["job"] for _ in range(6)]
+        jobs = []
+        for _ in range(6):
+            jobs.append(page.post("certify", text=text).json()["job"])
+            while page.studio.job(jobs[-1]).running:
+                time.sleep(0.01)
         answers = [page.send("GET", f"/api/certify/{job}").status_code for job in jobs]
         assert answers == [404, 404, 200, 200, 200, 200]
+        page.studio.close()
+
+    def test_one_at_a_time(self, page, monkeypatch):
+        go_on = threading.Event()
+        monkeypatch.setattr("pldr.studio.freezing.Freezing._certify", lambda self: go_on.wait(60) and 1 / 0)
+        text = " ".join(WORDS[n % len(WORDS)] for n in range(400))
+        job = page.post("certify", text=text).json()["job"]
+        error = page.post("certify", 409, text=text).json()["error"]
+        assert error == "certify: another certificate is being made; wait until it is done"
+        go_on.set()
+        assert self.wait(page, job)["error"] == "division by zero"
+        page.post("certify", text=text)
         page.studio.close()
 
     def wait(self, page, job):
@@ -441,7 +552,8 @@ class TestTheDoor:
         assert page.send("GET", "/api/state").json() == {
             "ready": False, "stage": "loading the model", "version": "0", "runs": [],
         }  # fmt: skip
-        assert page.post("certify", 503, text="a").json() == {"error": "loading the model; try again"}
+        page.studio.failure = OSError("no such model")
+        assert page.post("certify", 500, text="a").json() == {"error": "no such model"}
 
 
 def test_a_model_that_is_not_there(run, tmp_path):

@@ -6,6 +6,7 @@ transformers' Auto classes know ``model_type`` "pldrllm", and lm-evaluation-harn
 
 from importlib import import_module
 
+from pldr.imports import uncollected
 from pldr.registration import register
 
 __version__ = "0.2.0"
@@ -61,7 +62,8 @@ __all__ = ["__version__", *_PUBLIC]
 def __getattr__(name: str) -> object:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'pldr' has no attribute {name!r}")
-    return getattr(import_module(f"pldr.{_PUBLIC[name]}"), name)
+    with uncollected():
+        return getattr(import_module(f"pldr.{_PUBLIC[name]}"), name)
 
 
 def __dir__() -> list[str]:

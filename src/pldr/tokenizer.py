@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from pldr.files import check_regular, one_line, read_json, whole_file
 
 if TYPE_CHECKING:
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
+    from transformers import PreTrainedTokenizerFast
 
 # Ids of the published tokenizer's control pieces.
 PAD, UNK, START, END = 0, 1, 2, 3
@@ -40,7 +40,7 @@ _STDERR = threading.Lock()
 _NOT_NFKC = {"\uff5e": "\ufdd0", "\u0344": "\ufdd1"}
 
 
-def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
+def load_tokenizer(path: str | os.PathLike[str]) -> "PreTrainedTokenizerFast":
     """A transformers fast tokenizer from a model folder or a SentencePiece ``.model`` file.
 
     Args:
@@ -67,7 +67,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
     return from_sentencepiece(path)
 
 
-def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
+def _from_folder(folder: Path) -> "PreTrainedTokenizerFast":
     from transformers import AutoConfig, AutoTokenizer  # which bring torch
 
     from pldr.configuration_pldr import PldrConfig
@@ -164,7 +164,7 @@ def _panics() -> Iterator[None]:
             os.write(2, printed.read())  # what else was said meanwhile
 
 
-def from_sentencepiece(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
+def from_sentencepiece(path: str | os.PathLike[str]) -> "PreTrainedTokenizerFast":
     """The fast tokenizer that gives the same ids as SentencePiece does for this unigram or BPE model.
 
     Control pieces written out in a text ("[END]") are text, as in SentencePiece; the model's own end-of-text token can
@@ -183,7 +183,9 @@ def from_sentencepiece(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _fast_tokenizer(model: "ModelProto") -> PreTrainedTokenizerFast:
+def _fast_tokenizer(model: "ModelProto") -> "PreTrainedTokenizerFast":
+    from transformers import PreTrainedTokenizerFast
+
     _check_lengths(piece.piece for piece in model.pieces)
     tokenizer = Tokenizer(_unigram(model) if model.trainer_spec.model_type == _UNIGRAM else _bpe(model))
     tokenizer.normalizer = _normalizer(model)
@@ -282,7 +284,7 @@ def _pre_tokenizer(model: "ModelProto") -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence(steps)
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, texts: str | list[str]) -> Any:
+def encode(tokenizer: "PreTrainedTokenizerFast", texts: str | list[str]) -> Any:
     """The ids of a text, or of each of several, without special tokens.
 
     Raises:
@@ -308,7 +310,7 @@ def check_text(text: str, name: str) -> str:
     return text
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerFast, prompt: str, *, may_be_empty: bool = True) -> list[int]:
+def encode_prompt(tokenizer: "PreTrainedTokenizerFast", prompt: str, *, may_be_empty: bool = True) -> list[int]:
     """Token ids of a prompt, without special tokens; an empty one is [END], behind which texts begin, as published.
 
     Raises:
@@ -322,7 +324,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerFast, prompt: str, *, may_be_emp
     return ids
 
 
-def check_vocabulary(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> None:
+def check_vocabulary(tokenizer: "PreTrainedTokenizerFast", vocab_size: int) -> None:
     """Raises ValueError: the tokenizer is of another vocabulary size than the model."""
     if len(tokenizer) != vocab_size:
         raise ValueError(

@@ -2,14 +2,16 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedTokenizerFast
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 # Settled tokens that later ones are decoded behind, so that a leading space is one.
 _CONTEXT = 4
 
 
-def continuation(tokenizer: PreTrainedTokenizerFast, prompt: Sequence[int], new: Sequence[int]) -> str:
+def continuation(tokenizer: "PreTrainedTokenizerFast", prompt: Sequence[int], new: Sequence[int]) -> str:
     """The text of `new` behind `prompt`: a decoder drops the space before a first word, which is none here."""
     before = tokenizer.decode(prompt, skip_special_tokens=True)
     whole = tokenizer.decode([*prompt, *new], skip_special_tokens=True)
@@ -30,7 +32,7 @@ class GrowingText:
         stops: texts that end the continuation.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, prompt: Sequence[int], stops: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerFast", prompt: Sequence[int], stops: Sequence[str] = ()) -> None:
         self.tokenizer, self.stops = tokenizer, stops
         self.text = ""
         self._special = set(tokenizer.all_special_ids)
@@ -85,7 +87,7 @@ class GrowingText:
 class TokenTexts:
     """Tokens one by one, as log-probabilities name them."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerFast") -> None:
         self._tokenizer = tokenizer
         special = set(tokenizer.all_special_ids)
         # A token behind another shows its leading space.

@@ -7,6 +7,7 @@ import secrets
 import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -19,8 +20,10 @@ from starlette.exceptions import HTTPException
 
 from pldr.files import json_safe, one_line
 from pldr.studio.door import OPERATORS, Door
+from pldr.studio.pieces import ALTERNATIVES
 
 if TYPE_CHECKING:
+    from pldr.studio.early import EarlyWriter
     from pldr.studio.freezing import Freezing
     from pldr.studio.workbench import Workbench
 
@@ -84,27 +87,37 @@ class Certification(_Asked):
 
 
 class Studio:
-    """What the page works with: nothing at first, and a workbench once the model is loaded.
+    """What the page works with: a workbench, once the model is loaded; of some models, until then, what writes already.
 
     Attributes:
         stage: what is being done until then.
-        failure: why there never will be one; `on_failure` is called then.
+        failure: why there never will be a workbench; `on_failure` is called then.
         runs: folders of trainings that may be looked at, by name.
     """
 
-    def __init__(self, load: "Callable[[], Workbench]", runs: dict[str, Path], version: str) -> None:
+    def __init__(
+        self,
+        load: "Callable[[], Workbench]",
+        runs: dict[str, Path],
+        version: str,
+        early: "EarlyWriter | None" = None,
+    ) -> None:
         self.stage, self.runs, self.version = "loading the model", runs, version
         self.failure: Exception | None = None
         self.on_failure: Callable[[], None] = lambda: None
-        self._load = load
+        self._load, self._early = load, early
         self._bench: Workbench | None = None
         self.jobs: dict[str, Freezing] = {}
+        self._warm = threading.Event()
+        self._certifying = threading.Lock()
 
     def start(self) -> None:
         threading.Thread(target=self._run, daemon=True, name="load").start()
 
     def _run(self) -> None:
         try:
+            if self._early is not None:
+                self._early.wait()
             self._bench = self._load()
             self.stage = "ready"
         except Exception as error:  # noqa: BLE001 (whoever started the server raises it)
@@ -115,29 +128,42 @@ class Studio:
             self._bench.warm_up()
         except Exception as error:  # noqa: BLE001 (one operator may fail where others work; who asks for it is told again)
             logger.warning("not every operator can be had: %s", one_line(error))
+        self._warm.set()
+        if self._early is not None:
+            self._early.retire()
 
-    @property
-    def bench(self) -> "Workbench":
-        """Raises HTTPException: it is not there yet."""
-        if self.failure is not None:
-            raise HTTPException(500, one_line(self.failure))
-        if self._bench is None:
-            raise HTTPException(503, f"{self.stage}; try again")
+    async def bench(self) -> "Workbench":
+        """Waits until it is there. Raises HTTPException: it never will be."""
+        while self._bench is None:
+            if self.failure is not None:
+                raise HTTPException(500, one_line(self.failure))
+            await asyncio.sleep(0.05)
         return self._bench
+
+    def early(self, operator: str) -> "EarlyWriter | None":
+        """Who writes with an operator until the workbench does, without waiting for what it prepares."""
+        early = None if self._warm.is_set() else self._early
+        return early if early is not None and early.free and operator in early.operators else None
 
     def state(self) -> dict[str, Any]:
         facts = {"ready": self._bench is not None, "stage": self.stage, "version": self.version,
                  "runs": list(self.runs)}  # fmt: skip
-        return facts if self._bench is None else facts | self._bench.facts()
+        if self._bench is not None:
+            return facts | self._bench.facts()
+        return facts | (self._early.facts if self._early is not None else {})
 
-    def certify(self, text: str) -> str:
+    def certify(self, bench: "Workbench", text: str) -> str:
+        """Begin a certificate, and name it. Raises HTTPException: another is being made."""
         from pldr.studio.freezing import Freezing
 
-        job = Freezing(self.bench, text)
-        name = secrets.token_urlsafe(12)
-        self.jobs[name] = job
-        for old in list(self.jobs)[:-_JOBS]:
-            self.jobs.pop(old).close()
+        with self._certifying:
+            if any(job.running for job in self.jobs.values()):
+                raise HTTPException(409, "certify: another certificate is being made; wait until it is done")
+            job = Freezing(bench, text)
+            name = secrets.token_urlsafe(12)
+            self.jobs[name] = job
+            for old in list(self.jobs)[:-_JOBS]:
+                self.jobs.pop(old).close()
         return name
 
     def job(self, name: str) -> "Freezing":
@@ -146,6 +172,8 @@ class Studio:
         return self.jobs[name]
 
     def close(self) -> None:
+        if self._early is not None:
+            self._early.close()
         for job in self.jobs.values():
             job.close()
 
@@ -198,38 +226,43 @@ def _add_endpoints(app: FastAPI, studio: Studio) -> None:
     async def generate(asked: Generation, http: Request) -> Response:
         from pldr.engine import Options
 
-        bench = studio.bench
         if (asked.prompt is None) == (asked.ids is None):
             raise ValueError("prompt, ids: give exactly one of them")
-        ids = asked.ids if asked.prompt is None else bench.encode(asked.prompt)
-        assert ids is not None
         options = Options(
             max_new_tokens=asked.max_new_tokens, temperature=asked.temperature, top_k=asked.top_k, top_p=asked.top_p,
-            repetition_penalty=asked.repetition_penalty, seed=asked.seed, logprobs=True, top_logprobs=8,
+            repetition_penalty=asked.repetition_penalty, seed=asked.seed, logprobs=True, top_logprobs=ALTERNATIVES,
         )  # fmt: skip
-        steps = bench.generate(ids, asked.operator, options)
-        first = await asyncio.to_thread(next, steps)  # what is wrong shows before the answer begins
-        return StreamingResponse(_lines(bench.tokens(ids), first, steps), media_type="application/x-ndjson")
+        early = studio.early(asked.operator)
+        if early is not None:
+            steps = early.generate(asked.prompt, asked.ids, asdict(options))
+        else:
+            steps = (await studio.bench()).write(asked.prompt, asked.ids, asked.operator, options)
+        begun = [await asyncio.to_thread(next, steps) for _ in range(2)]  # what is wrong shows before the answer begins
+        return StreamingResponse(_lines(begun, steps), media_type="application/x-ndjson")
 
     @app.post("/api/operator")
     async def operator(asked: OneHead) -> JSONResponse:
-        return await work(studio.bench.operator, asked.text, asked.layer, asked.head, asked.length, asked.operator)
+        return await work(
+            (await studio.bench()).operator, asked.text, asked.layer, asked.head, asked.length, asked.operator
+        )
 
     @app.post("/api/grid")
     async def grid(asked: Grid) -> JSONResponse:
-        return await work(studio.bench.grid, asked.text, asked.tensor, asked.length, asked.operator)
+        return await work((await studio.bench()).grid, asked.text, asked.tensor, asked.length, asked.operator)
 
     @app.post("/api/attention")
     async def attention(asked: Attention) -> JSONResponse:
-        return await work(studio.bench.attention, asked.text, asked.operator, asked.layer, asked.head)
+        return await work((await studio.bench()).attention, asked.text, asked.operator, asked.layer, asked.head)
 
     @app.post("/api/compare")
     async def compare(asked: Comparison) -> JSONResponse:
-        return await work(studio.bench.compare, asked.text, asked.prompt, asked.operators, asked.max_new_tokens)
+        return await work(
+            (await studio.bench()).compare, asked.text, asked.prompt, asked.operators, asked.max_new_tokens
+        )
 
     @app.post(OPERATORS)
     async def add_operator(http: Request) -> JSONResponse:
-        bench, body = studio.bench, await http.body()
+        bench, body = await studio.bench(), await http.body()
         name = Path(http.headers.get("x-file-name", "operator.safetensors")).name
         suffix = ".pkl" if name.lower().endswith((".pkl", ".pickle")) else ".safetensors"
         with tempfile.TemporaryDirectory() as folder:
@@ -245,7 +278,7 @@ def _add_endpoints(app: FastAPI, studio: Studio) -> None:
 def _add_certificates(app: FastAPI, studio: Studio) -> None:
     @app.post("/api/certify")
     async def certify(asked: Certification) -> JSONResponse:
-        return JSONResponse({"job": await asyncio.to_thread(studio.certify, asked.text)})
+        return JSONResponse({"job": await asyncio.to_thread(studio.certify, await studio.bench(), asked.text)})
 
     @app.get("/api/certify/{name}")
     async def state(name: str) -> JSONResponse:
@@ -275,16 +308,13 @@ def _add_certificates(app: FastAPI, studio: Studio) -> None:
         return JSONResponse(json_safe(await asyncio.to_thread(curves, studio.runs[run])))
 
 
-async def _lines(
-    prompt: list[dict[str, Any]], first: dict[str, Any], steps: Iterator[dict[str, Any]]
-) -> AsyncIterator[str]:
+async def _lines(begun: list[dict[str, Any]], steps: Iterator[dict[str, Any]]) -> AsyncIterator[str]:
     """One JSON text a line, as it comes; a client that leaves ends the work."""
     try:
-        yield json.dumps({"prompt": prompt}) + "\n"
-        step: dict[str, Any] | None = first
-        while step is not None:
+        for step in begun:
             yield json.dumps(json_safe(step)) + "\n"
-            step = await asyncio.to_thread(next, steps, None)
+        while (one := await asyncio.to_thread(next, steps, None)) is not None:
+            yield json.dumps(json_safe(one)) + "\n"
     except (ValueError, FloatingPointError) as error:
         yield json.dumps({"error": one_line(error)}) + "\n"
     finally:

@@ -56,6 +56,10 @@ class Freezing:
         }  # fmt: skip
 
     @property
+    def running(self) -> bool:
+        return self.certificate is None and self.error is None
+
+    @property
     def archive(self) -> Path:
         """A ZIP file with the frozen model, its tokenizer and its certificate, where it was certified."""
         return self.folder / "model.zip"

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from pldr import __version__
 from pldr.files import require
+from pldr.imports import uncollected
 from pldr.serving.sockets import bound
+from pldr.studio.early import EarlyWriter
 
 if TYPE_CHECKING:
     from pldr.studio.app import Studio
@@ -64,11 +66,12 @@ def run_studio(
     url = f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
     sys.stderr.write(f"pldr studio: {url} (Ctrl-C ends it)\n")
     sys.stderr.flush()
+    early = None if model else EarlyWriter()
 
     from pldr.studio.app import Studio, make_app
 
     options = {"device": device, "dtype": dtype, "rope": rope, "g_lm": g_lm}
-    state = Studio(lambda: _loaded(model, tokenizer, options), runs, __version__)
+    state = Studio(lambda: _loaded(model, tokenizer, options), runs, __version__, early)
     hosts = {host, *allow_host} | (_LOOPBACK if host in _LOOPBACK else set())
     _answer(listening, state, make_app(state, hosts, allow_frame), url if open_browser else None)
 
@@ -101,9 +104,10 @@ def _loaded(
     model: str | os.PathLike[str] | None, tokenizer: str | os.PathLike[str] | None, options: dict[str, Any]
 ) -> "Workbench":
     """Imports torch, which takes seconds: the page is there before it."""
-    from pldr.checkpoints.load import load_with_tokenizer
-    from pldr.models.shipped import STORIES
-    from pldr.studio.workbench import Workbench
+    with uncollected():
+        from pldr.checkpoints.load import load_with_tokenizer
+        from pldr.models.shipped import STORIES
+        from pldr.studio.workbench import Workbench
 
     asked = STORIES if model is None else model
     loaded, its_tokenizer = load_with_tokenizer(asked, tokenizer, **options)

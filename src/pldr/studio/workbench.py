@@ -22,19 +22,16 @@ from pldr.engine.text import TokenTexts, continuation
 from pldr.modeling_pldr import PldrForCausalLM
 from pldr.models.shipped import HELD_OUT
 from pldr.operator import DeductiveOutputs, factor, freeze, stored_operator
+from pldr.studio.pieces import CONSTANTS, OWN, RANK_STEP, given, written
 from pldr.study.certify import losses_of
 from pldr.study.compress import Factors, factors_of, moments_of
 from pldr.tokenizer import check_text, encode_prompt
 
 TENSORS = ("A", "A_LM", "A_P", "G_LM")
-# Tokens that are shown at a place, beside the one that was taken.
-ALTERNATIVES = 8
 # Passages that an operator is frozen from, and their length.
 _PASSAGES, _LENGTH = 4, 256
 # Texts whose tensors, and operators whose models, are kept.
 _KEPT = 8
-# Factors' ranks are multiples of it.
-RANK_STEP = 8
 
 
 class Workbench:
@@ -48,8 +45,7 @@ class Workbench:
         self.model, self.tokenizer, self.name = model.eval(), tokenizer, name
         self.config = model.config
         self.learned = self.config.operator == "learned"
-        own = ["learned", "cached", "frozen"] if self.learned else ["stored"]
-        self.operators = [*own, "identity", "uniform", "normal"]
+        self.operators = [*(OWN if self.learned else ["stored"]), *CONSTANTS]
         self.texts = TokenTexts(tokenizer)
         self.lock = threading.RLock()
         self._models: OrderedDict[str, PldrForCausalLM] = OrderedDict()
@@ -87,8 +83,18 @@ class Workbench:
         return ids
 
     def tokens(self, ids: Sequence[int]) -> list[dict[str, Any]]:
-        texts = [self.texts.first(token) if place == 0 else self.texts.of(token)[0] for place, token in enumerate(ids)]
-        return [{"id": token, "text": text} for token, text in zip(ids, texts, strict=True)]
+        return given(self.texts, ids)
+
+    def write(
+        self, prompt: str | None, ids: list[int] | None, operator: str, options: Options
+    ) -> Iterator[dict[str, Any]]:
+        """The tokens of a prompt or of ids, then as `generate`."""
+        ids = self.encode(prompt or "") if ids is None else ids
+        steps = self.generate(ids, operator, options)
+        first = next(steps)  # what is wrong shows here
+        yield {"prompt": self.tokens(ids)}
+        yield first
+        yield from steps
 
     def generate(self, ids: list[int], operator: str, options: Options) -> Iterator[dict[str, Any]]:
         """One token after the other, with the most probable ones at its place; last, why it ended.
@@ -98,17 +104,8 @@ class Workbench:
         Raises:
             ValueError: settings or ids outside their ranges; before the first token.
         """
-        begun, count, reason = time.perf_counter(), 0, "length"
         steps = self._anew(ids, options) if operator == "learned" else self._cached(ids, operator, options)
-        for token, logprob, top, ended in steps:
-            if ended == "end":
-                reason = "end"
-                break
-            count += 1
-            others = [{"id": t, "text": self.texts.of(t)[0], "logprob": p} for t, p in top]
-            yield {"id": token, "text": self.texts.of(token)[0], "logprob": logprob, "top": others}
-        seconds = time.perf_counter() - begun
-        yield {"finish_reason": reason, "seconds": seconds, "tokens_per_second": count / seconds if seconds else 0.0}
+        return written(self.texts, steps)
 
     def _cached(self, ids: list[int], operator: str, options: Options) -> Iterator[tuple[Any, ...]]:
         with self.lock:

@@ -13,11 +13,12 @@ const SCREENS = ["write", "operator", "switch", "certify", "training", "share"];
 const WITH_TEXT = ["write", "operator", "switch"];
 const all = (selector) => [...document.querySelectorAll(selector)];
 
-async function ready() {
+/** Wait until the server says so; what it is about meanwhile stands on the page. */
+async function until(enough) {
   for (;;) {
     const said = await ask("state");
-    if (said.ready) return Object.assign(model, said);
-    $("stage").textContent = `${said.stage} …`;
+    $("stage").textContent = said.layers ? "Torch is being imported: “cached” writes already, what else you ask for comes in a few seconds." : `${said.stage} …`;
+    if (enough(said)) return said;
     await new Promise((done) => setTimeout(done, 200));
   }
 }
@@ -114,12 +115,17 @@ async function main() {
   theme();
   all("[data-docs]").forEach((link) => link.setAttribute("href", docs(link.dataset.docs)));
   try {
-    await ready();
+    Object.assign(model, await until((said) => said.layers));
+    show();
+    await until((said) => said.ready);
   } catch (error) {
-    $("stage").textContent = "";
-    return report(error.message);
+    report(error.message);
   }
   $("stage").hidden = true;
+}
+
+/** Everything, of a model that is known. */
+function show() {
   const given = restore();
   if (!SCREENS.includes(state.screen)) set({ screen: "write" });
   fill();
