@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer
 
 from helpers import TINY
-from pldr import dag_loss, deductive_outputs, freeze, load_model, load_tokenizer, plots
+from pldr import dag_loss, deductive_outputs, freeze, load_model, load_predefined_G, load_tokenizer, plots
 from pldr.configuration_pldr import PRESETS
 from pldr.data.rows import cached_rows, collate
 from pldr.data.sources import Source
@@ -25,6 +25,7 @@ from pldr.plots import plot_run
 from pldr.recipe import OptimizationRecipe, Recipe, find_recipe, load_recipe
 from pldr.training.callbacks import ProgressBar
 from pldr.training.graph import may_be_graph
+from pldr.training.operators import operators
 from pldr.training.run import build_model, train
 from pldr.training.trainer import PldrTrainer, training_arguments
 
@@ -358,6 +359,22 @@ class TestTrain:
         assert all(len(line["G_variation"]) == 2 and min(line["G_variation"]) > 0 for line in probes)
         assert [line["step"] for line in lines if "eval_loss" in line] == [6, 12, 12]
         assert [line["step"] for line in lines if "learning_rate" in line] == [4, 8, 12]
+
+    def test_evaluations_keep_the_operator(self, write_recipe, tmp_path, monkeypatch):
+        probed = []
+
+        def metrics(model, rows):
+            probed.append(rows)
+            return operator_metrics(model, rows)
+
+        monkeypatch.setattr("pldr.training.trainer.operator_metrics", metrics)
+        train(load_recipe(write_recipe(eval_steps=5)), progress=False)
+        found = operators(tmp_path / "out")
+        assert list(found) == [5, 10, 12]
+        early, _, last = (load_predefined_G(file) for file in found.values())
+        model = load_model(tmp_path / "out")
+        assert torch.equal(last, deductive_outputs(model, probed[-1][:1, :-1]).G_LM[:, 0].bfloat16())
+        assert not torch.equal(early, last)
 
     def test_operator_metrics_against_separate_forwards(self, small_model, ids):
         inputs, batch = ids[:, :-1], {"input_ids": ids[1:, :-1], "shift_labels": ids[1:, 1:]}

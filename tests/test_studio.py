@@ -38,6 +38,7 @@ from pldr.studio.app import Studio, make_app  # noqa: E402
 from pldr.studio.early import EarlyWriter  # noqa: E402
 from pldr.studio.story import Story  # noqa: E402
 from pldr.studio.workbench import Workbench  # noqa: E402
+from pldr.training.operators import keep_operator  # noqa: E402
 
 TEXT = " ".join(WORDS[:9])
 JSON = {"content-type": "application/json"}
@@ -453,7 +454,30 @@ class TestRuns:
         page = Page(bench, {"mine": tmp_path})
         assert page.send("GET", "/api/state").json()["runs"] == ["mine"]
         found = page.send("GET", "/api/training", params={"run": "mine"}).json()
-        assert found == {"steps": [log[0], log[2]], "evaluations": [log[1]], "recipe": None, "ended": False}
+        assert found == {
+            "steps": [log[0], log[2]], "evaluations": [log[1]], "operators": [], "recipe": None, "ended": False,
+        }  # fmt: skip
+
+    def test_the_operator_of_each_evaluation(self, bench, tmp_path):
+        (tmp_path / "log.jsonl").write_text("")
+        G = torch.randn(2, 2, 16, 16).bfloat16()
+        for step in (10, 9):
+            keep_operator(tmp_path, step, G * step)
+        (tmp_path / "operators" / "step-11.safetensors").write_bytes(b"damaged")
+        page = Page(bench, {"mine": tmp_path})
+        assert page.send("GET", "/api/training", params={"run": "mine"}).json()["operators"] == [9, 10, 11]
+
+        def ask(status, **query):
+            answer = page.send("GET", "/api/training/operator", params={"run": "mine"} | query)
+            assert answer.status_code == status, answer.text
+            return answer.json()
+
+        found = ask(200, step=9)
+        assert torch.equal(numbers(found["values"], 2, 2, 16, 16), (G * 9).float())
+        assert "step-11.safetensors" in ask(422, step=11)["error"]
+        assert ask(422, step=3)["error"].endswith("has kept no operator of step 3")
+        ask(422, step="../x")
+        ask(404, step=9, run="other")
 
     @pytest.mark.parametrize("name", ["other", "..", "/etc", "mine/../mine"])
     def test_other_folders_are_not_read(self, bench, tmp_path, name):

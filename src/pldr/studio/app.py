@@ -184,6 +184,7 @@ def make_app(studio: Studio, hosts: set[str], frames: Sequence[str] = ()) -> Doo
     _add_errors(app)
     _add_endpoints(app, studio)
     _add_certificates(app, studio)
+    _add_runs(app, studio)
 
     @app.get("/")
     async def index() -> FileResponse:
@@ -299,13 +300,24 @@ def _add_certificates(app: FastAPI, studio: Studio) -> None:
         headers = {"content-disposition": 'attachment; filename="certificate.json"'}
         return Response(json.dumps(found, indent=1), media_type="application/json", headers=headers)
 
+
+def _add_runs(app: FastAPI, studio: Studio) -> None:
+    def folder(run: str) -> Path:
+        if run not in studio.runs:
+            raise HTTPException(404, f"run: there is no {run[:60]!r}; start pldr studio with --run FOLDER")
+        return studio.runs[run]
+
     @app.get("/api/training")
     async def training(run: str) -> JSONResponse:
         from pldr.studio.training import curves
 
-        if run not in studio.runs:
-            raise HTTPException(404, f"run: there is no {run[:60]!r}; start pldr studio with --run FOLDER")
-        return JSONResponse(json_safe(await asyncio.to_thread(curves, studio.runs[run])))
+        return JSONResponse(json_safe(await asyncio.to_thread(curves, folder(run))))
+
+    @app.get("/api/training/operator")
+    async def operator(run: str, step: int) -> JSONResponse:
+        from pldr.studio.training import operator
+
+        return JSONResponse(json_safe(await asyncio.to_thread(operator, folder(run), step)))
 
 
 async def _lines(begun: list[dict[str, Any]], steps: Iterator[dict[str, Any]]) -> AsyncIterator[str]:

@@ -236,10 +236,7 @@ class Workbench:
             X = getattr(self.outputs(self._first(self.encode(text), length), operator), tensor)
         if X is None:
             raise ValueError(f"tensor: with the operator {operator} there is no {tensor}, only G_LM")
-        layers, heads, size, _ = X.shape
-        _, log = log_determinant(X)
-        return {"layers": layers, "heads": heads, "size": size, "values": _packed(X),
-                "rank": numerical_rank(X).tolist(), "log10_determinant": _numbers(log)}  # fmt: skip
+        return all_heads(X)
 
     def attention(self, text: str, operator: str, layer: int, head: int) -> dict[str, Any]:
         """Attention weights of a head [T, T], and those without G_LM from the same queries and keys."""
@@ -314,6 +311,15 @@ class Workbench:
         ):
             if not 0 <= value < count:
                 raise ValueError(f"{name}: must be between 0 and {count - 1}, got {value}")
+
+
+def all_heads(X: torch.Tensor) -> dict[str, Any]:
+    """A tensor of every head [L, H, D, D], with ranks and determinants."""
+    X = X.float()
+    layers, heads, size, _ = X.shape
+    _, log = log_determinant(X)
+    return {"layers": layers, "heads": heads, "size": size, "values": _packed(X),
+            "rank": numerical_rank(X).tolist(), "log10_determinant": _numbers(log)}  # fmt: skip
 
 
 K = TypeVar("K")

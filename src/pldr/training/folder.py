@@ -26,6 +26,7 @@ from pldr.files import (
 )
 from pldr.recipe import Recipe
 from pldr.training.checkpoint import RECIPE, STATE, abandon_newer, check_checkpoint, checkpoints, step_of
+from pldr.training.operators import operators
 from pldr.training.processes import on_main
 
 _LOG = "log.jsonl"
@@ -73,6 +74,9 @@ def _open(
     else:
         _check_places(output)
         _cut_log(output / _LOG, step_of(start), read_json(start / STATE)["log_lines"])
+        for step, file in operators(output).items():
+            if step > step_of(start):
+                file.unlink()
         abandon_newer(start)
     write_json(output / RECIPE, described(recipe, processes))
     return start

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.initialization import no_init_weights
 
 from pldr.data.rows import TokenRows, TokenStream
-from pldr.deductive import dag_loss
+from pldr.deductive import dag_loss, deductive_outputs
 from pldr.evaluation.modes import operator_metrics
 from pldr.files import read_json, write_json
 from pldr.modeling_pldr import PldrForCausalLM
@@ -31,6 +31,7 @@ from pldr.training.checkpoint import (
 )
 from pldr.training.folder import add_to_log, described, log_lines
 from pldr.training.graph import GraphedStep, may_be_graph
+from pldr.training.operators import keep_operator
 from pldr.training.optimizer import BoundedAdamW
 from pldr.training.parallel import (
     ShardedForward,
@@ -362,13 +363,23 @@ class PldrTrainer(Trainer):
             probed = rows.full_rows(PROBED)
             extra = {}
             if self.model.config.operator == "learned" and len(probed) >= 2:
-                extra = operator_metrics(self.whole_model(), probed.to(self.args.device))
+                whole = self.whole_model()
+                extra = operator_metrics(whole, probed.to(self.args.device))
+                self._keep_operator(whole, probed[:1, :-1].to(self.args.device))
         model.train()
         self.log(metrics)
         if extra:
             self.log(extra)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _keep_operator(self, model: PldrForCausalLM, ids: torch.Tensor) -> None:
+        """Keep what G_LM is for a text [1, T]."""
+        was_training = model.training
+        G_LM = deductive_outputs(model.eval(), ids).G_LM
+        model.train(was_training)
+        if self.is_world_process_zero():
+            keep_operator(self.folder, self.state.global_step, G_LM[:, 0])
 
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         self.check_losses()
