@@ -12,7 +12,9 @@ import sys
 import tarfile
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,9 @@ import torch
 from safetensors.torch import save_file
 
 import pldr
+from helpers import toy_recipe
+from pldr.studio.workbench import Workbench
+from pldr.training.operators import keep_operator
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright, which make test-clients has")
 expect = playwright.expect
@@ -37,23 +42,34 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "ended"
     folder.mkdir()
     lines = [{"step": step, "loss": 9.0 / step} for step in range(1, 9)]
-    lines += [{"step": step, "eval_loss": 8.0 / step, "operator_variation": 10.0**-step} for step in (2, 4, 8)]
+    lines += [{"step": step, "eval_loss": 8.0 / step, "G_variation": [10.0**-step, 2.0**-step]} for step in (2, 4, 8)]
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    for step in (2, 4, 8):
+        keep_operator(folder, step, torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(step)))
     (folder / "config.json").write_text("{}", encoding="utf-8")
     return folder
 
 
-@pytest.fixture(scope="module")
-def address(run):
-    command = [sys.executable, "-m", "pldr", "studio", "--port", "0", "--no-browser", "--run", str(run)]
+@contextmanager
+def studio(*options):
+    """`pldr studio` in a process: its address."""
+    command = [sys.executable, "-m", "pldr", "studio", "--port", "0", "--no-browser", *map(str, options)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         line = process.stderr.readline()
         found = re.search(r"http://\S+", line)
         assert found, line
-        answers(found[0])
-        yield found[0]
-        process.terminate()
+        try:
+            answers(found[0])
+            yield found[0]
+        finally:
+            process.terminate()
+
+
+@pytest.fixture(scope="module")
+def address(run):
+    with studio("--run", run) as found:
+        yield found
 
 
 def answers(address, seconds=60):
@@ -80,7 +96,7 @@ def visit(browser, address):
     """Opens the page with a fragment; in the end, nothing must have gone wrong but what a test says."""
     contexts, wrong, expected = [], [], []
 
-    def open_page(fragment="", *, allow=None, **look):
+    def open_page(fragment="", *, at=address, allow=None, **look):
         context = browser.new_context(**({"viewport": {"width": 1280, "height": 900}} | look))
         context.set_default_timeout(PATIENCE)
         contexts.append(context)
@@ -90,7 +106,7 @@ def visit(browser, address):
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("requestfailed", lambda request: wrong.append(f"{request.url}: {request.failure}"))
         expected.append("ERR_ABORTED")  # what the page itself gives up for what was asked later
-        page.goto(f"{address}#{fragment}")
+        page.goto(f"{at}#{fragment}")
         expect(page.locator("#stage")).to_be_hidden(timeout=PATIENCE)
         return page
 
@@ -186,11 +202,11 @@ class TestOperator:
         slider = page.locator("#length")
         tokens = int(slider.get_attribute("max"))
         assert slider.input_value() == str(tokens)
-        before = figure(page, "G_LM").locator("image").get_attribute("href")
+        before = figure(page, "G_LM").locator("image").first.get_attribute("href")
         slider.fill("1")
         expect(page.locator("#length-output")).to_contain_text(f"1 of {tokens}: G differs by", timeout=PATIENCE)
         expect(page).to_have_url(re.compile("length=1"))
-        assert figure(page, "A").locator("image").get_attribute("href") != before
+        assert figure(page, "A").locator("image").first.get_attribute("href") != before
         figure(page, "G_LM").locator("svg").hover()
         expect(page.locator("#cell")).to_contain_text("multiplies query component")
         page.locator("#grid rect").nth(5).click()
@@ -257,6 +273,30 @@ class TestSwitch:
         expect(page.locator("#cards article")).to_have_count(2, timeout=PATIENCE)
         expect(page.locator("#compared")).to_contain_text("factored:16")
 
+    @pytest.mark.parametrize("kind", ["constant", "factored"])
+    def test_a_model_without_a_network(self, visit, tmp_path, kind):
+        tokenizer = pldr.load_tokenizer(pldr.STORIES)
+        bench = Workbench(pldr.load_model(pldr.STORIES), tokenizer, "")
+        bench.with_operator({"constant": "frozen", "factored": "factored:16"}[kind]).save_pretrained(tmp_path / kind)
+        tokenizer.save_pretrained(tmp_path / kind)
+        with studio(tmp_path / kind) as place:
+            page = visit("screen=switch&compared=stored,identity", at=place)
+            expect(page.locator("#model")).to_contain_text(f"{kind}: ")
+            page.locator("#rank").fill("16")
+            page.get_by_role("button", name="Compare").click()
+            expect(page.locator("#cards article")).to_have_count(3, timeout=PATIENCE)
+            rows = [row.locator("th, td").all_text_contents() for row in page.locator("#compared tbody tr").all()]
+            assert [row[0] for row in rows] == ["stored", "identity", "factored:16"]
+            stored, identity, factored = (float(row[1]) for row in rows)
+            assert identity - stored > 0.1 > abs(factored - stored)
+            expect(page.locator("#with-g svg")).to_be_visible(timeout=PATIENCE)
+            page.get_by_role("tab", name="Operator").click()
+            expect(page.locator("#heads-tensors svg:visible")).to_have_count(1, timeout=PATIENCE)
+            expect(page.locator("#grid svg")).to_be_visible(timeout=PATIENCE)
+            page.get_by_role("tab", name="Write").click()
+            page.get_by_role("button", name="Write", exact=True).click()
+            assert len(written(page)) > 20
+
     def test_a_file_that_is_no_operator_is_refused_in_one_line(self, visit, tmp_path):
         page = visit("screen=switch", allow="422")
         (tmp_path / "G.pkl").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
@@ -308,7 +348,45 @@ def test_a_run_is_drawn(visit, run):
     page = visit("screen=training")
     expect(page.locator("#training-status")).to_contain_text("Step 8, loss 1.125; ended.")
     expect(page.locator("#curves svg")).to_have_count(3)
+    assert figure(page, "Variation of G over texts").locator("path[stroke-width='2']").count() == 2  # a line each layer
+    slider = page.locator("#evaluation")
+    expect(page.locator("#evaluated svg")).to_be_visible(timeout=PATIENCE)
+    expect(page.locator("#evaluation-output")).to_have_text("step 8, 3 of 3")
+    last = page.locator("#evaluated image").first.get_attribute("href")
+    slider.fill("0")
+    expect(page.locator("#evaluation-output")).to_have_text("step 2, 1 of 3")
+    expect(page.locator("#evaluated image").first).not_to_have_attribute("href", last)
+    expect(page).to_have_url(re.compile("step=2"))
+    shared = page.locator("#evaluated image").first.get_attribute("href")
+    page.locator("#training [data-state=scale]").select_option("own")
+    expect(page.locator("#evaluated image").first).not_to_have_attribute("href", shared)
     picture(page, "training")
+
+
+def test_a_run_is_followed_while_it_trains(visit, texts, toy_model_file, tmp_path):
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    recipe.write_text(
+        toy_recipe(texts, toy_model_file, output=out, optimization__steps=3000, eval_steps=20, log_steps=5)
+    )
+    with subprocess.Popen([sys.executable, "-m", "pldr", "train", str(recipe)], stderr=subprocess.DEVNULL) as training:
+        try:
+            while not (out / "log.jsonl").is_file():
+                assert training.poll() is None
+                time.sleep(0.1)
+            with studio("--run", out) as place:
+                page = visit("screen=training", at=place)
+                status, slider = page.locator("#training-status"), page.locator("#evaluation")
+                expect(status).to_have_text(re.compile(r"Step \d+, loss [\d.]+; running\."), timeout=PATIENCE)
+                step = int(re.search(r"\d+", status.text_content())[0])
+                expect(page.locator("#evaluated svg")).to_be_visible(timeout=PATIENCE)
+                evaluations = int(slider.get_attribute("max"))
+                page.wait_for_function(
+                    f"document.getElementById('evaluation').max > {evaluations + 1}", timeout=PATIENCE
+                )
+                assert int(re.search(r"\d+", status.text_content())[0]) > step
+                training.terminate()
+        finally:
+            training.kill()
 
 
 def test_a_link_restores_everything_and_python_runs(visit, tmp_path):
@@ -329,11 +407,63 @@ def test_a_link_restores_everything_and_python_runs(visit, tmp_path):
 
 
 def test_link_and_code_are_copied(visit):
-    page = visit("screen=share")
+    page = visit("screen=share&prompt=The+sea")
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     page.get_by_role("button", name="Copy as Python").click()
     expect(page.locator("#copied")).to_have_text("Python copied")
     assert page.evaluate("navigator.clipboard.readText()").startswith("import pldr\n")
+    page.get_by_role("button", name="Copy link").click()
+    expect(page.locator("#copied")).to_have_text("Link copied")
+    link = page.evaluate("navigator.clipboard.readText()")
+    assert link == page.locator("#link").text_content() == page.url
+
+
+# Something else than the default for everything that a reader can set.
+EVERYTHING = {
+    "screen": "operator", "prompt": "The sea & <b>the</b> wind", "operator": "factored:16", "ids": "5,6", "max_new_tokens": "9",
+    "temperature": "1.5", "top_k": "3", "top_p": "0.5", "repetition_penalty": "1.2", "seed": "4", "layer": "3", "head": "5",
+    "tensor": "G_LM", "length": "2", "scale": "own", "token": "1", "compared": "frozen,factored", "rank": "16", "score": "A text.",
+    "held": "Held out.", "run": "ended", "step": "4",
+}  # fmt: skip
+
+
+def test_a_link_holds_all_that_can_be_set(visit):
+    asked = {
+        name: value for name, value in EVERYTHING.items() if name not in ("tensor", "run")
+    }  # which have this value anyhow
+    page = visit(urllib.parse.urlencode(EVERYTHING))
+    expect(page.locator("#grid svg")).to_be_visible(timeout=PATIENCE)
+    for screen in ("switch", "certify", "training", "write", "operator"):  # looking changes nothing
+        page.locator(f"#tab-{screen}").click()
+        page.wait_for_load_state("networkidle")
+    expect(page.locator("#length-output")).to_contain_text("2 of ", timeout=PATIENCE)
+    page.wait_for_timeout(300)
+    there = dict(urllib.parse.parse_qsl(page.url.partition("#")[2]))
+    assert {name: there.get(name) for name in asked} == asked
+    state = page.evaluate("import('./state.js').then((module) => Object.keys(module.state))")
+    assert set(state) == EVERYTHING.keys()
+    controls = page.locator("[data-state]").evaluate_all("all => all.map((one) => one.dataset.state)")
+    assert set(controls) <= EVERYTHING.keys()
+
+
+def test_every_figure_is_saved_both_ways(visit):
+    page = visit("screen=operator")
+    expect(page.locator("#grid svg")).to_be_visible(timeout=PATIENCE)
+    page.get_by_role("tab", name="Switch").click()
+    page.get_by_role("button", name="Compare").click()
+    expect(page.locator("#cards article").first).to_be_visible(timeout=PATIENCE)
+    expect(page.locator("#attended svg")).to_be_visible(timeout=PATIENCE)
+    saved = 0
+    for screen in ("operator", "switch", "training"):
+        page.locator(f"#tab-{screen}").click()
+        page.wait_for_load_state("networkidle")
+        for one in page.locator("figure:visible", has=page.locator("svg")).all():
+            for kind, begins in (("SVG", b"<svg"), ("PNG", b"\x89PNG")):
+                with page.expect_download() as download:
+                    one.get_by_role("button", name=kind).click()
+                assert Path(download.value.path()).read_bytes().startswith(begins)
+                saved += 1
+    assert saved == 2 * 15
 
 
 class TestLooks:

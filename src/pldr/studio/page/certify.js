@@ -1,6 +1,7 @@
 // Certify: may G be frozen? The verdict, its numbers, and the frozen model to take away.
 import { ask, latest, report } from "./api.js";
 import { $, make, short, table } from "./dom.js";
+import { set, state } from "./state.js";
 
 const LONGEST = 200_000; // characters that the server reads
 
@@ -63,7 +64,8 @@ export function start() {
     const [file] = $("text-file").files;
     if (!file) return;
     const text = await file.slice(0, 4 * LONGEST).text();
-    $("held-out").value = text.slice(0, LONGEST);
+    set({ held: text.slice(0, LONGEST) });
+    $("held-out").value = state.held;
     report(text.length > LONGEST ? `${file.name}: its first ${LONGEST.toLocaleString("en")} characters are taken.` : "");
   });
 }

@@ -31,21 +31,28 @@ function canvas(width, height, title) {
     .attr("role", "img").attr("aria-label", title).attr("font-size", 12).attr("fill", "currentColor");
 }
 
-/** Symmetric around zero: even near it, logarithmic far from it; from the median magnitude on. */
+/** Symmetric around zero: even near it, logarithmic far from it; from the median magnitude on. Of several tensors, common to them. */
 export function scaleOf(...tensors) {
-  const sizes = Float64Array.from(tensors.flatMap((values) => Array.from(values, Math.abs))).sort();
+  const sizes = new Float64Array(tensors.reduce((sum, values) => sum + values.length, 0));
+  let next = 0, signed = false;
+  for (const values of tensors)
+    for (const value of values) {
+      sizes[next++] = Math.abs(value);
+      signed ||= value < 0;
+    }
+  sizes.sort();
   const bound = sizes[sizes.length - 1] || 1;
   const linear = Math.max(sizes[sizes.length >> 1], bound / 1e3);
-  return { bound, position: (value) => Math.asinh(value / linear) / Math.asinh(bound / linear) };
+  return { bound, signed, position: (value) => Math.asinh(value / linear) / Math.asinh(bound / linear) };
 }
 
-/** Pixels of one colour for a sign and an opacity for the size, so that zero is the ground. */
-function paint(rows, columns, at, scale) {
+/** Pixels of one colour for a sign and an opacity for the size, so that zero is the ground; `at` gives places on a scale. */
+function paint(rows, columns, at) {
   const board = make("canvas", { width: columns, height: rows });
   const context = board.getContext("2d"), pixels = context.createImageData(columns, rows);
   for (let row = 0, next = 0; row < rows; row++)
     for (let column = 0; column < columns; column++, next += 4) {
-      const value = at(row, column), place = value === null ? 0 : Math.max(-1, Math.min(1, scale.position(value)));
+      const place = Math.max(-1, Math.min(1, at(row, column)));
       pixels.data.set(place < 0 ? NEGATIVE : POSITIVE, next);
       pixels.data[next + 3] = Math.round(255 * Math.abs(place));
     }
@@ -53,16 +60,38 @@ function paint(rows, columns, at, scale) {
   return board.toDataURL();
 }
 
-/** A square tensor as colours. `choose(row, column, value)` hears what the pointer or the arrow keys are on. */
-export function heatmap(values, size, scale, title, choose) {
-  const href = paint(size, size, (row, column) => values[row * size + column], scale);
+const LEGEND = 32; // pixels of its height
+
+/** What the colours stand for: a bar from the least of the scale to its most. */
+function legend(svg, scale, x, y, width) {
+  const long = Math.min(width, 220), least = scale.signed ? -1 : 0;
+  svg.append("image").attr("href", paint(1, 200, (_, column) => least + ((1 - least) * column) / 199)).attr("x", x).attr("y", y + 8)
+    .attr("width", long).attr("height", 8).attr("preserveAspectRatio", "none");
+  const marks = scale.signed ? [[0, "start", -scale.bound], [long / 2, "middle", 0], [long, "end", scale.bound]] : [[0, "start", 0], [long, "end", scale.bound]];
+  for (const [along, anchor, value] of marks)
+    svg.append("text").attr("x", x + along).attr("y", y + 28).attr("text-anchor", anchor).attr("font-size", 10).text(short(value, 2));
+}
+
+/** A square tensor as colours. `choose(row, column, value)` hears what the pointer or the arrow keys are on; `names` stand at its axes. */
+export function heatmap(values, size, scale, title, choose, names = []) {
+  const href = paint(size, size, (row, column) => scale.position(values[row * size + column]));
   return (width) => {
-    const side = Math.min(width, 620), svg = canvas(side, side, title), step = side / size;
-    svg.append("image").attr("href", href).attr("width", side).attr("height", side).attr("image-rendering", "pixelated");
-    svg.append("rect").attr("width", side - 1).attr("height", side - 1).attr("x", 0.5).attr("y", 0.5)
+    const margin = names.length ? Math.min(96, 10 + 6.6 * Math.max(...names.map((name) => name.length))) : 0;
+    const side = Math.min(width - margin, 620), step = side / size;
+    const svg = canvas(margin + side, margin + side + LEGEND, title), board = svg.append("g").attr("transform", `translate(${margin},${margin})`);
+    board.append("image").attr("href", href).attr("width", side).attr("height", side).attr("image-rendering", "pixelated");
+    board.append("rect").attr("width", side - 1).attr("height", side - 1).attr("x", 0.5).attr("y", 0.5)
       .attr("fill", "none").attr("stroke", "currentColor").attr("stroke-opacity", 0.25);
+    legend(svg, scale, margin, margin + side, side);
+    const every = Math.ceil(11 / step);
+    names.forEach((name, place) => {
+      if (place % every) return;
+      const middle = (place + 0.5) * step, label = (text) => text.attr("font-size", 11).attr("dy", "0.32em").text(name.slice(0, 13));
+      label(board.append("text").attr("x", -5).attr("y", middle).attr("text-anchor", "end"));
+      label(board.append("text").attr("transform", `translate(${middle},-5) rotate(-90)`));
+    });
     if (!choose) return svg;
-    const cursor = svg.append("rect").attr("width", step).attr("height", step).attr("fill", "none")
+    const cursor = board.append("rect").attr("width", step).attr("height", step).attr("fill", "none")
       .attr("stroke", "currentColor").attr("stroke-width", 1.5).attr("visibility", "hidden");
     let row = 0, column = 0;
     const go = (to, along) => {
@@ -74,8 +103,8 @@ export function heatmap(values, size, scale, title, choose) {
     const moves = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
     svg.attr("tabindex", 0)
       .on("pointermove pointerdown", (event) => {
-        const [x, y] = d3.pointer(event, svg.node());
-        go(Math.floor(y / step), Math.floor(x / step));
+        const [x, y] = d3.pointer(event, board.node());
+        if (y <= side) go(Math.floor(y / step), Math.floor(x / step));
       })
       .on("keydown", (event) => {
         if (!moves[event.key]) return;
@@ -87,35 +116,37 @@ export function heatmap(values, size, scale, title, choose) {
   };
 }
 
-/** Many square tensors [rows, columns, size, size] on one scale; `choose(row, column)` hears a click. */
-export function tiles(values, rows, columns, size, scale, title, { chosen, labels, choose }) {
-  const gap = Math.max(1, Math.round(size / 12)), cell = size + gap;
+/** Many square tensors [rows, columns, size, size] on one scale, or each on its own; `choose(row, column)` hears a click. */
+export function tiles(values, rows, columns, size, scale, title, { chosen = [], labels, choose, own = false }) {
+  const gap = Math.max(1, Math.round(size / 12)), cell = size + gap, area = size * size;
+  const scales = d3.range(rows * columns).map((head) => (own ? scaleOf(values.subarray(head * area, (head + 1) * area)) : scale));
   const href = paint(rows * cell - gap, columns * cell - gap, (y, x) => {
-    const row = Math.floor(y / cell), column = Math.floor(x / cell), i = y % cell, j = x % cell;
-    return i < size && j < size ? values[((row * columns + column) * size + i) * size + j] : null;
-  }, scale);
+    const head = Math.floor(y / cell) * columns + Math.floor(x / cell), i = y % cell, j = x % cell;
+    return i < size && j < size ? scales[head].position(values[head * area + i * size + j]) : 0;
+  });
   return (width) => {
     const left = 28, top = 20, step = Math.min((width - left) / columns, 146), tile = (step * size) / cell;
-    const svg = canvas(left + step * columns, top + step * rows, title);
+    const svg = canvas(left + step * columns, top + step * rows + (own ? 0 : LEGEND), title);
     svg.append("image").attr("href", href).attr("x", left).attr("y", top).attr("image-rendering", "pixelated")
       .attr("width", step * columns - (step - tile)).attr("height", step * rows - (step - tile));
+    if (!own) legend(svg, scale, left, top + step * rows - (step - tile), step * columns);
     const label = (text, x, y) => svg.append("text").attr("x", x).attr("y", y).attr("text-anchor", "middle").text(text);
     d3.range(columns).forEach((column) => label(column, left + column * step + tile / 2, 13));
     d3.range(rows).forEach((row) => label(row, 12, top + row * step + tile / 2 + 4));
     for (let row = 0; row < rows; row++)
-      for (let column = 0; column < columns; column++)
-        svg.append("rect").attr("x", left + column * step).attr("y", top + row * step).attr("width", tile).attr("height", tile)
-          .attr("fill", "transparent").attr("stroke", "currentColor").attr("cursor", "pointer")
-          .attr("stroke-opacity", row === chosen[0] && column === chosen[1] ? 1 : 0.2)
-          .attr("stroke-width", row === chosen[0] && column === chosen[1] ? 2 : 1)
-          .on("click", () => choose(row, column))
-          .append("title").text(labels(row, column));
+      for (let column = 0; column < columns; column++) {
+        const is = row === chosen[0] && column === chosen[1];
+        const square = svg.append("rect").attr("x", left + column * step).attr("y", top + row * step).attr("width", tile).attr("height", tile)
+          .attr("fill", "transparent").attr("stroke", "currentColor").attr("stroke-opacity", is ? 1 : 0.2).attr("stroke-width", is ? 2 : 1);
+        square.append("title").text(labels(row, column));
+        if (choose) square.attr("cursor", "pointer").on("click", () => choose(row, column));
+      }
     return svg;
   };
 }
 
 /** Lines [{name, points: [[x, y]]}] with axes; `log` for a logarithmic y; `span` of x and `top` of y where points need not reach them. */
-export function lines(series, { title, x, y, log = false, mark = null, span = [], top = [], empty = "" }) {
+export function lines(series, { title, x, y, log = false, mark = null, span = [], top = [], empty = "", keys = false }) {
   return (width) => {
     const height = Math.min(280, Math.max(200, width * 0.6)), margin = { top: 26, right: 12, bottom: 38, left: 58 };
     const svg = canvas(width, height, title);
@@ -138,15 +169,16 @@ export function lines(series, { title, x, y, log = false, mark = null, span = []
     svg.append("text").attr("x", 0).attr("y", 12).text(y);
     if (mark !== null) svg.append("line").attr("x1", across(mark)).attr("x2", across(mark)).attr("y1", margin.top)
       .attr("y2", height - margin.bottom).attr("stroke", "currentColor").attr("stroke-dasharray", "2 3");
+    const colour = (index) => (keys ? d3.interpolateRgb("#267cde", "#de5c20")(index / Math.max(1, shown.length - 1)) : COLOURS[index]);
     shown.forEach(({ name, points: own }, index) => {
-      svg.append("path").attr("fill", "none").attr("stroke", COLOURS[index]).attr("stroke-width", 2).attr("stroke-linejoin", "round")
+      svg.append("path").attr("fill", "none").attr("stroke", colour(index)).attr("stroke-width", 2).attr("stroke-linejoin", "round")
         .attr("d", d3.line((point) => across(point[0]), (point) => up(point[1]))(own));
-      if (own.length < 40) svg.append("g").attr("fill", COLOURS[index]).selectAll("circle").data(own).join("circle").attr("r", 2.5)
+      if (own.length < 40) svg.append("g").attr("fill", colour(index)).selectAll("circle").data(own).join("circle").attr("r", 2.5)
         .attr("cx", (point) => across(point[0])).attr("cy", (point) => up(point[1]))
         .append("title").text((point) => `${name} ${short(point[0])}: ${short(point[1])}`);
     });
     let right = width - margin.right;
-    if (shown.length > 1) [...shown].reverse().forEach(({ name }, index) => {
+    if (shown.length > 1 && !keys) [...shown].reverse().forEach(({ name }, index) => {
       svg.append("text").attr("x", right).attr("y", 12).attr("text-anchor", "end").attr("font-weight", 600)
         .attr("fill", COLOURS[shown.length - 1 - index]).text(name);
       right -= 9 * name.length + 12;

@@ -12,7 +12,8 @@ const TENSORS = {
 };
 const figures = {};
 let tokens = 0; // of the text
-let scales = {}; // of the head at the whole text, so that shorter ones can be compared with it
+let scales = {}; // of the head at the whole text, so that shorter ones can be compared with it; "shared" of its tensors together
+let seen = {}; // what is drawn: each tensor's values, and its size
 let settled = new Map(); // length to the difference from the whole text's G
 let stale = true;
 
@@ -20,15 +21,14 @@ const asked = () => ({ text: state.prompt, operator: state.operator, length: sta
 
 function draw(answer, length) {
   settled.set(length, answer.settled);
-  for (const [name, tensor] of Object.entries(answer.tensors)) {
-    figures[name].element.hidden = !tensor;
-    if (!tensor) continue;
-    const values = floats(tensor.values);
-    scales[name] ??= scaleOf(values);
-    const title = `${name}, layer ${state.layer}, head ${state.head}, ${length} tokens`;
-    figures[name].show(heatmap(values, tensor.size, scales[name], title, (row, column, value) => point(name, row, column, value)));
-  }
   const there = Object.entries(answer.tensors).filter(([, tensor]) => tensor);
+  seen = Object.fromEntries(there.map(([name, { values, size }]) => [name, { values: floats(values), size, length }]));
+  for (const name of Object.keys(TENSORS)) figures[name].element.hidden = !seen[name];
+  if (!scales.shared) {
+    scales = Object.fromEntries(Object.entries(seen).map(([name, { values }]) => [name, scaleOf(values)]));
+    scales.shared = scaleOf(...Object.values(seen).map(({ values }) => values));
+  }
+  drawTensors();
   table($("tensor-numbers"), ["", "rank", "log₁₀ |det|", "size (RMS)"],
     there.map(([name, tensor]) => [name, short(tensor.rank), short(tensor.log10_determinant), short(tensor.rms)]));
   figures.singular.show(lines(there.map(([name, { singular_values: values }]) => ({ name, points: values.map((value, index) => [index + 1, value / values[0]]) })),
@@ -39,6 +39,14 @@ function draw(answer, length) {
   figures.settling.element.hidden = there.length === 1; // a constant
   const now = answer.settled;
   $("length-output").textContent = `${length} of ${tokens}${!now || length === tokens ? "" : `: G differs by ${short(now, 2)} of its size`}`;
+}
+
+function drawTensors() {
+  for (const [name, { values, size, length }] of Object.entries(seen)) {
+    const title = `${name}, layer ${state.layer}, head ${state.head}, ${length} tokens`;
+    const scale = state.scale === "own" ? scales[name] : scales.shared;
+    figures[name].show(heatmap(values, size, scale, title, (row, column, value) => point(name, row, column, value)));
+  }
 }
 
 function point(name, row, column, value) {
@@ -90,10 +98,10 @@ function drawGrid() {
   const { values, scale, tensor, layers, heads, size, rank, log10_determinant: determinant } = figures.grid.answer ?? {};
   if (!values) return;
   figures.grid.show(tiles(values, layers, heads, size, scale, `${tensor} of all layers and heads`, {
-    chosen: [state.layer, state.head],
+    chosen: [state.layer, state.head], own: state.scale === "own",
     labels: (row, column) => `layer ${row}, head ${column}: rank ${short(rank[row][column])}, log₁₀ |det| ${short(determinant[row][column])}`,
     choose: (layer, column) => set({ layer, head: column }),
-  }), `A row for each layer, a column for each head, one scale up to ${short(scale.bound)}. Orange is positive, blue negative. Click a square to see it above.`);
+  }), `A row for each layer, a column for each head, ${state.scale === "own" ? "each on a scale of its own" : `one scale up to ${short(scale.bound)}`}. Orange is positive, blue negative. Click a square to see it above.`);
 }
 
 /** Every length in turn, at most 48 of them. */
@@ -139,7 +147,8 @@ export function start() {
     if (any("prompt")) set({ length: 0 });
     stale ||= any("prompt", "operator", "layer", "head");
     if (state.screen !== "operator") return;
-    if (any("layer", "head")) drawGrid();
+    if (any("layer", "head", "scale")) drawGrid();
+    if (any("scale")) drawTensors();
     if (stale) everything();
     if (any("tensor", "prompt", "operator", "screen")) grid();
   });

@@ -4,7 +4,8 @@ const DEFAULTS = {
   screen: "write", prompt: "Once upon a time there was an old king who lived in a castle by the sea. He had three daughters, and", operator: "cached", ids: "",
   max_new_tokens: 80, temperature: 0.8, top_k: 0, top_p: 1, repetition_penalty: 1, seed: 0,
   layer: 0, head: 0, tensor: "G_LM", length: 0, // 0: all tokens
-  compared: "learned,cached,frozen,stored,identity,uniform", rank: 8, score: "", run: "",
+  scale: "shared", token: -1, // the last
+  compared: "learned,cached,frozen,stored,identity,uniform", rank: 8, score: "", held: "", run: "", step: 0, // the last evaluation
 };
 
 export const state = { ...DEFAULTS };

@@ -77,18 +77,19 @@ const attend = latest(async (signal) => {
   const answer = await ask("attention", { text: state.prompt, operator, layer: state.layer, head: state.head }, signal);
   attention = { tokens: answer.tokens, with: floats(answer.with_g), without: floats(answer.without_g) };
   $("token").max = answer.tokens.length - 1;
-  $("token").value = answer.tokens.length - 1;
-  const scale = scaleOf(attention.with.filter(Boolean), attention.without.filter(Boolean)); // not of what is masked
+  const names = answer.tokens.map(({ text }) => text.trim() || "␣"), scale = scaleOf(attention.with.filter(Boolean), attention.without.filter(Boolean)); // not of what is masked
   const draw = (name, title) => figures[name].show(heatmap(attention[name], answer.tokens.length, scale, title,
-    (row) => token(row)));
+    (row) => token(row), names));
   draw("with", "Attention with G");
   draw("without", "Attention without G");
-  token(answer.tokens.length - 1);
+  token(state.token);
 });
 
-function token(row) {
+/** What a token attends to; the last of the text, where there is none at this place. */
+function token(asked) {
+  const { tokens } = attention, size = tokens.length, row = asked >= 0 && asked < size ? asked : size - 1;
+  set({ token: row === size - 1 ? -1 : row });
   $("token").value = row;
-  const { tokens } = attention, size = tokens.length;
   $("token-output").textContent = `${row}, “${tokens[row].text.trim()}”`;
   const weights = [...tokens.keys()].slice(0, row + 1).map((place) => [attention.with[row * size + place], attention.without[row * size + place], place]);
   const top = weights.sort((a, b) => b[0] - a[0]).slice(0, 8);
