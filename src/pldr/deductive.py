@@ -4,9 +4,10 @@ Shapes: L layers, B passages, H heads, D head dimension.
 """
 
 import math
-from typing import cast
+from typing import Any, cast
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from pldr.modeling_pldr import PldrAttention, PldrForCausalLM
 from pldr.operator import DeductiveOutputs, LearnedOperator
@@ -55,8 +56,23 @@ def dag_loss(X: torch.Tensor) -> torch.Tensor:
         entries of X up to about 9 (the exponential overflows beyond); pass X in float64 for more of both.
     """
     X = X.to(torch.promote_types(X.dtype, torch.float32))
-    trace = torch.linalg.matrix_exp(X.square()).diagonal(dim1=-2, dim2=-1).sum(-1)
-    return (trace / X.shape[-1]).log().abs().mean()
+    return (_TraceOfExponential.apply(X.square()) / X.shape[-1]).log().abs().mean()
+
+
+class _TraceOfExponential(torch.autograd.Function):
+    """tr(exp(M)) of each matrix. Its gradient is exp(M)ᵀ, which is at hand; autograd's own takes an exponential of twice the size."""
+
+    @staticmethod
+    def forward(ctx: Any, M: torch.Tensor) -> torch.Tensor:
+        exponential = torch.linalg.matrix_exp(M)
+        ctx.save_for_backward(exponential)
+        return exponential.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        (exponential,) = ctx.saved_tensors
+        return gradient[..., None, None] * exponential.mT
 
 
 def variation(X: torch.Tensor) -> torch.Tensor:
