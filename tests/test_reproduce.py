@@ -20,6 +20,7 @@ from pldr.study.fidelity import along_generation, decimals
 from pldr.study.invariance import best_rule, find_condition, known_before, trajectory
 from pldr.study.lab import SIZES, Cell, Lab, Size, Verdict, default_data, state_of, table
 from pldr.study.operators import MARGIN, Sweep, compare_runs, judge, loss_at, sweep
+from pldr.study.order import order_parameter
 from pldr.study.run import main as train_one
 from pldr.study.sdpa import with_llama_attention
 from pldr.study.timing import seconds_per_step
@@ -298,6 +299,9 @@ def test_what_is_measured_of_a_run(lab):
     alone = model(pairs[:, :1], shift_labels=pairs[:, 1:], use_cache=False).loss.item()
     assert found["gain"] == pytest.approx(alone - found["loss"], abs=1e-5)
     assert len(found["variation"]) == 2
+    half = here.size.length // 2
+    assert found["order_parameter"] == order_parameter(model, rows[:8, :half], half)["G_LM"].tolist()
+    assert min(found["order_parameter"]) > 0
 
     (here.runs / "learned-1.measured.json").write_text(
         (here.runs / "learned-1.measured.json").read_text().replace('"accuracy"', '"kept": 1, "accuracy"')

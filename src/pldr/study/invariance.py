@@ -63,7 +63,8 @@ def invariance(lab: Lab) -> Finding:
         [
             f"Invariant: G_LM varies over held-out passages by less than {INVARIANT_VARIATION:g} (relative RMSE, largest "
             f"layer) and freezing it moves the loss by less than {INVARIANT_LOSS:g} nats per token. Collapsed: the whole "
-            f"context gains less than {COLLAPSED_GAIN} nats per token over one token of context.",
+            f"context gains less than {COLLAPSED_GAIN} nats per token over one token of context. Order: the order parameter of G_LM "
+            "(arXiv 2603.23539; largest layer), how far two random continuations of a prompt drive it apart.",
             _map_table(rows),
             "![the map](invariance.png)\n\nOne line a cell, called by what differs from the recipe; one point a seed.",
             _THROUGH,
@@ -220,10 +221,21 @@ def _map_table(rows: list[dict[str, Any]]) -> str:
     cells = []
     for row in rows:
         settings = [f"{row['cell'][name]:g}" for name in _NAMES]
-        measured = [""] * 6 if row["diverged"] else [
-            f"{row['loss']:.3f}", f"{row['gain']:.3f}", f"{max(row['variation']):.1e}", f"{row['frozen_difference']:+.1e}",
+        measured = [""] * 7 if row["diverged"] else [
+            f"{row['loss']:.3f}", f"{row['gain']:.3f}", f"{max(row['variation']):.1e}", f"{max(row['order_parameter']):.1e}", f"{row['frozen_difference']:+.1e}",
             *(("" if not (values := row["trajectory"][name]) or values[-1] is None else f"{values[-1]:.2g}") for name in ("G_rank", "row_gain")),
         ]  # fmt: skip
         cells.append([*settings, str(row["seed"]), *measured, row["state"]])
-    header = [*_NAMES.values(), "seed", "loss", "gain", "variation", "frozen − learned", "rank", "row gain", "state"]
+    header = [
+        *_NAMES.values(),
+        "seed",
+        "loss",
+        "gain",
+        "variation",
+        "order",
+        "frozen − learned",
+        "rank",
+        "row gain",
+        "state",
+    ]
     return table(header, cells)

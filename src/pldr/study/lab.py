@@ -31,6 +31,7 @@ from pldr.files import read_json, read_json_lines, write_json, write_text
 from pldr.modeling_pldr import PldrForCausalLM
 from pldr.models.shipped import HELD_OUT, STORIES
 from pldr.recipe import DataRecipe
+from pldr.study.order import order_parameter
 from pldr.tables import Printable
 from pldr.tokenizer import load_tokenizer
 
@@ -38,6 +39,8 @@ from pldr.tokenizer import load_tokenizer
 INVARIANT_VARIATION, INVARIANT_LOSS = 1e-3, 1e-4
 # A model that gains less from its context than this (nats per token, over one token of context) has no attention left.
 COLLAPSED_GAIN = 0.02
+# Prompts that the order parameter is taken over.
+_ORDER_PROMPTS = 8
 _T = TypeVar("_T")
 # Validation text is read up to so many rows for each that is measured.
 _MOST_ROWS = 64
@@ -299,7 +302,8 @@ class Lab:
         return [line for _, line in read_json_lines(file)] if file.is_file() else []
 
     def measure(self, name: str) -> dict[str, Any]:
-        """Loss and accuracy of a run, what its context gains it and, of a learned operator, its invariance.
+        """Loss and accuracy of a run, what its context gains it and, of a learned operator, by layer how it varies and its order
+        parameter (`pldr.study.order`), and what freezing it does to the loss.
 
         "loss_to_choose" is the loss on the first half of the validation text, by which settings are chosen; all else is of the
         second. What was measured is kept beside the run.
@@ -334,7 +338,12 @@ class Lab:
             calibration = self.passages(tokenizer, 1, part="train")
             G_LM = torch.cat([deductive_outputs(model, row[None]).G_LM for row in rows], 1)
             frozen = frozen_copy(model, calibration)
-            found |= {"variation": variation(G_LM).tolist(), "frozen_difference": mean_loss(frozen, rows) - loss}
+            half = self.size.length // 2
+            found |= {
+                "variation": variation(G_LM).tolist(),
+                "order_parameter": order_parameter(model, rows[:_ORDER_PROMPTS, :half], half)["G_LM"].tolist(),
+                "frozen_difference": mean_loss(frozen, rows) - loss,
+            }
         return found
 
     # --- results ---
