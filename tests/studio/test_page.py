@@ -96,7 +96,7 @@ def visit(browser, address):
     """Opens the page with a fragment; in the end, nothing must have gone wrong but what a test says."""
     contexts, wrong, expected = [], [], []
 
-    def open_page(fragment="", *, at=address, allow=None, **look):
+    def open_page(fragment="", *, at=address, allow=None, ready=True, **look):
         context = browser.new_context(**({"viewport": {"width": 1280, "height": 900}} | look))
         context.set_default_timeout(PATIENCE)
         contexts.append(context)
@@ -107,7 +107,8 @@ def visit(browser, address):
         page.on("requestfailed", lambda request: wrong.append(f"{request.url}: {request.failure}"))
         expected.append("ERR_ABORTED")  # what the page itself gives up for what was asked later
         page.goto(f"{at}#{fragment}")
-        expect(page.locator("#stage")).to_be_hidden(timeout=PATIENCE)
+        if ready:
+            expect(page.locator("#stage")).to_be_hidden(timeout=PATIENCE)
         return page
 
     yield open_page
@@ -163,6 +164,18 @@ class TestWrite:
         (expected,) = pldr.Engine(model, tokenizer).generate(["The sea"], max_new_tokens=8)
         page = visit("prompt=The+sea&operator=cached&max_new_tokens=8&temperature=0")  # a link is followed at once
         assert "".join(written(page)[-8:]) == expected.text
+
+    def test_it_writes_before_torch_is_there(self, visit):
+        with studio() as place:
+            page = visit("prompt=The+sea&max_new_tokens=8&temperature=0&operator=cached", at=place, ready=False)
+            early = written(page)
+            assert not json.load(urllib.request.urlopen(f"{place}api/state"))["ready"]
+            expect(page.locator("#stage")).to_contain_text("Torch is being imported")
+            expect(page.locator("#stage")).to_be_hidden(timeout=2 * PATIENCE)
+            page.locator("#operator-name").select_option("learned")
+            page.get_by_role("button", name="Write", exact=True).click()
+            expect(page.locator("#written")).to_have_attribute("aria-busy", "false", timeout=PATIENCE)
+            assert written(page) == early
 
     def test_a_long_text_is_stopped(self, visit):
         page = visit("max_new_tokens=900&operator=learned")

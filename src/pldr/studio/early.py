@@ -26,12 +26,12 @@ class EarlyWriter:
 
     def _begun(self) -> "subprocess.Popen[str]":
         command = [sys.executable, "-m", "pldr.studio.story"]
-        one = dict.fromkeys(
-            ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1"
-        )  # the others import torch
+        # The other cores import torch.
+        one = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         return subprocess.Popen(
-            command, env=os.environ | one, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
-        )
+            command, env=os.environ | one, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8",
+            start_new_session=True,  # Ctrl-C is not for it: it ends when this one's end of the pipe is closed
+        )  # fmt: skip
 
     def wait(self) -> None:
         """Until it writes."""
