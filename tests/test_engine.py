@@ -659,17 +659,20 @@ def test_the_highest_logit_of_many_sequences(sequences, vocabulary, poisoned):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [1, 37, 200])
-def test_the_metric_learners_unit(rows, poisoned):
-    u, dtype = normal(rows, 32, dtype=torch.bfloat16), torch.bfloat16
-    gate_up = reference.Linear(normal(2, 256, 32, dtype=dtype, scale=0.2), normal(2, 256, dtype=dtype))
-    down = reference.Linear(normal(2, 32, 128, dtype=dtype, scale=0.1), normal(2, 32, dtype=dtype))
-    norm = reference.Norm(normal(32, dtype=dtype), normal(32, dtype=dtype), 1e-6)
-    expected = decode.residual_unit(
+@pytest.mark.parametrize(
+    ("rows", "units", "glus", "width"), [(1, 1, 1, 32), (37, 3, 2, 64), (200, 2, 3, 16), (33, 2, 2, 128)]
+)
+def test_the_metric_learners_network(rows, units, glus, width, poisoned):
+    dtype = torch.bfloat16
+    u, many = normal(rows, width, dtype=dtype), (units, glus)
+    gate_up = reference.Linear(normal(*many, 256, width, dtype=dtype, scale=0.2), normal(*many, 256, dtype=dtype))
+    down = reference.Linear(normal(*many, width, 128, dtype=dtype, scale=0.1), normal(*many, width, dtype=dtype))
+    norm = reference.Norm(normal(units, width, dtype=dtype), normal(units, width, dtype=dtype), 1e-6)
+    expected = decode.residual_network(
         u.cpu().float(), *(reference.Linear(*(part.cpu().float() for part in w)) for w in (gate_up, down)),
         reference.Norm(norm.weight.cpu().float(), norm.bias.cpu().float(), 1e-6),
     )  # fmt: skip
-    assert relative(decode.residual_unit(u, gate_up, down, norm).cpu(), expected) < 1e-2
+    assert relative(decode.residual_network(u, gate_up, down, norm).cpu(), expected) < 1e-2 * units
 
 
 @pytest.mark.gpu

@@ -61,7 +61,9 @@ def cases():
     yield many._silu_product, {"both": BF16, "y": BF16, "features": "i32"}, {"BLOCK": 512}, 4
     names = ("u", "gate_up", "gate_up_bias", "down", "down_bias", "y")
     types = NORM | dict.fromkeys(names, BF16) | {"rows": "i32"}
-    yield many._residual_unit, types, {"UNITS": 2, "D": 64, "F": 192, "BLOCK": 64, "ROWS": 16}, 4
+    for width in (16, 64, 128):
+        constants = {"UNITS": 8, "GLUS": 2, "D": width, "F": 192, "BLOCK": 64, "ROWS": 16, "STAGES": 3}
+        yield many._residual_network, types, constants, 4
     blocks = {"best": FP32, "where": INT32}
     yield choice._highest_of_block, blocks | {"logits": FP32, "vocabulary": "i32"}, {"BLOCK": 2048}, 4
     width = {"WIDTH": 896, "COLUMNS": 1024}

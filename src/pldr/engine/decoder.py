@@ -45,12 +45,13 @@ class Unit(NamedTuple):
 
 
 class Metric(NamedTuple):
-    """A metric learner: its LayerNorms, and the units between them."""
+    """A metric learner: its first LayerNorm; of its U residual units the G gated linear units, [U, G, 2 F, D] and
+    [U, G, D, F], and the norms, [U, D].
+    """
 
     input_norm: Norm
-    residual_units: list[
-        tuple[Unit, Norm]
-    ]  # the weights of a unit's GLUs one after the other: [G, 2 F, D] and [G, D, F]
+    glus: Unit
+    norms: Norm
     operator: LearnedOperator  # of W, b, p, a and b_a
 
 
@@ -433,12 +434,18 @@ def _unit(module: GatedLinearUnit, align: int) -> Unit:
 
 
 def _metric(operator: LearnedOperator, align: int) -> Metric:
-    units = []
-    for residual in cast(list[ResidualUnit], operator.metric_learner):
-        glus = [_unit(glu, align) for glu in cast(list[GatedLinearUnit], residual.glus)]
-        gate_up, down = (Linear(*map(torch.stack, zip(*parts, strict=True))) for parts in zip(*glus, strict=True))
-        units.append((Unit(gate_up, down), _norm(residual.norm)))
-    return Metric(_norm(operator.input_norm), units, operator)
+    units = cast(list[ResidualUnit], operator.metric_learner)
+    glus = [_unit(glu, align) for unit in units for glu in cast(list[GatedLinearUnit], unit.glus)]
+
+    def stacked(linears: Sequence[Linear]) -> Linear:
+        return Linear(*(torch.stack(parts).unflatten(0, (len(units), -1)) for parts in zip(*linears, strict=True)))
+
+    norms = [_norm(unit.norm) for unit in units]
+    weight, bias = (torch.stack([getattr(norm, name) for norm in norms]) for name in ("weight", "bias"))
+    gate_up, down = ([getattr(glu, name) for glu in glus] for name in Unit._fields)
+    return Metric(
+        _norm(operator.input_norm), Unit(stacked(gate_up), stacked(down)), Norm(weight, bias, norms[0].eps), operator
+    )
 
 
 def energy_curvature(metric: Metric, query: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
@@ -446,6 +453,5 @@ def energy_curvature(metric: Metric, query: torch.Tensor, padding: torch.Tensor 
     A = reference.density_matrix(query, padding)
     shape = A.shape
     u = decode.norm(Stream(A.reshape(-1, shape[-1])), metric.input_norm, query.dtype)
-    for unit, norm in metric.residual_units:
-        u = decode.residual_unit(u, unit.gate_up, unit.down, norm)
+    u = decode.residual_network(u, metric.glus.gate_up, metric.glus.down, metric.norms)
     return metric.operator.energy_curvature(u.view(shape)).G_LM

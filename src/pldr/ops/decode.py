@@ -123,21 +123,23 @@ def linear_add(x: torch.Tensor | Parts, linear: Linear, residual: torch.Tensor) 
     return Stream(product, residual) if path == "many" else Stream(product.float() + residual)
 
 
-def residual_unit(u: torch.Tensor, gate_up: Linear, down: Linear, weights: Norm) -> torch.Tensor:
-    """One residual unit of the metric learner: LayerNorm(GLU(… GLU(u) …) + u). [N, D] → [N, D].
+def residual_network(u: torch.Tensor, gate_up: Linear, down: Linear, weights: Norm) -> torch.Tensor:
+    """The metric learner's: u ← LayerNorm(GLU(… GLU(u) …) + u) for each of its residual units. [N, D] → [N, D].
 
     Args:
         u: rows of A.
-        gate_up, down: of its G gated linear units, one after the other: weights [G, 2 F, D] and [G, D, F].
-        weights: of the norm.
+        gate_up, down: of the G gated linear units of U residual units: weights [U, G, 2 F, D] and [U, G, D, F].
+        weights: of the norm at the end of each unit, [U, D].
     """
-    if u.is_cuda and few is not None and many.fits_residual_unit(u.shape[1], u.dtype):
-        return many.residual_unit(u, gate_up, down, weights)
-    residual = u
-    for unit in range(len(down.weight)):
-        both = Linear(gate_up.weight[unit], gate_up.bias[unit])(u)
-        u = Linear(down.weight[unit], down.bias[unit])(silu_product(both))
-    return norm(Stream(u, residual), weights, u.dtype)
+    if u.is_cuda and few is not None and many.fits_residual_network(u.shape[1], u.dtype):
+        return many.residual_network(u, gate_up, down, weights)
+    for unit, norm_weight in enumerate(weights.weight):
+        residual = u
+        for glu in range(down.weight.shape[1]):
+            both = Linear(gate_up.weight[unit, glu], gate_up.bias[unit, glu])(u)
+            u = Linear(down.weight[unit, glu], down.bias[unit, glu])(silu_product(both))
+        u = norm(Stream(u, residual), Norm(norm_weight, weights.bias[unit], weights.eps), u.dtype)
+    return u
 
 
 def places(positions: torch.Tensor, rotary: torch.Tensor) -> Places:

@@ -209,60 +209,69 @@ def _silu_product(both, y, features, BLOCK: tl.constexpr, PDL: tl.constexpr):  #
 # --- the metric learner ----------------------------------------------------------------------------------------------
 
 
-def fits_residual_unit(width: int, dtype: torch.dtype) -> bool:
-    """Whether `residual_unit` takes rows of this width."""
+def fits_residual_network(width: int, dtype: torch.dtype) -> bool:
+    """Whether `residual_network` takes rows of this width."""
     return dtype in (torch.bfloat16, torch.float16) and width in (16, 32, 64, 128)
 
 
-def residual_unit(u: torch.Tensor, gate_up: Linear, down: Linear, norm: Norm) -> torch.Tensor:
-    """LayerNorm(GLU(… GLU(u) …) + u), all of it in one kernel. [N, D] → [N, D].
+def residual_network(u: torch.Tensor, gate_up: Linear, down: Linear, norm: Norm) -> torch.Tensor:
+    """u ← LayerNorm(GLU(… GLU(u) …) + u) for each residual unit, all of it in one kernel. [N, D] → [N, D].
 
     Args:
         u: rows.
-        gate_up: of the G units one after the other: [G, 2 F, D] and [G, 2 F], F a multiple of 64.
-        down: likewise, [G, D, F] and [G, D].
-        norm: of the end.
+        gate_up: of U units with G gated linear units each: [U, G, 2 F, D] and [U, G, 2 F], F a multiple of 64.
+        down: likewise, [U, G, D, F] and [U, G, D].
+        norm: of the end of each, [U, D].
     """
     rows, width = u.shape
+    units, glus, _, inner = down.weight.shape
     y = torch.empty_like(u)
-    _residual_unit[(triton.cdiv(rows, 16),)](
+    _residual_network[(triton.cdiv(rows, 16),)](
         u, gate_up.weight, gate_up.bias, down.weight, down.bias, norm.weight, norm.bias, y, rows, norm.eps,
-        UNITS=len(down.weight), D=width, F=down.weight.shape[-1], BLOCK=64, ROWS=16, num_warps=4, **dependent(u),
+        UNITS=units, GLUS=glus, D=width, F=inner, BLOCK=64, ROWS=16, STAGES=3, num_warps=4, **dependent(u),
     )  # fmt: skip
     return y
 
 
 @triton.jit
-def _residual_unit(  # type: ignore[no-untyped-def]
+def _residual_network(  # type: ignore[no-untyped-def]
     u, gate_up, gate_up_bias, down, down_bias, gamma, beta, y, rows, eps,
-    UNITS: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
+    UNITS: tl.constexpr, GLUS: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A program: ROWS rows. Inner activations, rounded to the weights' dtype as in the plain form, stay on the chip."""
+    """A program: ROWS rows through everything. What the plain form rounds to the weights' dtype is rounded, and stays on the chip."""
     release(PDL)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, D)
     f = tl.arange(0, BLOCK)
     at = row[:, None] * D + d[None, :]
     inside = (row < rows)[:, None]
+    blocks: tl.constexpr = F // BLOCK
     wait(PDL)
     z = tl.load(u + at, mask=inside, other=0.0)
     residual = z.to(tl.float32)
-    for unit in tl.static_range(UNITS):
-        total = tl.zeros([ROWS, D], tl.float32)
-        for begin in range(0, F, BLOCK):
-            inner = unit * 2 * F + begin + f
-            w = tl.load(gate_up + inner[None, :] * D + d[:, None])
-            gate = tl.dot(z, w) + tl.load(gate_up_bias + inner)[None, :].to(tl.float32)
-            w = tl.load(gate_up + (inner + F)[None, :] * D + d[:, None])
-            up = tl.dot(z, w) + tl.load(gate_up_bias + inner + F)[None, :].to(tl.float32)
-            gate = (gate * tl.sigmoid(gate)).to(z.dtype).to(tl.float32)
-            w = tl.load(down + unit * D * F + d[None, :] * F + (begin + f)[:, None])
-            total = tl.dot((gate * up).to(z.dtype), w, total)
-        z = (total + tl.load(down_bias + unit * D + d)[None, :].to(tl.float32)).to(z.dtype)
-    values = z.to(tl.float32) + residual
-    mean = tl.sum(values, 1) / D
-    centred = values - mean[:, None]
-    deviation = tl.sqrt(tl.sum(centred * centred, 1) / D + eps)
-    g = tl.load(gamma + d).to(tl.float32)
-    o = tl.load(beta + d).to(tl.float32)
-    tl.store(y + at, (centred / deviation[:, None] * g[None, :] + o[None, :]).to(y.dtype.element_ty), mask=inside)
+    total = tl.zeros([ROWS, D], tl.float32)
+    for step in tl.range(0, UNITS * GLUS * blocks, num_stages=STAGES):
+        glu = step // blocks
+        block = step % blocks
+        inner = glu * 2 * F + block * BLOCK + f
+        w = gate_up + inner[:, None] * D + d[None, :]
+        w_gate, w_up = tl.load(w), tl.load(w + F * D)
+        w_down = tl.load(down + glu * D * F + d[:, None] * F + (block * BLOCK + f)[None, :])
+        gate = tl.dot(z, tl.trans(w_gate)) + tl.load(gate_up_bias + inner)[None, :].to(tl.float32)
+        up = tl.dot(z, tl.trans(w_up)) + tl.load(gate_up_bias + inner + F)[None, :].to(tl.float32)
+        gate = (gate * tl.sigmoid(gate)).to(z.dtype).to(tl.float32)
+        total = tl.dot((gate * up).to(z.dtype), tl.trans(w_down), total)
+        if block == blocks - 1:
+            z = (total + tl.load(down_bias + glu * D + d)[None, :].to(tl.float32)).to(z.dtype)
+            if glu % GLUS == GLUS - 1:
+                values = z.to(tl.float32) + residual
+                centred = values - (tl.sum(values, 1) / D)[:, None]
+                deviation = tl.sqrt(tl.sum(centred * centred, 1) / D + eps)
+                norm = glu // GLUS * D + d
+                g = tl.load(gamma + norm).to(tl.float32)
+                o = tl.load(beta + norm).to(tl.float32)
+                z = (centred / deviation[:, None] * g[None, :] + o[None, :]).to(z.dtype)
+                residual = z.to(tl.float32)
+            total = tl.zeros([ROWS, D], tl.float32)
+    tl.store(y + at, z, mask=inside)
