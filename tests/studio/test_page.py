@@ -393,11 +393,11 @@ def test_a_run_is_followed_while_it_trains(visit, texts, toy_model_file, tmp_pat
                 step = int(re.search(r"\d+", status.text_content())[0])
                 expect(page.locator("#evaluated svg")).to_be_visible(timeout=PATIENCE)
                 evaluations = int(slider.get_attribute("max"))
-                page.wait_for_function(
-                    f"document.getElementById('evaluation').max > {evaluations + 1}", timeout=PATIENCE
-                )
+                expect(slider).not_to_have_attribute("max", str(evaluations), timeout=PATIENCE)
+                assert int(slider.get_attribute("max")) > evaluations
                 assert int(re.search(r"\d+", status.text_content())[0]) > step
                 training.terminate()
+                page.close()  # or it would go on asking
         finally:
             training.kill()
 
