@@ -60,6 +60,9 @@ class Workbench:
         for operator in self.operators[:3]:
             with self.lock:
                 self._engine(operator)
+        for operator in self.operators:
+            with self.lock:
+                self.with_operator(operator)
         with self.lock:
             self._all_factors()
 
