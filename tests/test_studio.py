@@ -609,8 +609,23 @@ def test_two_runs_of_one_name(run, tmp_path):
     assert "have the same name" in err
 
 
+def test_nobody_waits_for_the_first_factors(bench, monkeypatch):
+    written = []
+
+    def slow(*_):
+        writer = threading.Thread(target=lambda: written.extend(bench.write("the", None, "cached", bench_options(2))))
+        writer.start()
+        writer.join(30)
+        return ["factors"]
+
+    monkeypatch.setattr("pldr.studio.workbench._factors_from", slow)
+    bench.warm_up()
+    assert len(written) >= 2
+    assert bench._all_factors() == ["factors"]
+
+
 def test_an_operator_that_fails_does_not_end_the_studio(bench, monkeypatch, caplog):
-    monkeypatch.setattr(bench, "_all_factors", lambda: 1 / 0)
+    monkeypatch.setattr(bench, "_whole", lambda: 1 / 0)
     studio = Studio(lambda: bench, {}, "0")
     studio._run()
     assert studio.state()["ready"]

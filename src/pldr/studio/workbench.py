@@ -64,7 +64,10 @@ class Workbench:
             with self.lock:
                 self.with_operator(operator)
         with self.lock:
-            self._all_factors()
+            whole, passages = self._copy(self._whole()), self._passages()
+        factors = _factors_from(whole, passages)  # which takes seconds of a large model, and nobody waits for it
+        with self.lock:
+            self._factors = factors
 
     def facts(self) -> dict[str, Any]:
         c = self.config
@@ -187,9 +190,10 @@ class Workbench:
             f"operator: there is no {operator!r}; there are {', '.join([*self.operators, *self._given])} and factored:R"
         )
 
-    def _copy(self) -> PldrForCausalLM:
-        """The model with modules of its own and the same parameters."""
-        return copy.deepcopy(self.model, {id(p): p for p in (*self.model.parameters(), *self.model.buffers())})
+    def _copy(self, model: PldrForCausalLM | None = None) -> PldrForCausalLM:
+        """The model, or another one, with modules of its own and the same parameters."""
+        model = model or self.model
+        return copy.deepcopy(model, {id(p): p for p in (*model.parameters(), *model.buffers())})
 
     def _passages(self) -> torch.Tensor:
         length = min(_LENGTH, self.config.max_position_embeddings)
@@ -197,12 +201,12 @@ class Workbench:
 
     def _all_factors(self) -> list[Factors]:
         if self._factors is None:
-            whole = self.with_operator("frozen" if self.learned else "stored")
-            moments = moments_of(whole, self._passages())
-            self._factors = [
-                factors_of(*layer) for layer in zip(stored_operator(whole).to(whole.device), *moments, strict=True)
-            ]
+            self._factors = _factors_from(self._whole(), self._passages())
         return self._factors
+
+    def _whole(self) -> PldrForCausalLM:
+        """The model with the constant operator that is factored."""
+        return self.with_operator("frozen" if self.learned else "stored")
 
     def _engine(self, operator: str) -> Engine:
         name = "cached" if operator == "learned" else operator
@@ -314,6 +318,11 @@ class Workbench:
         ):
             if not 0 <= value < count:
                 raise ValueError(f"{name}: must be between 0 and {count - 1}, got {value}")
+
+
+def _factors_from(whole: PldrForCausalLM, passages: torch.Tensor) -> list[Factors]:
+    moments = moments_of(whole, passages)
+    return [factors_of(*layer) for layer in zip(stored_operator(whole).to(whole.device), *moments, strict=True)]
 
 
 def all_heads(X: torch.Tensor) -> dict[str, Any]:
