@@ -5,6 +5,7 @@ import base64
 import io
 import json
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -631,3 +632,21 @@ def test_an_operator_that_fails_does_not_end_the_studio(bench, monkeypatch, capl
     assert studio.state()["ready"]
     assert studio.failure is None
     assert "not every operator can be had" in caplog.text
+
+
+@pytest.mark.parametrize("ended_by", [signal.SIGINT, signal.SIGTERM])
+def test_it_ends_at_once_though_a_text_is_being_written(ended_by):
+    command = [sys.executable, "-m", "pldr", "studio", "--no-browser", "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        address = process.stderr.readline().split()[2]
+        asked = {"prompt": "The sea", "operator": "cached", "max_new_tokens": 1000}
+        with httpx.stream("POST", f"{address}api/generate", json=asked, timeout=60) as answer:
+            lines = answer.iter_lines()
+            while "logprob" not in next(lines):
+                pass
+            process.send_signal(ended_by)
+            code = process.wait(20)
+            assert "error" in json.loads(list(lines)[-1])
+        said = process.stderr.read()
+    assert (code, said) == ((130, "pldr: interrupted\n") if ended_by == signal.SIGINT else (-signal.SIGTERM, ""))

@@ -467,7 +467,11 @@ def studio(
     dtype: Dtype = "auto",
 ) -> None:
     """See the operator at work in a browser: write, switch operators, certify."""
-    _call("run_studio", locals())
+    try:
+        _call("run_studio", locals())
+    except KeyboardInterrupt:
+        _report("interrupted")
+        os._exit(130)  # a thread may be at work in torch, in which the interpreter's own end would abort
 
 
 @_verb("plot runs/laptop")

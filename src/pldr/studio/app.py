@@ -92,6 +92,7 @@ class Studio:
     Attributes:
         stage: what is being done until then.
         failure: why there never will be a workbench; `on_failure` is called then.
+        closed: whether it has been ended.
         runs: folders of trainings that may be looked at, by name.
     """
 
@@ -105,6 +106,7 @@ class Studio:
         self.stage, self.runs, self.version = "loading the model", runs, version
         self.failure: Exception | None = None
         self.on_failure: Callable[[], None] = lambda: None
+        self.closed = False
         self._load, self._early = load, early
         self._bench: Workbench | None = None
         self.jobs: dict[str, Freezing] = {}
@@ -172,6 +174,7 @@ class Studio:
         return self.jobs[name]
 
     def close(self) -> None:
+        self.closed = True
         if self._early is not None:
             self._early.close()
         for job in self.jobs.values():
@@ -239,7 +242,7 @@ def _add_endpoints(app: FastAPI, studio: Studio) -> None:
         else:
             steps = (await studio.bench()).write(asked.prompt, asked.ids, asked.operator, options)
         begun = [await asyncio.to_thread(next, steps) for _ in range(2)]  # what is wrong shows before the answer begins
-        return StreamingResponse(_lines(begun, steps), media_type="application/x-ndjson")
+        return StreamingResponse(_lines(studio, begun, steps), media_type="application/x-ndjson")
 
     @app.post("/api/operator")
     async def operator(asked: OneHead) -> JSONResponse:
@@ -320,13 +323,15 @@ def _add_runs(app: FastAPI, studio: Studio) -> None:
         return JSONResponse(json_safe(await asyncio.to_thread(operator, folder(run), step)))
 
 
-async def _lines(begun: list[dict[str, Any]], steps: Iterator[dict[str, Any]]) -> AsyncIterator[str]:
+async def _lines(studio: Studio, begun: list[dict[str, Any]], steps: Iterator[dict[str, Any]]) -> AsyncIterator[str]:
     """One JSON text a line, as it comes; a client that leaves ends the work."""
     try:
         for step in begun:
             yield json.dumps(json_safe(step)) + "\n"
         while (one := await asyncio.to_thread(next, steps, None)) is not None:
             yield json.dumps(json_safe(one)) + "\n"
+            if studio.closed:
+                raise ValueError("the studio has been ended")
     except (ValueError, FloatingPointError) as error:
         yield json.dumps({"error": one_line(error)}) + "\n"
     finally:

@@ -17,6 +17,8 @@ from pldr.serving.sockets import bound
 from pldr.studio.early import EarlyWriter
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from pldr.studio.app import Studio
     from pldr.studio.workbench import Workbench
 
@@ -80,10 +82,16 @@ def _answer(listening: socket.socket, state: "Studio", app: Any, url: str | None
     """Until Ctrl-C. Raises what kept the model from being loaded."""
     import uvicorn
 
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: "FrameType | None") -> None:
+            state.close()  # texts that are being written break off: nobody waits for their end
+            super().handle_exit(sig, frame)
+
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=2
-    )
-    server = uvicorn.Server(config)
+        app, log_level="critical",  # what goes wrong in a request is logged by the app
+        access_log=False, server_header=False, timeout_graceful_shutdown=2,
+    )  # fmt: skip
+    server = Server(config)
 
     def stop() -> None:
         server.should_exit = True

@@ -6,6 +6,7 @@ G_LM comes from the prompt and is kept. Only the model that ships with pldr is r
 
 import json
 import math
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -212,6 +213,8 @@ def main() -> None:
         sys.stdout.write(json.dumps(line) + "\n")
         sys.stdout.flush()
 
+    if hasattr(signal, "SIGPIPE"):  # not on Windows
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end without a word where nobody reads on
     story = Story()
     say(story.facts())
     for line in sys.stdin:
