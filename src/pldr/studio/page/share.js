@@ -48,16 +48,21 @@ export function python() {
 }
 
 export function start() {
+  let seen = "write"; // the screen that one comes from, which is what is shared
+  const shared = () => link(seen);
   const show = () => {
-    if (state.screen !== "share") return;
-    $("link").textContent = link();
+    if (state.screen !== "share") {
+      seen = state.screen;
+      return;
+    }
+    $("link").textContent = shared();
     $("python").textContent = python();
   };
   const copy = (button, text, what) => $(button).addEventListener("click", async () => {
     await navigator.clipboard.writeText(text());
     $("copied").textContent = `${what} copied`;
   });
-  copy("copy-link", link, "Link");
+  copy("copy-link", shared, "Link");
   copy("copy-python", python, "Python");
   onChange(show);
   show();

@@ -35,8 +35,9 @@ export function parse(name, text) {
   return text !== "" && Number.isFinite(number) ? number : DEFAULTS[name];
 }
 
-export function link() {
-  const changed = Object.entries(state).filter(([name, value]) => value !== DEFAULTS[name]);
+/** The address of what is set, or of another screen of it. */
+export function link(screen = state.screen) {
+  const changed = Object.entries({ ...state, screen }).filter(([name, value]) => value !== DEFAULTS[name]);
   return `${location.origin}${location.pathname}#${new URLSearchParams(changed)}`;
 }
 
