@@ -56,6 +56,7 @@ function show(rows) {
   table($("compared"), ["operator", "loss, nats per token", "next token: KL, nats", "G: change", "the same text", "seconds"],
     rows.map((row) => [named(row.operator), short(row.loss, 5), short(row.divergence), short(row.change),
       row === first ? "" : row.text === first.text ? "yes" : "no", short(row.seconds, 2)]));
+  $("compared-words").hidden = false;
   const most = Math.max(...rows.flatMap((row) => row.next.map((token) => token.probability)));
   $("cards").replaceChildren(...rows.map((row) => {
     const common = same(row.text, first.text);
