@@ -6,17 +6,26 @@ async function answer(response) {
   throw new Error(said.error ?? `the server answered ${response.status}`);
 }
 
+async function request(path, options) {
+  try {
+    return await answer(await fetch(`api/${path}`, options));
+  } catch (error) {
+    if (error instanceof TypeError) throw new Error("The studio does not answer: is pldr studio still running in the terminal?");
+    throw error;
+  }
+}
+
 /** GET, or POST where there is a body; the answer's JSON. */
 export async function ask(path, body, signal) {
   const post = { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) };
-  return (await answer(await fetch(`api/${path}`, body === undefined ? { signal } : { ...post, signal }))).json();
+  return (await request(path, body === undefined ? { signal } : { ...post, signal })).json();
 }
 
 /** POST; yields the objects of a stream of lines as they come. */
 export async function* stream(path, body, signal) {
-  const response = await answer(await fetch(`api/${path}`, {
+  const response = await request(path, {
     method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body), signal,
-  }));
+  });
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
@@ -36,7 +45,7 @@ export async function* stream(path, body, signal) {
 /** POST a file as it is. */
 export async function upload(path, file) {
   const headers = { "Content-Type": "application/octet-stream", "X-File-Name": encodeURIComponent(file.name) };
-  return (await answer(await fetch(`api/${path}`, { method: "POST", headers, body: file }))).json();
+  return (await request(path, { method: "POST", headers, body: file })).json();
 }
 
 /** base64 of float32, little-endian, as the server sends tensors. */
