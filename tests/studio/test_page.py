@@ -237,6 +237,13 @@ class TestOperator:
             figure(page, "How G settles").locator("circle").count() == tokens - 1
         )  # at all tokens the difference is 0
 
+    def test_what_a_shared_scale_hides_is_said(self, visit):
+        page = visit("screen=operator")
+        small = page.locator("#heads-tensors figcaption", has_text="Too small to be seen")
+        expect(small).to_have_count(1, timeout=PATIENCE)  # A_LM
+        page.locator("#operator [data-state=scale]").select_option("own")
+        expect(small).to_have_count(0)
+
     def test_a_constant_operator_has_G_alone(self, visit):
         page = visit("screen=operator&operator=identity")
         expect(page.locator("#heads-tensors svg:visible")).to_have_count(1, timeout=PATIENCE)

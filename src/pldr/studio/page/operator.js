@@ -45,9 +45,12 @@ function drawTensors() {
   for (const [name, { values, size, length }] of Object.entries(seen)) {
     const title = `${name}, layer ${state.layer}, head ${state.head}, ${length} tokens`;
     const scale = state.scale === "own" ? scales[name] : scales.shared;
-    figures[name].show(heatmap(values, size, scale, title, (row, column, value) => point(name, row, column, value)));
+    const small = 100 * scales[name].bound < scale.bound ? " Too small to be seen on this scale: choose the colours “each its own”." : "";
+    figures[name].show(heatmap(values, size, scale, title, (row, column, value) => point(name, row, column, value)), explained(name) + small);
   }
 }
+
+const explained = (name) => `${TENSORS[name][0].toUpperCase()}${TENSORS[name].slice(1)}.`;
 
 function point(name, row, column, value) {
   const what = name === "G_LM"
@@ -126,8 +129,8 @@ async function walk() {
 }
 
 export function start() {
-  for (const [name, what] of Object.entries(TENSORS)) {
-    figures[name] = figure(name, `${what[0].toUpperCase()}${what.slice(1)}.`);
+  for (const name of Object.keys(TENSORS)) {
+    figures[name] = figure(name, explained(name));
     $("heads-tensors").append(figures[name].element);
   }
   figures.singular = figure("Singular values", "How many directions a tensor really has: a line that falls at once is one of low rank.");

@@ -22,7 +22,7 @@ function operator() {
 
 /** Settings as arguments, for the engine or for transformers. */
 function settings(engine) {
-  const drawn = state.temperature > 0, given = [`max_new_tokens=${state.max_new_tokens}`];
+  const drawn = state.temperature !== 0, given = [`max_new_tokens=${state.max_new_tokens}`];
   if (!engine) given.push(`do_sample=${drawn ? "True" : "False"}`, "use_cache=False");
   if (drawn) given.push(`temperature=${state.temperature}`, `top_p=${state.top_p}`);
   if (drawn && (state.top_k || !engine)) given.push(`top_k=${state.top_k}`);

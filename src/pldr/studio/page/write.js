@@ -40,7 +40,7 @@ const generate = latest(async (signal, known = []) => {
 
 /** Greedy unless one of the three is given. */
 function sampling() {
-  const drawn = state.temperature > 0;
+  const drawn = state.temperature !== 0;
   return { temperature: drawn ? state.temperature : null, top_k: (drawn && state.top_k) || null, top_p: drawn ? state.top_p : null };
 }
 
