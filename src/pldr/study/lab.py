@@ -166,7 +166,7 @@ class Lab:
     command: str = ""
     _halves: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, init=False, repr=False)
     _numbers: Iterator[int] = field(default_factory=itertools.count, init=False, repr=False)
-    _measuring: Any = field(default_factory=threading.Lock, init=False, repr=False)
+    _measuring: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
     # --- training ---
 
@@ -233,7 +233,7 @@ class Lab:
     def _train_one(self, name: str, changes: dict[str, Any]) -> None:
         self.runs.mkdir(parents=True, exist_ok=True)
         recipe, diverged = self.runs / f"{name}.yaml", self.runs / f"{name}.diverged.json"
-        for stale in (diverged, self._measured(name)):
+        for stale in (diverged, self._measurement_file(name)):
             stale.unlink(missing_ok=True)
         write_text(recipe, yaml.safe_dump(self.recipe(name, changes), sort_keys=False))
         start = time.perf_counter()
@@ -308,7 +308,7 @@ class Lab:
         "loss_to_choose" is the loss on the first half of the validation text, by which settings are chosen; all else is of the
         second. What was measured is kept beside the run.
         """
-        file, how = self._measured(name), {"size": [self.size.length, self.size.passages], "data": self.data}
+        file, how = self._measurement_file(name), {"size": [self.size.length, self.size.passages], "data": self.data}
         if file.is_file() and (kept := read_json(file))["how"] == how:
             found: dict[str, Any] = kept["found"]
             return found
@@ -320,7 +320,7 @@ class Lab:
         write_json(file, {"how": how, "found": found})
         return found
 
-    def _measured(self, name: str) -> Path:
+    def _measurement_file(self, name: str) -> Path:
         return self.runs / f"{name}.measured.json"
 
     @torch.no_grad()
