@@ -32,6 +32,7 @@ logger = logging.getLogger("pldr.studio")
 PAGE = Path(__file__).parent / "page"
 # Certificates whose frozen models are kept.
 _JOBS = 4
+_ENDED = "the studio has been ended; start it again"
 
 Text = Annotated[str, Field(max_length=200_000)]
 Name = Annotated[str, Field(min_length=1, max_length=40)]
@@ -137,6 +138,8 @@ class Studio:
     async def bench(self) -> "Workbench":
         """Waits until it is there. Raises HTTPException: it never will be."""
         while self._bench is None:
+            if self.closed:
+                raise HTTPException(503, _ENDED)
             if self.failure is not None:
                 raise HTTPException(500, one_line(self.failure))
             await asyncio.sleep(0.05)
@@ -331,7 +334,7 @@ async def _lines(studio: Studio, begun: list[dict[str, Any]], steps: Iterator[di
         while (one := await asyncio.to_thread(next, steps, None)) is not None:
             yield json.dumps(json_safe(one)) + "\n"
             if studio.closed:
-                raise ValueError("the studio has been ended")
+                raise ValueError(_ENDED)
     except (ValueError, FloatingPointError) as error:
         yield json.dumps({"error": one_line(error)}) + "\n"
     finally:
