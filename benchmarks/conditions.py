@@ -1,25 +1,23 @@
 """Under what a benchmark was measured: it belongs to every record."""
 
 import platform
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pldr.checkpoints.certificate import versions
+from pldr.checkpoints.certificate import commit, versions
 from pldr.files import to_json, write_json
 
 
 def conditions(device: str = "cpu") -> dict[str, Any]:
     """Device, threads, versions, commit and date."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
         "device": _processor() if device == "cpu" else torch.cuda.get_device_name(),
         "threads": torch.get_num_threads(),
         **versions(),
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
 

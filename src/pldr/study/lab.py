@@ -22,7 +22,7 @@ from rich.console import RenderableType
 from rich.markdown import Markdown
 from transformers import PreTrainedTokenizerFast
 
-from pldr.checkpoints.certificate import versions
+from pldr.checkpoints.certificate import commit, versions
 from pldr.checkpoints.load import load_model
 from pldr.data.rows import read_passages, source_of
 from pldr.deductive import deductive_outputs, variation
@@ -352,10 +352,12 @@ class Lab:
         """The page, README.md, and its numbers, results.json."""
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
         about: dict[str, Any] = {
-            "command": self.command, "device": device, "date": time.strftime("%Y-%m-%d"), "versions": versions(),
-            "size": dataclasses.asdict(self.size), "data": self.data,
+            "command": self.command, "device": device, "versions": versions(), "commit": commit(),
+            "date": time.strftime("%Y-%m-%d"), "size": dataclasses.asdict(self.size), "data": self.data,
         }  # fmt: skip
         used = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+        if about["commit"]:
+            used += f", commit {about['commit']}"
         made_with = f"`{about['command']}` · {device} · {used} · {about['date']}"
         page = "\n\n".join([f"# {finding.claim}", f"**{finding.sentence}**", *finding.sections, made_with])
         write_text(self.folder / "README.md", page + "\n")
