@@ -256,6 +256,18 @@ def test_steps_that_were_begun_before_the_last_were_looked_at_change_nothing(mod
     assert engine._flight is None
 
 
+def test_alternatives_of_a_batch_whose_size_is_rounded_up_for_graphs(model, monkeypatch):
+    asked = {"max_new_tokens": 3, "logprobs": True, "top_logprobs": 2, "ignore_end": True}
+    engine = Engine(model, max_batch=16)
+    engine.decoder.graphs = True
+    monkeypatch.setattr(engine.decoder, "_replay", lambda _, work: work())
+    for found, alone in zip(engine.generate(PROMPTS, **asked), Engine(model).generate(PROMPTS, **asked), strict=True):
+        assert found.token_ids == alone.token_ids
+        assert [[token for token, _ in top] for top in found.top_logprobs] == [
+            [token for token, _ in top] for top in alone.top_logprobs
+        ]
+
+
 def test_a_row_keeps_nothing_of_the_request_before(model):
     engine = Engine(model, max_batch=2)
     engine.generate(PROMPTS[:2], max_new_tokens=4, temperature=2.0, repetition_penalty=1.9, seed=1)
@@ -387,6 +399,18 @@ def test_a_caller_that_stops_reading_frees_its_places(stories):
     engine.step()
     engine.cancel(cancelled)
     assert (request.finish_reason, cancelled.finish_reason) == (None, "cancelled")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_cancelled_text_keeps_all_its_tokens(stories, streaming):
+    model, tokenizer = stories
+    engine = Engine(model, tokenizer)
+    request = engine.submit("The sea", Options(max_new_tokens=30), streaming=streaming)
+    engine.step()
+    engine.step()
+    engine.cancel(request)
+    assert len(request.token_ids) >= 2
+    assert engine.completion(request).text.strip() == tokenizer.decode(request.token_ids)
 
 
 def test_logits_that_are_not_finite_end_their_own_request_alone(small_model):
@@ -700,6 +724,11 @@ def test_eager_graph_and_batch_on_the_gpu_are_the_model_on_the_cpu(model, sequen
         )
         logprobs = torch.stack(expected[:8], 1).log_softmax(-1).gather(2, torch.stack(tokens, 1)[:, :, None])[..., 0]
         assert_close(torch.tensor([result.logprobs for result in drawn]), logprobs, max_error=5e-3)
+        with_others = Engine(on_device, graphs=graphs).generate(
+            prompts.tolist(), max_new_tokens=3, ignore_end=True, logprobs=True, top_logprobs=2
+        )
+        for result, alone in zip(with_others, results, strict=True):
+            assert [top[0][0] for top in result.top_logprobs] == result.token_ids == alone.token_ids[:3]
 
 
 @pytest.mark.gpu

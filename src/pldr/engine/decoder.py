@@ -158,8 +158,8 @@ class Decoder:
             Tokens [N, steps] (int64), -1 where logits were not finite, and their log-probabilities (float32), which
             are computed where tokens are drawn. Both on the device, and good until the next call.
         """
-        size = rows
-        if self.graphs:
+        recorded, size = self.graphs and not eager, rows
+        if recorded:
             size = next((size for size in SIZES if rows <= size), -(-rows // 64) * 64)
             size = min(size, self.rows)
             self.state.positions[rows:size] = 0  # what runs along has as little to read as can be
@@ -168,7 +168,7 @@ class Decoder:
             for column in range(begin, begin + count):
                 self._step(size, column, draw)
 
-        if self.graphs and not eager:
+        if recorded:
             count = min(steps, _GRAPH_STEPS)
             for begin in range(0, steps, count):
                 name = ("steps", size, begin, count, draw, draw and self.choice.seen is not None)

@@ -43,7 +43,7 @@ class Completion:
             and without the stop that ended it.
         token_ids: of the continuation, with the token that ended it.
         prompt_tokens: length of the prompt in tokens.
-        finish_reason: why it ended: "end" (the model's own end token), "stop" (one of the stops) or "length".
+        finish_reason: why it ended: "end" (the model's own end token), "stop" (one of the stops), "length" or "cancelled".
         logprobs: log-probability of each token under the model's own distribution, where asked for.
         top_logprobs: the most probable tokens at each place and their log-probabilities, where asked for.
         prompt_logprobs, prompt_top_logprobs: the same of the prompt's tokens, from the second on.
@@ -297,7 +297,8 @@ class Engine:
             text = ""
         else:
             ids = request.token_ids
-            text = continuation(self.tokenizer, request.prompt, ids if request.finish_reason == "length" else ids[:-1])
+            ended = request.finish_reason in ("end", "stop")  # by the last token, which is no text
+            text = continuation(self.tokenizer, request.prompt, ids[:-1] if ended else ids)
         asked = request.options
         return Completion(
             text, request.token_ids, len(request.prompt), request.finish_reason,
@@ -337,6 +338,8 @@ class Engine:
         for request in requests:
             if request.finish_reason is None:
                 request.finish_reason = "cancelled"
+                if request.growing is not None:
+                    request.growing.end()
         if any(request.finish_reason is not None for request in self.waiting):
             self.waiting = deque(request for request in self.waiting if request.finish_reason is None)
         self._leave()
@@ -403,6 +406,8 @@ class Engine:
         most = max(request.options.top_logprobs for request in requests)
         if most:
             for request, found in zip(requests, _most_probable(self.decoder.newest, most), strict=True):
+                if request.finish_reason == "error":  # it has no token more
+                    continue
                 request.top_logprobs.append(found[: request.options.top_logprobs])
 
     def _leave(self) -> None:
