@@ -7,6 +7,7 @@ fixtures of a session for itself: those here take less than a second; a dearer o
 import gc
 import io
 import os
+import signal
 import sys
 
 # The models of tests are too small to share out among threads, here and in the processes that tests start.
@@ -24,6 +25,12 @@ from pldr.tokenizer import train_sentencepiece
 
 pytest.register_assert_rewrite("helpers")  # its assertions say what they compared, as those of tests do
 from helpers import WORDS, toy_recipe, write_texts  # noqa: E402
+
+
+def pytest_configure():
+    """What a script starts in the background ignores Ctrl-C, and so would the processes that tests start and then interrupt."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):

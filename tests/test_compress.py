@@ -205,7 +205,7 @@ class TestCompress:
             (["--rank", "12"], "--rank: must be a multiple of 8, from 8 to the model's head_dim of 16, got 12"),
             (["--rank", "24"], "head_dim of 16, got 24"),
             (["--rank", "0"], "head_dim of 16, got 0"),
-            (["--tolerance", "0"], "the bound must be positive"),
+            (["--tolerance", "0"], "tolerance: the bound must be positive"),
             (["--agreement", "2"], "between 0 and 1"),
             (["--passages", "1"], "passages: must be at least 2"),
             (["--passages", "100000"], "passages of 16 tokens"),

@@ -444,6 +444,9 @@ def test_logits_that_are_not_finite_end_their_own_request_alone(small_model):
         ([[5]], {"repetition_penalty": 1e-300}, "repetition_penalty"),
         ([[5]], {"seed": -1}, "seed"),
         ([[5]], {"seed": 1.5}, "seed: must be an integer"),
+        ([[5]], {"temperature": "1"}, "temperature: must be a number, got '1'"),
+        ([[5]], {"top_p": "a"}, "top_p: must be a number, got 'a'"),
+        ([[5]], {"repetition_penalty": None}, "repetition_penalty: must be a number, got None"),
         ([[5]], {"max_new_tokens": 1.5}, "max_new_tokens: must be an integer"),
         ([[5]], {"stop": [""]}, "stop: must be a text"),
         ([[5]], {"stop": None}, "stop: must be a text"),
@@ -464,6 +467,8 @@ def test_mistakes_are_told_before_any_work(small_model, prompts, settings, messa
         Engine(small_model(), max_batch=0)
     with pytest.raises(ValueError, match="max_length"):
         Engine(small_model(), max_length=65)
+    with pytest.raises(ValueError, match="graphs: are of CUDA, the model is on cpu"):
+        Engine(small_model(), graphs=True)
     with pytest.raises(ValueError, match="needs a tokenizer"):
         engine.stream([[5]])
 

@@ -3,6 +3,7 @@ import dataclasses
 import json
 import math
 import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -106,6 +107,18 @@ def test_ablation_and_handoff_share_runs_and_compare_variants(lab, monkeypatch):
         (first.runs / first.run_name("handed off at a half", rates["learned"], 1) / "config.json").read_text()
     )
     assert config["operator_trainable"]
+
+
+def test_a_run_is_known_again_wherever_its_folder_is_named_from(lab_of_processes, tmp_path, monkeypatch):
+    here = lab_of_processes("ablation")
+    (here.runs / "one").mkdir(parents=True)
+    (here.runs / "one/config.json").write_text("{}")
+    (here.runs / "one.yaml").write_text(yaml.safe_dump(here.recipe("one", {})))
+    monkeypatch.chdir(tmp_path)
+    there = dataclasses.replace(here, runs=Path("runs"))
+    assert there.recipe("one", {}) != here.recipe("one", {})
+    assert there._done("one", {})
+    assert not there._done("one", {"seed": 7})
 
 
 @pytest.mark.slow

@@ -210,6 +210,8 @@ class Engine:
             raise ValueError(f"quantize: must be int8, or left out, got {quantize!r}")
         if quantize is not None and model.device.type != "cpu":
             raise ValueError(f"quantize: int8 is for the CPU, the model is on {model.device}; use dtype bfloat16 there")
+        if graphs and model.device.type != "cuda":
+            raise ValueError(f"graphs: are of CUDA, the model is on {model.device}; leave it out")
         if tokenizer is not None:
             check_vocabulary(tokenizer, model.config.vocab_size)
         self.config, self.tokenizer = model.config, tokenizer
@@ -237,7 +239,7 @@ class Engine:
             the rounding of products over another number of rows.
 
         Raises:
-            ValueError: an empty prompt, one longer than the context, an unknown token, or a setting outside its range;
+            ValueError: an empty list of ids, a prompt longer than the context, an unknown token, or a setting outside its range;
                 before anything is generated.
             FloatingPointError: the logits behind one of them are not finite; what the others came to is lost, which it is
                 not with `submit`.

@@ -51,6 +51,10 @@ class Options:
             value = getattr(self, name)
             if value is not None and not isinstance(value, int):
                 raise ValueError(f"{name}: must be an integer, got {value!r}")
+        for name in ("temperature", "top_p", "repetition_penalty"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) and (value is not None or name == "repetition_penalty"):
+                raise ValueError(f"{name}: must be a number, got {value!r}")
         check_sampling(self.temperature, self.top_k, self.top_p, self.seed)
         if not LEAST_TEMPERATURE <= self.repetition_penalty <= 1 / LEAST_TEMPERATURE:
             raise ValueError(f"repetition_penalty: must be between 1e-6 and 1e6, got {self.repetition_penalty}")

@@ -335,7 +335,7 @@ def compress(
     Args:
         model: a folder in any layout, a ``.pth`` file, or a loaded model, which stays as it is. A learned operator is
             frozen first, from eight passages of the calibration text.
-        destination: folder for the model, its tokenizer and its certificate.
+        destination: folder for the model, its tokenizer and, if it is certified, its certificate.
         tolerance: bound on the upper end of the 95% interval of the loss difference on held-out passages, nats per token.
         agreement: least fraction of positions with the same greedy next token.
         rank: of all layers, a multiple of 8, in place of those that `tolerance` and `agreement` allow.
@@ -351,6 +351,8 @@ def compress(
         ValueError, OSError: an option outside its range, too little text, a tolerance that full rank does not meet, or a
             model, tokenizer or destination that can not be used; nothing is written then.
     """
+    if not tolerance > 0:
+        raise ValueError(f"tolerance: the bound must be positive, got {tolerance}")
     thresholds = Thresholds(tolerance, agreement)
     _check_options(weighting, passages)
     if destination is not None:

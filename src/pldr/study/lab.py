@@ -221,7 +221,12 @@ class Lab:
     def _done(self, name: str, changes: dict[str, Any]) -> bool:
         """Whether this very run, and not another of the same name, has ended."""
         file = self.runs / f"{name}.yaml"
-        if not file.is_file() or yaml.safe_load(file.read_text(encoding="utf-8")) != self.recipe(name, changes):
+        if not file.is_file():
+            return False
+        trained = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if trained | {"output": None} != self.recipe(name, changes) | {
+            "output": None
+        }:  # the same folder may be spelled otherwise
             return False
         return (self.runs / name / "config.json").is_file() or self.diverged(name) is not None
 
