@@ -19,7 +19,7 @@ def test_generate_without_a_model_uses_the_one_that_ships_with_pldr(run):
     code, out, _ = run("generate", "Once upon a time", "--max-new-tokens", "8", "--json")
     assert code == 0
     fields = json.loads(out)
-    assert (len(fields["token_ids"]), fields["prompt"]) == (8, "Once upon a time")
+    assert (len(fields["token_ids"]), fields["prompt"], fields["finish_reason"]) == (8, "Once upon a time", "length")
 
 
 def test_help_and_version_start_without_torch():
@@ -92,7 +92,9 @@ class TestGenerate:
         for mode, (kv, g) in {"kv+g": (1, 1), "kv": (1, 0), "g": (0, 1), "none": (0, 0)}.items():
             expected = model.generate(ids, max_new_tokens=12, do_sample=False, use_cache=bool(kv), use_g_cache=bool(g))
             out = run("generate", folder, "that dog ran to see", "--max-new-tokens", 12, "--cache", mode, "--json")[1]
-            assert json.loads(out)["token_ids"] == expected[0, ids.shape[1] :].tolist()
+            found = json.loads(out)
+            assert found["token_ids"] == expected[0, ids.shape[1] :].tolist()
+            assert found["finish_reason"] == ("length" if len(found["token_ids"]) == 12 else "end")
         sampled = [run("generate", folder, "the", "--temperature", 1.5, "--top-p", 0.9, "--seed", seed)[1]
                    for seed in (1, 1, 2)]  # fmt: skip
         assert sampled[0] == sampled[1]
@@ -321,11 +323,11 @@ def test_a_short_word_for_help(run):
 
 
 def test_many_prompts_from_a_file(run, folder, tmp_path):
-    prompts = ["the cat", "a mat and saw", "who ran to see him at her red house"]
+    prompts = ["the cat", "a mat\u2028and saw", "who ran to see him at her red house"]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts))
     code, out, _ = run("generate", folder, "--prompts-file", tmp_path / "prompts.txt", "--max-new-tokens", "6")
     assert code == 0
-    lines = [json.loads(line) for line in out.splitlines()]
+    lines = [json.loads(line) for line in out.removesuffix("\n").split("\n")]
     assert [line["prompt"] for line in lines] == prompts
     for line in lines:
         alone = json.loads(run("generate", folder, line["prompt"], "--max-new-tokens", "6", "--json")[1])

@@ -112,7 +112,8 @@ def generate(
         "repetition_penalty": repetition_penalty, "stop": stop or (), "quantize": quantize,
     }  # fmt: skip
     if prompts_file is not None:
-        for line in generate_texts(loaded, text_tokenizer, read_text(prompts_file).splitlines(), **settings):
+        prompts = read_text(prompts_file).removesuffix("\n")
+        for line in generate_texts(loaded, text_tokenizer, prompts.split("\n") if prompts else [], **settings):
             typer.echo(to_json(line))
         return
     show = (lambda piece: typer.echo(piece, nl=False)) if stream else None

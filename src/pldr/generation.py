@@ -10,7 +10,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokeniz
 from transformers.generation.streamers import BaseStreamer
 
 from pldr.engine import NOT_FINITE, Engine, Options
-from pldr.engine.options import check_sampling, new_tokens
+from pldr.engine.options import check_sampling, end_ids, new_tokens
 from pldr.engine.text import GrowingText, continuation
 from pldr.modeling_pldr import PldrForCausalLM
 from pldr.tokenizer import check_vocabulary, encode_prompt
@@ -31,12 +31,14 @@ class Generation:
         token_ids: ids of the continuation, with [END] where it was reached.
         prompt_tokens: length of the prompt in tokens.
         seconds: wall-clock time of the generation, prompt included.
+        finish_reason: why it ended; see `pldr.Completion`.
     """
 
     text: str
     token_ids: list[int]
     prompt_tokens: int
     seconds: float
+    finish_reason: str
 
     @property
     def tokens_per_second(self) -> float:
@@ -99,10 +101,9 @@ def generate_text(
     settings["streamer"] = None if on_text is None else TextStreamer(tokenizer, on_text, ids)
     if seed is not None:
         torch.manual_seed(seed)
-    start = time.perf_counter()
-    found = _by_model(model, ids, *CACHE_MODES[cache or "kv+g"], settings)
-    seconds = time.perf_counter() - start
-    return Generation(continuation(tokenizer, ids, found), found, len(ids), seconds)
+    found, seconds = _by_model(model, ids, *CACHE_MODES[cache or "kv+g"], settings)
+    ended = not ignore_end and found[-1] in end_ids(model.config.eos_token_id)
+    return Generation(continuation(tokenizer, ids, found), found, len(ids), seconds, "end" if ended else "length")
 
 
 def generate_texts(
@@ -145,13 +146,17 @@ def generate_texts(
         }  # fmt: skip
 
 
-def _by_model(model: PldrForCausalLM, ids: list[int], kv: bool, g: bool, settings: dict[str, Any]) -> list[int]:
+def _by_model(
+    model: PldrForCausalLM, ids: list[int], kv: bool, g: bool, settings: dict[str, Any]
+) -> tuple[list[int], float]:
+    """The tokens behind the prompt, and the seconds they took."""
+    start = time.perf_counter()
     inputs = torch.tensor([ids], device=model.device)
     output = model.generate(
         inputs, attention_mask=torch.ones_like(inputs), use_cache=kv, use_g_cache=g,
         pad_token_id=model.config.pad_token_id, logits_processor=LogitsProcessorList([_CheckFinite()]), **settings,
     )  # fmt: skip
-    return output[0, len(ids) :].tolist()
+    return output[0, len(ids) :].tolist(), time.perf_counter() - start
 
 
 def _by_engine(engine: Engine, ids: list[int], options: Options, on_text: Callable[[str], None] | None) -> Generation:
@@ -165,7 +170,7 @@ def _by_engine(engine: Engine, ids: list[int], options: Options, on_text: Callab
         assert piece.completion is not None
         completion = piece.completion
     seconds = time.perf_counter() - start
-    return Generation(completion.text, completion.token_ids, len(ids), seconds)
+    return Generation(completion.text, completion.token_ids, len(ids), seconds, completion.finish_reason)
 
 
 def _sampling(

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from pldr.engine.decoder import STEPS, Decoder
-from pldr.engine.options import Options, new_tokens
+from pldr.engine.options import Options, end_ids, new_tokens
 from pldr.engine.text import GrowingText, continuation
 from pldr.modeling_pldr import PldrForCausalLM
 from pldr.tokenizer import check_vocabulary, encode_prompt
@@ -320,9 +320,8 @@ class Engine:
         options = options or Options()
         ids = self._ids(prompt)
         limit = new_tokens(len(ids), self.decoder.length, options.max_new_tokens)
-        own = self.config.eos_token_id
-        own_ends = set() if own is None or options.ignore_end else {own} if isinstance(own, int) else set(own)
-        request = Request(ids, options, limit, frozenset({-1, *own_ends, *options.stop_ids}))
+        own = set() if options.ignore_end else end_ids(self.config.eos_token_id)
+        request = Request(ids, options, limit, frozenset({-1, *own, *options.stop_ids}))
         if streaming or options.stops:
             if self.tokenizer is None:
                 raise ValueError("stop: texts need a tokenizer; make the engine with one, or give stop_ids")

@@ -100,6 +100,11 @@ def check_sampling(temperature: float | None, top_k: int | None, top_p: float | 
         raise ValueError(f"seed: must be between 0 and 2^62 - 1, got {seed}")
 
 
+def end_ids(own: int | list[int] | None) -> set[int]:
+    """The tokens that end a text, of a configuration's `eos_token_id`."""
+    return set() if own is None else {own} if isinstance(own, int) else set(own)
+
+
 def new_tokens(prompt: int, context: int, asked: int | None) -> int:
     """How many tokens to add to a prompt of so many tokens, by default 64 or what the context has room for.
 
