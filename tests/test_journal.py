@@ -101,6 +101,7 @@ main()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
 def test_a_process_that_is_killed_while_it_writes(run, folder, tmp_path):
     text = tmp_path / "text.txt"

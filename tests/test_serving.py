@@ -438,6 +438,7 @@ def test_malformed_requests_by_the_hundred():
 # --- many at once ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_50_prompts_in_random_order_and_arrival_are_answered_as_alone(complete, stories):
     """G_LM of each is of its own prompt, whoever else is in the batch."""
     dice = random.Random(0)
