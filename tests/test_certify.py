@@ -2,7 +2,6 @@ import copy
 import functools
 import json
 import shutil
-import subprocess
 import warnings
 
 import pytest
@@ -12,7 +11,7 @@ from torch.nn import functional as F
 import pldr
 from helpers import FIXTURES, SENTENCE
 from pldr import freeze, load_model, load_tokenizer
-from pldr.checkpoints.certificate import commit, read_certificate, write_certificate
+from pldr.checkpoints.certificate import read_certificate, write_certificate
 from pldr.data.rows import read_passages
 from pldr.data.sources import Source
 from pldr.deductive import deductive_outputs, variation
@@ -278,26 +277,3 @@ class TestCertificate:
         assert "length: must be between" in message(folder, text, "--length", "1000")
         assert "at least 2" in message(folder, text, "--passages", "1")
         assert "choose one" in message(folder, text, "--frozen", folder, "--output", tmp_path / "x")
-
-
-@pytest.mark.skipif(shutil.which("git") is None, reason="no git")
-def test_the_commit_is_of_a_checkout_that_holds_the_package(tmp_path, monkeypatch):
-    def git(*command):
-        who = ["-c", "user.name=a", "-c", "user.email=a@a.example"]
-        return subprocess.run(["git", *who, *command], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-
-    file = tmp_path / "pldr/checkpoints/certificate.py"
-    file.parent.mkdir(parents=True)
-    file.write_text("")
-    monkeypatch.setattr("pldr.checkpoints.certificate.__file__", str(file))
-    git("init")
-    git("commit", "--allow-empty", "--message", "somebody else's")
-    assert commit() is None
-    git("add", ".")
-    git("commit", "--message", "ours")
-    ours = git("log", "--format=%h", "--max-count=1").strip()
-    assert commit() == ours
-    git("commit", "--allow-empty", "--message", "of other files")
-    assert commit() == ours
-    file.write_text("changed")
-    assert commit() == f"{ours} with changes"

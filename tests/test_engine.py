@@ -446,7 +446,7 @@ def test_logits_that_are_not_finite_end_their_own_request_alone(small_model):
         ([[5]], {"seed": 1.5}, "seed: must be an integer"),
         ([[5]], {"temperature": "1"}, "temperature: must be a number, got '1'"),
         ([[5]], {"top_p": "a"}, "top_p: must be a number, got 'a'"),
-        ([[5]], {"repetition_penalty": None}, "repetition_penalty: must be a number, got None"),
+        ([[5]], {"repetition_penalty": None}, "repetition_penalty: must be between 1e-6 and 1e6, got None"),
         ([[5]], {"max_new_tokens": 1.5}, "max_new_tokens: must be an integer"),
         ([[5]], {"stop": [""]}, "stop: must be a text"),
         ([[5]], {"stop": None}, "stop: must be a text"),

@@ -29,7 +29,7 @@ FLOORS = [
     {"heads", "classes"},
     {"deductive", "modeling_pldr"},
     {"operator", "cache", "masks", "batching", "configuration_pldr", "tokenizer", "provenance"},
-    {"ops", "layouts", "files", "pictures", "registration", "imports"},
+    {"ops", "layouts", "files", "pictures", "registration", "imports", "conditions"},
 ]
 
 

@@ -101,9 +101,7 @@ def generate_text(
     settings["streamer"] = None if on_text is None else TextStreamer(tokenizer, on_text, ids)
     if seed is not None:
         torch.manual_seed(seed)
-    found, seconds = _by_model(model, ids, *CACHE_MODES[cache or "kv+g"], settings)
-    ended = not ignore_end and found[-1] in end_ids(model.config.eos_token_id)
-    return Generation(continuation(tokenizer, ids, found), found, len(ids), seconds, "end" if ended else "length")
+    return _by_model(model, tokenizer, ids, *CACHE_MODES[cache or "kv+g"], settings)
 
 
 def generate_texts(
@@ -147,16 +145,23 @@ def generate_texts(
 
 
 def _by_model(
-    model: PldrForCausalLM, ids: list[int], kv: bool, g: bool, settings: dict[str, Any]
-) -> tuple[list[int], float]:
-    """The tokens behind the prompt, and the seconds they took."""
+    model: PldrForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    ids: list[int],
+    kv: bool,
+    g: bool,
+    settings: dict[str, Any],
+) -> Generation:
     start = time.perf_counter()
     inputs = torch.tensor([ids], device=model.device)
     output = model.generate(
         inputs, attention_mask=torch.ones_like(inputs), use_cache=kv, use_g_cache=g,
         pad_token_id=model.config.pad_token_id, logits_processor=LogitsProcessorList([_CheckFinite()]), **settings,
     )  # fmt: skip
-    return output[0, len(ids) :].tolist(), time.perf_counter() - start
+    found = output[0, len(ids) :].tolist()
+    seconds = time.perf_counter() - start
+    reason = "end" if found[-1] in end_ids(settings["eos_token_id"]) else "length"
+    return Generation(continuation(tokenizer, ids, found), found, len(ids), seconds, reason)
 
 
 def _by_engine(engine: Engine, ids: list[int], options: Options, on_text: Callable[[str], None] | None) -> Generation:

@@ -4,17 +4,12 @@ The checksum proves nothing about who wrote a certificate.
 """
 
 import os
-import platform
-import shutil
-import subprocess
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
-from pldr import __version__
 from pldr.files import check_shape, one_line, read_json, write_json
 from pldr.provenance import weights_digest, with_checksum
 
@@ -59,25 +54,6 @@ _CERTIFICATES = {
     FACTORED_KIND: _CERTIFICATE | {"kind": FACTORED_KIND, "report": _FACTORED_REPORT},
     QUANTIZED_KIND: _CERTIFICATE | {"kind": QUANTIZED_KIND, "report": _QUANTIZED_REPORT, "source": {}},
 }
-
-
-def versions() -> dict[str, str]:
-    """Of pldr and of what it computes with."""
-    return {"pldr": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
-            "python": platform.python_version()}  # fmt: skip
-
-
-def commit() -> str | None:
-    """Of the checkout that this package is part of, the last that changed it; None where it was installed from elsewhere."""
-
-    def git(*command: str) -> str:
-        return subprocess.run(
-            ["git", *command, "--", "."], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False
-        ).stdout.strip()
-
-    if shutil.which("git") is None or not (last := git("log", "--max-count=1", "--format=%h")):
-        return None
-    return f"{last} with changes" if git("status", "--porcelain") else last
 
 
 def write_certificate(folder: Path, certificate: dict[str, Any]) -> None:

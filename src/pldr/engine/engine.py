@@ -84,7 +84,7 @@ class Request:
         logprobs, top_logprobs: of those tokens, where asked for; see `Completion`.
         prompt_logprobs, prompt_top_logprobs: likewise.
         growing: its text so far, where it is streamed or has stops.
-        finish_reason: None until it ends; see `Completion`, or "error" or "cancelled".
+        finish_reason: None until it ends; see `Completion`, or "error".
         error: what went wrong, where something did.
     """
 
@@ -407,8 +407,6 @@ class Engine:
         most = max(request.options.top_logprobs for request in requests)
         if most:
             for request, found in zip(requests, _most_probable(self.decoder.newest, most), strict=True):
-                if request.finish_reason == "error":  # it has no token more
-                    continue
                 request.top_logprobs.append(found[: request.options.top_logprobs])
 
     def _leave(self) -> None:

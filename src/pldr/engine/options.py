@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 # Logits are divided by the temperature, and must stay finite.
 LEAST_TEMPERATURE = 1e-6
@@ -51,13 +52,14 @@ class Options:
             value = getattr(self, name)
             if value is not None and not isinstance(value, int):
                 raise ValueError(f"{name}: must be an integer, got {value!r}")
-        for name in ("temperature", "top_p", "repetition_penalty"):
+        for name in ("temperature", "top_p"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) and (value is not None or name == "repetition_penalty"):
+            if value is not None and not isinstance(value, Real):
                 raise ValueError(f"{name}: must be a number, got {value!r}")
         check_sampling(self.temperature, self.top_k, self.top_p, self.seed)
-        if not LEAST_TEMPERATURE <= self.repetition_penalty <= 1 / LEAST_TEMPERATURE:
-            raise ValueError(f"repetition_penalty: must be between 1e-6 and 1e6, got {self.repetition_penalty}")
+        penalty = self.repetition_penalty
+        if not isinstance(penalty, Real) or not LEAST_TEMPERATURE <= penalty <= 1 / LEAST_TEMPERATURE:
+            raise ValueError(f"repetition_penalty: must be between 1e-6 and 1e6, got {penalty!r}")
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: must be at least 1, got {self.max_new_tokens}")
         if self.top_logprobs < 0:

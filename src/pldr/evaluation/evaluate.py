@@ -13,8 +13,8 @@ import torch
 from rich.console import RenderableType
 from transformers import PreTrainedTokenizerFast
 
-from pldr.checkpoints.certificate import versions
 from pldr.checkpoints.load import load_with_tokenizer
+from pldr.conditions import versions
 from pldr.data.sources import names_of
 from pldr.evaluation.journal import open_journal
 from pldr.evaluation.modes import MODES, SEQUENTIAL, check_mode, keeps_training, name_of

@@ -21,8 +21,9 @@ from rich.progress import track
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
-from pldr.checkpoints.certificate import FACTORED_KIND, KIND, versions, write_certificate
+from pldr.checkpoints.certificate import FACTORED_KIND, KIND, write_certificate
 from pldr.checkpoints.load import load_model, load_with_tokenizer
+from pldr.conditions import versions
 from pldr.data.rows import choose_passages
 from pldr.data.sources import Source, names_of
 from pldr.deductive import deductive_outputs, variation

@@ -351,10 +351,8 @@ def compress(
         ValueError, OSError: an option outside its range, too little text, a tolerance that full rank does not meet, or a
             model, tokenizer or destination that can not be used; nothing is written then.
     """
-    if not tolerance > 0:
-        raise ValueError(f"tolerance: the bound must be positive, got {tolerance}")
+    _check_options(tolerance, weighting, passages)
     thresholds = Thresholds(tolerance, agreement)
-    _check_options(weighting, passages)
     if destination is not None:
         check_output(destination, overwrite=overwrite)
     stored, text_tokenizer = load_with_tokenizer(model, tokenizer, device=device, rope=rope)
@@ -374,7 +372,9 @@ def compress(
     return result
 
 
-def _check_options(weighting: str, passages: int) -> None:
+def _check_options(tolerance: float, weighting: str, passages: int) -> None:
+    if not tolerance > 0:
+        raise ValueError(f"tolerance: the bound must be positive, got {tolerance}")
     if weighting not in WEIGHTINGS:
         raise ValueError(f"weighting: must be one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
     if passages < 2:

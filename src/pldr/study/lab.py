@@ -22,8 +22,8 @@ from rich.console import RenderableType
 from rich.markdown import Markdown
 from transformers import PreTrainedTokenizerFast
 
-from pldr.checkpoints.certificate import commit, versions
 from pldr.checkpoints.load import load_model
+from pldr.conditions import commit, device_name, versions
 from pldr.data.rows import read_passages, source_of
 from pldr.deductive import deductive_outputs, variation
 from pldr.evaluation.modes import frozen_copy
@@ -166,6 +166,7 @@ class Lab:
     command: str = ""
     _halves: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, init=False, repr=False)
     _numbers: Iterator[int] = field(default_factory=itertools.count, init=False, repr=False)
+    _trained: bool = field(default=False, init=False, repr=False)
     _measuring: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
     # --- training ---
@@ -207,6 +208,7 @@ class Lab:
         return self._each(runs, self.measure)
 
     def _each(self, runs: dict[str, dict[str, Any]], then: Callable[[str], _T]) -> dict[str, _T]:
+        self._trained = True
         waiting = {name for name, changes in runs.items() if not self._done(name, changes)}
         self.say(f"{len(runs)} runs, {len(runs) - len(waiting)} done before")
 
@@ -223,10 +225,8 @@ class Lab:
         file = self.runs / f"{name}.yaml"
         if not file.is_file():
             return False
-        trained = yaml.safe_load(file.read_text(encoding="utf-8"))
-        if trained | {"output": None} != self.recipe(name, changes) | {
-            "output": None
-        }:  # the same folder may be spelled otherwise
+        wanted, trained = self.recipe(name, changes), yaml.safe_load(file.read_text(encoding="utf-8"))
+        if trained | {"output": wanted["output"]} != wanted:  # the same folder may be spelled otherwise
             return False
         return (self.runs / name / "config.json").is_file() or self.diverged(name) is not None
 
@@ -355,7 +355,9 @@ class Lab:
 
     def write(self, finding: "Finding") -> None:
         """The page, README.md, and its numbers, results.json."""
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+        device = device_name(self.device)
+        if self._trained and torch.cuda.is_available() and self.device == "cpu":
+            device += f", trained on {device_name('cuda')}"
         about: dict[str, Any] = {
             "command": self.command, "device": device, "versions": versions(), "commit": commit(),
             "date": time.strftime("%Y-%m-%d"), "size": dataclasses.asdict(self.size), "data": self.data,
