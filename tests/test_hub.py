@@ -80,6 +80,7 @@ def hub(folder):
         server.shutdown()
 
 
+@pytest.mark.slow
 def test_a_model_is_fetched_with_a_bar(folder, hub, tmp_path):
     """Without the code beside it, and with a bar where somebody looks."""
     termios = pytest.importorskip("termios", reason="a terminal is made as POSIX has it")

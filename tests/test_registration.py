@@ -22,6 +22,7 @@ print(pipeline("text-generation", {folder!r})("the cat", max_new_tokens=4, do_sa
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "first",
     [

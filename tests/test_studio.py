@@ -648,6 +648,7 @@ def test_what_is_asked_of_a_studio_that_has_been_ended(page, bench):
     assert "has been ended" in page.post("generate", 503, prompt="the", operator="cached").json()["error"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ended_by", [signal.SIGINT, signal.SIGTERM])
 def test_it_ends_at_once_though_a_text_is_being_written(ended_by):
     command = [sys.executable, "-m", "pldr", "studio", "--no-browser", "--port", "0"]
