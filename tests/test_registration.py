@@ -25,17 +25,7 @@ print(pipeline("text-generation", {folder!r})("the cat", max_new_tokens=4, do_sa
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "first",
-    [
-        "",
-        *(
-            pytest.param(first, marks=pytest.mark.slow)
-            for first in (
-                "import transformers",
-                "from transformers import AutoModelForCausalLM",
-                "import pldr.modeling_pldr",
-            )
-        ),
-    ],
+    ["", "import transformers", "from transformers import AutoModelForCausalLM", "import pldr.modeling_pldr"],
 )
 def test_transformers_knows_our_classes(folder, first):
     code = CODE.format(first=first, light=bool(first), folder=str(folder))
