@@ -369,6 +369,9 @@ def test_a_run_is_drawn(visit, run):
     expect(page.locator("#training-status")).to_contain_text("Step 8, loss 1.125; ended.")
     expect(page.locator("#curves svg")).to_have_count(3)
     assert figure(page, "Variation of G over texts").locator("path[stroke-width='2']").count() == 2  # a line each layer
+    sentences = page.locator("#curves figcaption").all_inner_texts()
+    assert len(sentences) == 3
+    assert all(sentence.strip().endswith(".") for sentence in sentences)
     slider = page.locator("#evaluation")
     expect(page.locator("#evaluated svg")).to_be_visible(timeout=PATIENCE)
     expect(page.locator("#evaluation-output")).to_have_text("step 8, 3 of 3")

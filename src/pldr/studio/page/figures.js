@@ -148,7 +148,7 @@ export function tiles(values, rows, columns, size, scale, title, { chosen = [], 
 /** Lines [{name, points: [[x, y]]}] with axes; `log` for a logarithmic y; `span` of x and `top` of y where points need not reach them. */
 export function lines(series, { title, x, y, log = false, mark = null, span = [], top = [], empty = "", keys = false }) {
   return (width) => {
-    const height = Math.min(280, Math.max(200, width * 0.6)), margin = { top: 26, right: 12, bottom: 38, left: 58 };
+    const height = Math.min(280, Math.max(200, width * 0.6)), margin = { top: 26, right: 18, bottom: 38, left: 58 };
     const svg = canvas(width, height, title);
     const shown = series.map((one) => ({ ...one, points: one.points.filter(([, value]) => Number.isFinite(value) && (!log || value > 0)) }));
     const points = shown.flatMap((one) => one.points);

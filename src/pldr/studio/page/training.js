@@ -12,10 +12,20 @@ let kept = []; // steps
 let picture = null;
 let timer;
 
-const NAMES = {
-  loss: "Loss in training, nats per token", eval_loss: "Loss on held-out text, nats per token", eval_accuracy: "Accuracy on held-out text",
-  G_variation: "Variation of G over texts", G_frozen_difference: "Loss with G frozen, minus learned", G_rank: "Rank of G", G_log10_determinant: "log₁₀ |det G|",
-  row_gain: "Growth of a small change through the network", row_norm: "Largest growth through the network",
+// Title, and what it is.
+const QUANTITIES = {
+  loss: ["Loss in training, nats per token", "How badly the text is foretold that the model learns from."],
+  eval_loss: ["Loss on held-out text, nats per token", "The same for text that it does not learn from: where this rises while the other falls, it learns by heart."],
+  eval_accuracy: ["Accuracy on held-out text", "How often the most probable token is the right one."],
+  G_variation: ["Variation of G over texts", "How far G of one text is from that of others, in parts of its size: near 0, one G serves for all."],
+  G_frozen_difference: ["Loss with G frozen, minus learned", "What it costs to keep one G for all texts, nats per token."],
+  G_rank: ["Rank of G", "How many singular values exceed a hundredth of the largest."],
+  G_log10_determinant: ["log₁₀ |det G|", "The size of G's determinant, in powers of ten; very negative where G is nearly singular."],
+  row_gain: ["Growth of a small change through the network", "How much of a random change of the network's input arrives in its output: below 1, differences between texts fade."],
+  row_norm: ["Largest growth through the network", "The same for the change that grows most."],
+  dag_A_LM: ["DAG loss of A_LM", "How far A_LM is from a graph without cycles, which has 0."],
+  dag_A_P: ["DAG loss of A_P", "How far A_P is from a graph without cycles, which has 0."],
+  dag_G_LM: ["DAG loss of G_LM", "How far G_LM is from a graph without cycles, which has 0."],
 };
 
 const follow = latest(async (signal) => {
@@ -64,7 +74,7 @@ function draw({ steps, evaluations, operators: found, recipe, ended }) {
 
 /** One line, or one for each layer. */
 function curve(name, rows) {
-  const title = NAMES[name] ?? name.replaceAll("_", " ");
+  const [title, sentence] = QUANTITIES[name] ?? [name.replaceAll("_", " "), ""];
   if (!figures.has(name)) {
     figures.set(name, figure(title));
     $("curves").append(figures.get(name).element);
@@ -77,12 +87,13 @@ function curve(name, rows) {
   }));
   const values = series.flatMap(({ points }) => points.map((point) => point[1]));
   const log = Math.min(...values) > 0 && Math.max(...values) > 20 * Math.min(...values);
-  figures.get(name).show(lines(series, { title, x: "step", y: "", log, keys: layers > 1 }), layers > 1 ? "A line for each layer, from blue (the first) to orange (the last)." : "");
+  figures.get(name).show(lines(series, { title, x: "step", y: "", log, keys: layers > 1 }), `${sentence}${layers > 1 ? " A line for each layer, from blue (the first) to orange (the last)." : ""}`);
 }
 
 export function start() {
   $("runs").replaceChildren(...model.runs.map((run) => make("option", { value: run }, run)));
   if (!model.runs.length) $("training-status").textContent = "No run folder was given: start the studio with --run FOLDER.";
+  for (const place of ["run-field", "recipe-field"]) $(place).hidden = !model.runs.length;
   if (!model.runs.includes(state.run)) set({ run: model.runs[0] ?? "" });
   $("runs").value = state.run;
   picture = figure("The operator at an evaluation");
